@@ -1,0 +1,23 @@
+"""Interventions: one frozen dataclass, one file each. Names map to classes; files load on first use and import no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmfix.hooks.var import VAR
+    from vlmfix.hooks.vhr import VHR
+
+REGISTRY = {
+    "var": "vlmfix.hooks.var:VAR",
+    "vhr": "vlmfix.hooks.vhr:VHR",
+}
+_HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
+__all__ = ["REGISTRY", "VAR", "VHR"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vlmfix.hooks' has no attribute {name!r}")

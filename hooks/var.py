@@ -1,0 +1,179 @@
+"""VAR, visual attention redistribution: take attention from sink tokens, give it to the rest of the image.
+
+Kang, Kim, Kim, Hwang, "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv 2503.03321;
+official code seilk/VisAttnSink. Some tokens carry huge values in one or two fixed dimensions of the residual stream
+(D_sink) and draw attention that says nothing. In heads that look at the image beyond such tokens, VAR moves a share `p` of
+the attention on sinks (image and text alike) to the image tokens that are no sinks, in proportion to what these have.
+
+Settings follow the paper; the released code writes the complements of `rho` and `p`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vlmfix.hooks import sinks
+from vlmfix.intervention import Idle, Intervention, Rows, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vlmfix.anatomy import Anatomy
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hallucination": {"rho": 0.5, "p": 0.6, "skip_last": True},
+    "general": {"rho": 0.8, "p": 0.6, "skip_last": True},
+    "vision_centric": {"rho": 0.9, "p": 0.6, "skip_last": True},
+    "released": {"rho": 0.5, "p": 0.4, "skip_last": False},
+}
+
+
+@dataclass(frozen=True)
+class VAR(Intervention):
+    """Visual attention redistribution. Acts on attention weights after the image, at the prefill and at every new token."""
+
+    name: ClassVar[str] = "var"
+    summary: ClassVar[str] = "moves attention from sink tokens to the rest of the image"
+    paper: ClassVar[str] = "Kang et al., ICLR 2025, arXiv 2503.03321"
+    cost: ClassVar[str] = "no extra pass; attention of the rows after the image again in float32"
+
+    p: float | None = None
+    """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""
+    rho: float | None = None
+    """Least share of a head row's image attention that lies on non-sinks, 0..1. `None`: the variant's, 0.5 (paper)."""
+    min_visual_mass: float = 0.2
+    """`s`: least attention mass on the image of a head row that may be edited, 0..1 (paper, code)."""
+    tau: float | None = None
+    """A token is a sink if max |x_d| / RMS(x) over D_sink reaches tau. `None`: 20 for D >= 3584 (paper), else
+    20*sqrt(D/4096): the same share of the token's energy (ours)."""
+    dims: tuple[int, ...] | None = None
+    """D_sink, dimensions of the residual stream. `None`: the table's, verified on the loaded weights, else calibrated."""
+    variant: Literal["hallucination", "general", "vision_centric", "released"] = "hallucination"
+    """The paper's presets, or `released`: what the shipped configuration computes (p 0.4, phi > tau, last layer edited)."""
+    rows: Rows = "after_last_image"
+    """Prompt rows that may be edited: after the sample's last image token (code), or `text`, every other token (paper)."""
+    skip_first: int = 2
+    """The first layers are left alone (code)."""
+    skip_last: bool | None = None
+    """Whether the last layer is left alone. `None`: the variant's, True (paper) or False (`released`)."""
+    require_visual_sink: bool = True
+    """Leave a layer alone if none of the sample's image tokens is a sink there (code); False: the paper to the letter."""
+    require_dims: bool = False
+    """True: `ValueError` instead of a warning and an idle VAR if no D_sink is found on the model (ours)."""
+
+    def __post_init__(self) -> None:
+        """Fill the variant's values and check ranges."""
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        for key, value in VARIANTS[self.variant].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        for key in ("p", "rho", "min_visual_mass"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: expected a number in 0..1, got {getattr(self, key)!r}")
+        if self.tau is not None and self.tau <= 0:
+            raise ValueError(f"tau: expected a number above 0, got {self.tau!r}")
+        if isinstance(self.dims, int):
+            object.__setattr__(self, "dims", (self.dims,))
+        if self.dims is not None and not self.dims:
+            raise ValueError("dims: expected at least one dimension, got none; leave it out to have it calibrated")
+        if self.rows not in ("after_last_image", "text"):
+            raise ValueError(f"rows: expected after_last_image or text, got {self.rows!r}")
+
+    def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[VAR, dict[str, Any]]:
+        """Find tau and D_sink for the loaded model. `Idle`, or `ValueError` on request, where there is no D_sink."""
+        tau = sinks.default_tau(anatomy.hidden_size) if self.tau is None else self.tau
+        if self.dims is not None:
+            wrong = [d for d in self.dims if not 0 <= d < anatomy.hidden_size]
+            if wrong:
+                raise ValueError(f"dims: expected numbers in 0..{anatomy.hidden_size - 1}, got {wrong}")
+            return replace(self, tau=tau), {"dims_origin": "given"}
+        found = sinks.resolve(model, anatomy, tau, processor)
+        if not found.dims:
+            why = f"no sink dimension was found: {found.explain()}"
+            if self.require_dims:
+                raise ValueError(f"VAR: {why}")
+            raise Idle(why)
+        return replace(self, tau=tau, dims=found.dims), {"dims_origin": found.origin, "tier": found.tier}
+
+    def at_layers(self, n_layers: int) -> range:
+        """Edited layers."""
+        return range(self.skip_first, n_layers - bool(self.skip_last))
+
+    def layer_input(self, x: Tensor, site: Site) -> None:
+        """Mark sinks at the prefill, once: S = phi(x) >= tau. Tokens generated later are never sinks."""
+        from vlmfix.geometry import fit
+
+        phi = sinks.phi(x, self.dims or ())
+        hit = phi > self.tau if self.variant == "released" else phi >= self.tau
+        hit &= site.geometry.valid[:, site.start :]
+        known = site.memo.setdefault("sinks", {})
+        sink = fit(fit(known.get(site.layer, hit[:, :0]), site.start), site.geometry.n)
+        sink[:, site.start :] = hit  # what was generated between two pieces of prompt stays False
+        known[site.layer] = sink
+        image = site.geometry.image
+        parts = (image & ~sink, image & sink, sink & ~image)  # N receives; V and text sinks give
+        masks = x.new_empty(*sink.shape, 3, dtype=phi.dtype)
+        for i, part in enumerate(parts):
+            masks[..., i] = part
+        site.memo.setdefault("masks", {})[site.layer] = masks
+        site.memo.setdefault("counts", {})[site.layer] = 0
+
+    def weights(self, a: Tensor, site: Site) -> Tensor:
+        """A'_j = (1 - p) A_j on sinks, (1 + p sigma/n) A_j on visual non-sinks, in the head rows that qualify."""
+        masks = site.memo["masks"][site.layer][:, None]  # (B, 1, P, 3)
+        some_visual = (masks[..., 1].amax(-1) > 0)[..., None]  # (B, 1, 1), over the whole prompt
+        masks = masks[:, :, site.first_key :]
+        seen = a[..., : masks.shape[2]]  # all other keys are generated: neither sink nor image
+        masks = masks[:, :, : seen.shape[-1]]
+        n, v, text = (seen @ masks).unbind(-1)  # (B, H, R)
+        m, sigma = n + v, v + text
+        if self.variant == "released":
+            enough = v <= (1 - self.rho) * (m + 1e-6 * (masks[..., 0] + masks[..., 1]).sum(-1)[..., None])
+        else:
+            enough = n >= self.rho * m
+        sel = (m >= self.min_visual_mass) & enough & (n > 0) & site.rows[:, None]
+        if self.require_visual_sink:
+            sel = sel & some_visual
+        gain = (self.p * sigma / n).where(sel, 0 * n)
+        loss = self.p * sel.to(n.dtype)
+        factors = gain.new_empty(*gain.shape, 3)
+        factors[..., 0], factors[..., 1], factors[..., 2] = gain, -loss, -loss
+        out = a.clone()
+        out[..., : seen.shape[-1]] = seen * (1 + factors @ masks.transpose(-1, -2))
+        rows = site.rows.sum(1) * a.shape[1]
+        found = n.new_empty(len(a), 3)
+        found[:, 0], found[:, 1], found[:, 2] = sel.sum((1, 2)), rows, (loss * sigma).sum((1, 2))
+        site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + found
+        return out
+
+    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+        """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per edited
+        head row; `layers`: per layer visual and text sinks, and the same two figures."""
+        layers: dict[int, Any] = {}
+        for layer, counts in memo.get("counts", {}).items():
+            if not isinstance(counts, int):
+                layers[layer] = (counts.tolist(), memo["masks"][layer].sum(1).tolist())
+        if not layers:
+            return []
+        samples = []
+        for b in range(len(next(iter(layers.values()))[0])):
+            total = [sum(counts[b][i] for counts, _ in layers.values()) for i in range(3)]
+            per_layer = {
+                layer: {"visual_sinks": int(m[b][1]), "text_sinks": int(m[b][2]), **_shares(*counts[b])}
+                for layer, (counts, m) in layers.items()
+            }
+            samples.append({"acted": total[0] > 0, **_shares(*total), "layers": per_layer})
+        return samples
+
+    def idle_hint(self) -> str:
+        """The first suspect is D_sink."""
+        return (
+            f"no head row passed; suspect D_sink first (dims={self.dims}, tau={self.tau:.3g}), then rho and min_visual_mass; "
+            f"vlmfix.report(model) lists the sinks per layer."
+        )
+
+
+def _shares(selected: float, rows: float, moved: float) -> dict[str, float]:
+    return {"selected": selected / rows if rows else 0.0, "mass_moved": moved / selected if selected else 0.0}

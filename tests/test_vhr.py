@@ -1,0 +1,227 @@
+"""VHR against vectors made with a port of the released code, and the properties that its rule implies."""
+
+import pytest
+import torch
+
+import vlmfix
+from tests import vectors
+from tests.models import llava as tiny_llava
+from tests.models import picture_prompt, qwen2_5_vl
+from vlmfix.hooks import VHR
+from vlmfix.hooks.vhr import choose, layers_for
+
+ARRAYS, CASES, META = vectors.load("vhr_select")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if f"{n}/vhd" in ARRAYS])
+def test_choice(name):
+    v = {k.split("/")[1]: a for k, a in ARRAYS.items() if k.startswith(name + "/")}
+    text, visual = v["text"][None], v["visual"][None]
+    release = choose(text, visual)
+    torch.testing.assert_close(release.vhd[0], v["vhd"], rtol=1e-5, atol=0)
+    assert torch.equal(release.outliers[0], v["outliers_release"])
+    assert torch.equal(release.selected[0], v["selected_release"])
+    assert bool(release.guard[0]) == CASES[name]["guard_active"]
+    assert torch.equal(choose(text, visual, filter="off").selected[0], v["selected_nofilter"])
+    paper = choose(text, visual, "l2", "paper")
+    assert torch.equal(paper.outliers[0], v["outliers_paper"])
+    assert torch.equal(paper.selected[0], v["selected_paper"])
+
+
+def test_choice_in_a_batch():
+    found = choose(ARRAYS["batch/text"], ARRAYS["batch/visual"])
+    assert torch.equal(found.selected, ARRAYS["batch/selected_release"])
+
+
+def test_identical_contexts_choose_nothing():
+    same = torch.randn(2, 8, 4)
+    assert not choose(same, same).selected.any()
+
+
+def test_non_finite_chooses_nothing_in_that_sample():
+    text, visual = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
+    visual[1, 3, 0] = float("nan")
+    selected = choose(text, visual).selected
+    assert selected[0].sum() == 4 and not selected[1].any()
+
+
+@pytest.mark.parametrize("n_layers", [24, 28, 32, 36, 40])
+def test_layer_table(n_layers):
+    assert list(layers_for("qwen2_5_vl", n_layers)) == META["layers_ours"][str(n_layers)]
+
+
+def test_layer_table_of_the_paper():
+    assert list(layers_for("llava", 32)) == META["layers_paper"]["llava_7b_L32"]
+    assert list(layers_for("llava_next", 32)) == META["layers_paper"]["llava_7b_L32"]
+    assert list(layers_for("instructblip", 32)) == META["layers_paper"]["instructblip_7b_L32"]
+    assert layers_for("llava", 40) == (1, *range(22, 40))
+
+
+@pytest.mark.parametrize("name", ["vhr_e2e_mha", "vhr_e2e_gqa"])
+def test_inside_a_decoder(name):
+    arrays, cases, _ = vectors.load(name)
+    v = {k.split("/", 1)[1]: a for k, a in arrays.items() if k.startswith("e2e/")}
+    case = cases["e2e"]
+    model = vectors.llama(arrays, case["config"])
+    layers = tuple(v["layers"].tolist())
+    for b in range(case["samples"]):
+        prompt = {"inputs_embeds": v[f"emb_{b}"][None], "image_mask": v[f"image_{b}"][None]}
+        with VHR(alpha=case["alpha"], layers=layers)(model):
+            prefill, tokens, steps = vectors.greedy(model, case["steps"], **prompt)
+            found = vlmfix.report(model)[0]["samples"][0]["layers"]
+        torch.testing.assert_close(prefill, v[f"prefill_{b}"], rtol=0, atol=1e-4)
+        assert tokens == v[f"tokens_{b}"].tolist()
+        torch.testing.assert_close(steps, v[f"steps_{b}"], rtol=0, atol=1e-4)
+        for layer in layers:
+            assert found[layer]["heads"] == v[f"selected_{b}"][layer].nonzero()[:, 0].tolist()
+
+
+def test_image_free_pass_and_visual_heads():
+    """Head outputs themselves equal the reference's, in the order of the layers."""
+    arrays, cases, _ = vectors.load("vhr_e2e_gqa")
+    v = {k.split("/", 1)[1]: a for k, a in arrays.items() if k.startswith("e2e/")}
+    model = vectors.llama(arrays, cases["e2e"]["config"])
+    layers = tuple(v["layers"].tolist())
+    seen = {}
+
+    class Spy(VHR):
+        def heads(self, o, site):
+            seen["text"] = site.memo["text"]
+            seen[site.layer] = o[:, -1]
+            return super().heads(o, site)
+
+    with Spy(layers=layers)(model):
+        model(inputs_embeds=v["emb_0"][None], image_mask=v["image_0"][None])
+    for i, layer in enumerate(layers):
+        torch.testing.assert_close(seen["text"][layer][0], v["text_last_0"][i], rtol=0, atol=1e-4)
+        torch.testing.assert_close(seen[layer][0], v["visual_last_0"][i], rtol=0, atol=1e-4)
+
+
+def test_inside_a_vlm():
+    arrays, cases, _ = vectors.load("var_vhr_paint_llava")
+    v = {k.split("/", 1)[1]: a for k, a in arrays.items() if k.startswith("llava/")}
+    case = cases["llava"]
+    model = vectors.llava(arrays, case)
+    prompt = {"input_ids": v["input_ids_0"][None], "pixel_values": v["pixel_values_0"][None]}
+    settings = {**case["vhr"], "layers": tuple(case["vhr"]["layers"])}
+    with VHR(**settings)(model):
+        prefill, tokens, steps = vectors.greedy(model, case["steps"], **prompt)
+        found = vlmfix.report(model)[0]["samples"][0]["layers"]
+    torch.testing.assert_close(prefill, v["vhr_prefill_0"], rtol=0, atol=1e-4)
+    assert tokens == v["vhr_tokens_0"].tolist()
+    torch.testing.assert_close(steps, v["vhr_steps_0"], rtol=0, atol=1e-4)
+    chosen = torch.zeros_like(v["vhr_selected_0"])
+    for layer, entry in found.items():
+        chosen[layer, entry["heads"]] = True
+    assert torch.equal(chosen, v["vhr_selected_0"])
+
+
+def test_scaling_heads_equals_scaling_columns_of_the_projection():
+    model = tiny_llava()
+    prompt = picture_prompt(model, 1)
+    with VHR(layers=(1, 2), alpha=1.5)(model):
+        edited = model.generate(**prompt, max_new_tokens=6, do_sample=False, num_beams=2)
+        found = vlmfix.report(model)[0]["samples"][0]["layers"]
+    for layer, entry in found.items():
+        projection = model.model.language_model.layers[layer].self_attn.o_proj
+        with torch.no_grad():
+            for head in entry["heads"]:
+                projection.weight[:, head * 8 : (head + 1) * 8] *= 1.5
+    assert torch.equal(model.generate(**prompt, max_new_tokens=6, do_sample=False, num_beams=2), edited)
+
+
+def test_alpha_one_changes_nothing_and_alpha_does_not_change_the_first_choice():
+    model = tiny_llava()
+    prompt = picture_prompt(model, 2)
+    with torch.no_grad():
+        plain = model(**prompt).logits
+        with VHR(alpha=1.0)(model):
+            assert torch.equal(model(**prompt).logits, plain)
+        heads = []
+        for alpha in (0.5, 2.0):
+            with VHR(alpha=alpha, layers=(2, 3))(model):
+                model(**prompt)
+                heads.append([s["layers"][2]["heads"] for s in vlmfix.report(model)[0]["samples"]])
+        assert heads[0] == heads[1] and all(len(h) == 3 for h in heads[0])
+
+
+def test_no_layers_no_pass():
+    model = tiny_llava()
+    calls = []
+    model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    with VHR(layers=())(model):
+        model(**picture_prompt(model))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("build", [tiny_llava, qwen2_5_vl])
+def test_image_free_pass_sees_no_image(build):
+    model = build()
+    prompt = picture_prompt(model, 2, lengths=[4, 7])
+    seen = []
+    model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with VHR()(model):
+        model(**prompt)
+    text, full = seen
+    assert set(text) == {"inputs_embeds", "attention_mask", "use_cache"}
+    kept = prompt["attention_mask"].bool() & (prompt["input_ids"] != 60)
+    for b in range(2):
+        embeds = model.get_input_embeddings()(prompt["input_ids"][b][kept[b]])
+        assert torch.equal(text["inputs_embeds"][b][text["attention_mask"][b].bool()], embeds)
+        assert text["attention_mask"][b, -1] == 1, "left padded"
+    assert full["inputs_embeds"].shape[1] == prompt["input_ids"].shape[1]
+
+
+def test_a_sample_without_image_is_left_alone():
+    model = tiny_llava()
+    ids = torch.tensor([[1, 5, 9, 20, 33]])
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with VHR()(model):
+            assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+def test_progressive_off_chooses_from_a_plain_pass():
+    model = tiny_llava()
+    prompt = picture_prompt(model, 2, lengths=[4, 6])
+    chosen = {}
+    for progressive in (True, False):
+        with VHR(layers=(0, 1, 2, 3), alpha=2.5, progressive=progressive)(model), torch.no_grad():
+            model(**prompt)
+            chosen[progressive] = [s["layers"] for s in vlmfix.report(model)[0]["samples"]]
+    for plain, progressive in zip(chosen[False], chosen[True], strict=True):
+        assert plain[0]["vhd_mean"] == pytest.approx(progressive[0]["vhd_mean"], rel=1e-4)
+        assert plain[3]["vhd_mean"] != pytest.approx(progressive[3]["vhd_mean"], rel=1e-3)
+
+
+def test_variants():
+    assert VHR(variant="paper") == VHR(variant="paper", distance="l2", filter="paper", progressive=True)
+    assert VHR() == VHR(distance="sq_l2", filter="release", progressive=True)
+    model = qwen2_5_vl(n_layers=16)
+    assert vlmfix.report(vlmfix.wrap(model, "vhr:variant=qwen_port"))[0]["layers"] == [1, *range(2, 16)]
+
+
+@pytest.mark.parametrize("bad", [{"alpha": 0}, {"variant": "mine"}, {"distance": "l1"}, {"filter": "none"}])
+def test_bad_settings(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        VHR(**bad)
+
+
+def test_layer_outside_the_model():
+    with pytest.raises(ValueError, match=r"layers: expected numbers in 0\.\.3, got \[7\]"):
+        vlmfix.wrap(tiny_llava(), VHR(layers=(1, 7)))
+
+
+def test_large_alpha_warns():
+    with pytest.warns(UserWarning, match="collapse"):
+        VHR(alpha=3.5)
+
+
+def test_chunked_prefill_is_refused():
+    arrays, cases, _ = vectors.load("vhr_e2e_gqa")
+    model = vectors.llama(arrays, cases["e2e"]["config"])
+    ids = torch.randint(3, 50, (1, 12))
+    mask = torch.zeros(1, 12, dtype=torch.bool)
+    mask[:, 2:6] = True
+    with VHR()(model), pytest.raises(ValueError, match="whole prompt in one pass; leave out prefill_chunk_size"):
+        model.generate(ids, image_mask=mask, max_new_tokens=2, do_sample=False, prefill_chunk_size=4)

@@ -1,0 +1,42 @@
+"""vlmfix: make vision-language models say what is in the picture."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# In a checkout, `hooks`, `eval`, `demo` and `assets` lie beside this package; installed, they lie inside it.
+if not (Path(__file__).parent / "hooks").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
+if TYPE_CHECKING:
+    from vlmfix.asking import Record, ask, ask_batch
+    from vlmfix.attachment import report, unwrap, wrap
+    from vlmfix.intervention import Intervention, Site
+    from vlmfix.loading import load
+
+_HOMES = {
+    "Intervention": "vlmfix.intervention",
+    "Record": "vlmfix.asking",
+    "Site": "vlmfix.intervention",
+    "ask": "vlmfix.asking",
+    "ask_batch": "vlmfix.asking",
+    "load": "vlmfix.loading",
+    "report": "vlmfix.attachment",
+    "unwrap": "vlmfix.attachment",
+    "wrap": "vlmfix.attachment",
+}
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

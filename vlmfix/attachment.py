@@ -1,0 +1,421 @@
+"""`wrap` and `unwrap`: interventions come on as forward hooks, in place, and go off without a trace."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from vlmfix import attention
+from vlmfix.anatomy import Anatomy, anatomy
+from vlmfix.geometry import Geometry
+from vlmfix.intervention import ATTENTION_STAGES, Idle, Intervention, Interventions, as_interventions
+from vlmfix.state import Call, Generation, Prompt
+
+ATTRIBUTE = "_vlmfix"
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """What is attached to a model, or `None`."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+def wrap(model: nn.Module, interventions: Interventions, processor: Any = None) -> nn.Module:
+    """Put interventions in force on a model, in place, and return the same model.
+
+    `interventions` is a name (`"var"`), a name with settings (`"var:p=0.4,rho=0.8"`), an `Intervention`, or a list; they
+    replace those in force before, are applied in the order given, and wrapping with the same again changes nothing.
+    `processor` (or a tokenizer) lets methods that calibrate themselves read real text instead of random tokens. The model's
+    own `generate`, `pipeline` and `save_pretrained` go on working; `unwrap` takes everything off. `generate` and the forward
+    pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens cannot be told from `input_ids`.
+
+    Raises `ValueError` for unknown methods and unfit settings, `TypeError` for a model that cannot be wrapped.
+    """
+    requested = as_interventions(interventions)
+    old = attached(model)
+    if old is not None and old.requested == requested:
+        return model
+    unwrap(model)
+    try:
+        if requested:
+            Attachment(model, requested, processor).attach()
+    except BaseException:
+        if old is not None:
+            old.attach()
+        raise
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take all interventions off: hooks, attributes and configs are exactly as they were found. Returns the model."""
+    found = attached(model)
+    if found is not None:
+        found.detach()
+    return model
+
+
+@contextmanager
+def wrapped(model: nn.Module, interventions: Interventions, processor: Any = None) -> Iterator[nn.Module]:
+    """`wrap` for the length of a `with` block; what was in force before is in force again after it."""
+    old = attached(model)
+    wrap(model, interventions, processor)
+    try:
+        yield model
+    finally:
+        if attached(model) is not old:
+            unwrap(model)
+            if old is not None:
+                old.attach()
+
+
+def report(model: nn.Module) -> list[dict[str, Any]]:
+    """What each intervention in force did in the last generation (or plain forward pass) of this model.
+
+    One dictionary per intervention: `name`, resolved `settings`, `facts` found on the model (where values came from, why it
+    is idle), and `samples`, one entry per row of the batch; their keys are the method's own and stated in its file.
+    """
+    found = attached(model)
+    return [] if found is None else found.report()
+
+
+@dataclass
+class Entry:
+    """One requested intervention: what runs (`None` if idle) and what was found out about it on this model."""
+
+    requested: Intervention
+    active: Intervention | None
+    facts: dict[str, Any]
+
+
+class _Scope:
+    """One call of `generate`."""
+
+    def __init__(self, prompt_end: int | None, image_mask: Tensor | None):
+        self.prompt_end = prompt_end
+        self.image_mask = image_mask
+        self.generation: Generation | None = None
+        self.position = 0
+
+
+class _Local(threading.local):
+    """What this thread is doing with the model at this moment."""
+
+    scope: _Scope | None = None
+    call: Call | None = None
+    capture: tuple[Tensor, dict[int, Tensor]] | None = None
+
+
+class Attachment:
+    """All that `wrap` puts on one model: hooks, config views and the states of running generations."""
+
+    def __init__(self, model: nn.Module, requested: tuple[Intervention, ...], processor: Any = None):
+        self.model = model
+        self.requested = requested
+        self.anatomy: Anatomy = anatomy(model)
+        self.entries: list[Entry] = []
+        self._forget()
+        for one in requested:
+            try:
+                active, facts = one.resolve(model, self.anatomy, processor)
+                self.entries.append(Entry(one, active, facts))
+            except Idle as idle:
+                warnings.warn(f"{one.name or type(one).__name__} will not act on this model: {idle}", stacklevel=4)
+                self.entries.append(Entry(one, None, {"idle": str(idle)}))
+        self._warned: set[int] = set()
+        self._handles: list[Any] = []
+        self._configs: list[tuple[nn.Module, Any]] = []
+        self._parameters = list(inspect.signature(model.forward).parameters)
+
+    def _forget(self) -> None:
+        self._local = _Local()
+        self._generations: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
+        self._last: Generation | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a wrapped model stay wrapped, but take no running generation along."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_generations", "_last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # ---- on and off -------------------------------------------------------------------------------------------------
+
+    def _active(self) -> list[tuple[int, Intervention]]:
+        return [(i, e.active) for i, e in enumerate(self.entries) if e.active is not None]
+
+    def attach(self) -> None:
+        """Put hooks and config views on; nothing stays behind if that fails half-way."""
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self) -> None:
+        n = len(self.anatomy.layers)
+        by_layer: list[list[tuple[int, Intervention]]] = [[] for _ in range(n)]
+        for i, one in self._active():
+            for layer in one.at_layers(n):
+                by_layer[layer].append((i, one))
+        hooks: list[Any] = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.register_forward_hook(self._after, always_call=True),
+        ]
+        self._handles = hooks
+        for layer, (parts, edits) in enumerate(zip(self.anatomy.layers, by_layer, strict=True)):
+            edit_heads = [(i, e) for i, e in edits if e.overrides("heads")]
+            if edit_heads or any(e.overrides("begin") for _, e in edits):
+                hook = _HeadHook(self, layer, edit_heads)
+                hooks.append(parts.out_proj.register_forward_pre_hook(hook))
+            see_input = [(i, e) for i, e in edits if e.overrides("layer_input")]
+            if see_input:
+                hooks.append(parts.module.register_forward_pre_hook(_InputHook(self, layer, see_input), with_kwargs=True))
+            edit_rows = [(i, e) for i, e in edits if any(e.overrides(stage) for stage in ATTENTION_STAGES)]
+            if edit_rows:
+                view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
+                self._configs.append((parts.attention, parts.attention.config))
+                attention.attach(parts.attention, view)
+        self._generate = self.model.generate  # type: ignore[operator]
+        self.model.__dict__["generate"] = self.generate
+        self.model.__dict__[ATTRIBUTE] = self
+
+    def detach(self) -> None:
+        """Take everything off."""
+        for handle in self._handles:
+            handle.remove()
+        for module, config in self._configs:
+            module.config = config
+        self._handles, self._configs = [], []
+        for name in ("generate", ATTRIBUTE):
+            self.model.__dict__.pop(name, None)
+        self._forget()
+
+    # ---- generations ------------------------------------------------------------------------------------------------
+
+    def call(self) -> Call | None:
+        """The forward pass that this thread is in, or `None`: then the model runs untouched."""
+        return self._local.call
+
+    def generate(self, *args: Any, image_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own `generate`; knows where the prompt ends, and warns if a method never acted."""
+        ids = kwargs.get("inputs_embeds", args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            end: int | None = mask.shape[1]
+        else:
+            end = ids.shape[1] if isinstance(ids, Tensor) else None
+        outer, self._local.scope = self._local.scope, _Scope(end, image_mask)
+        try:
+            out = self._generate(*args, **kwargs)
+            self._warn_idle(self._local.scope.generation)
+            return out
+        finally:
+            self._local.scope, self._local.call = outer, None
+
+    def _warn_idle(self, generation: Generation | None) -> None:
+        for i, one in self._active():
+            if generation is None or i in self._warned:
+                continue
+            samples = one.report(generation.memos[i])
+            if samples and not any(s["acted"] for s in samples):
+                self._warned.add(i)
+                warnings.warn(f"{one.name} did nothing in a whole generation: {one.idle_hint()}", stacklevel=4)
+
+    def report(self) -> list[dict[str, Any]]:
+        """See `vlmfix.report`."""
+        found = []
+        for i, e in enumerate(self.entries):
+            samples = [] if e.active is None or self._last is None else e.active.report(self._last.memos[i])
+            found.append({**describe(e), "samples": samples})
+        return found
+
+    # ---- hooks ------------------------------------------------------------------------------------------------------
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Find out what this forward pass is, and start a generation if it is a prefill."""
+        local, scope = self._local, self._local.scope
+        local.call = None
+        if local.capture is not None:
+            return args, kwargs
+        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        image_mask = kwargs.pop("image_mask", None)
+        embeds, ids, cache = (named.get(k) for k in ("inputs_embeds", "input_ids", "past_key_values"))
+        rows = embeds if embeds is not None else ids
+        if rows is None:
+            raise ValueError("the forward pass got neither input_ids nor inputs_embeds")
+        n_rows = rows.shape[1]
+        start = self._start(cache, scope)
+        generation = self._generation(cache, scope, start)
+        if scope is not None and scope.prompt_end is not None:
+            end = scope.prompt_end if scope.prompt_end > start or start == 0 or generation else start + n_rows
+            image_mask = scope.image_mask if image_mask is None else image_mask
+        else:
+            end = start + n_rows if start == 0 or n_rows > 1 else start
+        n_prompt = min(max(end - start, 0), n_rows)
+        new = generation is None
+        if generation is None:
+            generation = Generation(Geometry.empty(rows.shape[0], rows.device), [{} for _ in self.entries])
+        if n_prompt and generation.geometry.n != start + n_prompt:
+            self._extend(generation, named, rows, start, n_prompt, image_mask)
+        if new:
+            if start or end > n_prompt:
+                self._need_whole_prompt()
+            self._begin(generation, named, n_prompt)
+        if scope is not None:
+            scope.generation, scope.position = generation, start + n_rows
+        local.call = Call(generation, start, n_rows, n_prompt)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        call, self._local.call = self._local.call, None
+        if call is None or output is None:
+            return
+        self._last = call.generation
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._generations[cache] = call.generation
+
+    def _start(self, cache: Any, scope: _Scope | None) -> int:
+        """Tokens in the cache."""
+        if cache is None:
+            return 0
+        length = cache.get_seq_length()
+        if isinstance(length, Tensor):  # a static cache: asking it would wait for the device at every token
+            return scope.position if scope is not None and scope.generation is not None else int(length)
+        return length
+
+    def _generation(self, cache: Any, scope: _Scope | None, start: int) -> Generation | None:
+        """The generation that this pass continues; `None` for a new one."""
+        if cache is None or start == 0:
+            return scope.generation if scope is not None and cache is None else None
+        found = scope.generation if scope is not None and scope.generation is not None else self._generations.get(cache)
+        if found is None:
+            raise ValueError(
+                f"the cache holds {start} tokens that were computed without these interventions, so their geometry is not "
+                f"known; start from an empty cache, or unwrap the model"
+            )
+        return found
+
+    def _extend(
+        self, generation: Generation, named: dict[str, Any], rows: Tensor, start: int, n: int, image_mask: Tensor | None
+    ) -> None:
+        """Add a piece of prompt, the rows `start .. start + n`, to the geometry."""
+        batch, ids = rows.shape[0], named.get("input_ids")
+        if image_mask is not None:
+            given = image_mask.to(rows.device, torch.bool)
+            if given.dim() != 2 or batch % given.shape[0] or given.shape[1] < start + n:
+                raise ValueError(f"image_mask: expected bool of shape {(batch, start + n)}, got {tuple(given.shape)}")
+            image = given.repeat_interleave(batch // given.shape[0], dim=0)[:, start : start + n]
+        elif named.get("inputs_embeds") is None and ids is not None and self.anatomy.image_token_ids:
+            image = torch.zeros_like(ids[:, :n], dtype=torch.bool)
+            for token in self.anatomy.image_token_ids:
+                image |= ids[:, :n] == token
+        else:
+            raise ValueError(
+                "cannot tell which tokens are image tokens: the prompt has no placeholder ids; give image_mask=(batch, tokens) bool"
+            )
+        valid = _valid(named.get("attention_mask"), image, start)
+        if generation.geometry.image.shape[0] != batch:
+            raise ValueError(f"the cache holds {generation.geometry.image.shape[0]} sequences, the new prompt has {batch}")
+        generation.geometry = generation.geometry.extended(start, image, valid)
+
+    def _need_whole_prompt(self) -> None:
+        for _, one in self._active():
+            if one.whole_prompt:
+                raise ValueError(f"{one.name} needs the whole prompt in one pass; leave out prefill_chunk_size")
+
+    def _begin(self, generation: Generation, named: dict[str, Any], n: int) -> None:
+        """Let interventions prepare: passes of their own run here, before the first pass, and untouched."""
+        prompt = Prompt(
+            generation.geometry,
+            embeddings=lambda: self._embeddings(named, n),
+            text_pass=lambda x, mask: self.anatomy.decoder(inputs_embeds=x, attention_mask=mask.long(), use_cache=False),
+            image_pass=lambda: self.model(**{**named, "past_key_values": None, "use_cache": False}),
+            capture=self._capture,
+        )
+        for i, one in self._active():
+            one.begin(prompt, generation.memos[i])
+
+    def _embeddings(self, named: dict[str, Any], n: int) -> Tensor:
+        if named.get("inputs_embeds") is not None:
+            return named["inputs_embeds"][:, :n]
+        embed = self.model.get_input_embeddings()  # type: ignore[operator]
+        ids = named["input_ids"][:, :n]
+        return embed(ids.clamp(max=embed.weight.shape[0] - 1))  # some placeholder ids lie outside the table
+
+    def _capture(self, run: Callable[[], Any], positions: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
+        """Head outputs (B, H, d) at `positions` (B,) of a pass with nothing in force."""
+        found: dict[int, Tensor] = {}
+        self._local.capture = (positions, found)
+        try:
+            with torch.no_grad():
+                run()
+            return {layer: found[layer] for layer in layers}
+        finally:
+            self._local.capture = None
+
+
+class _HeadHook:
+    """Forward pre-hook on one output projection: the heads stage."""
+
+    def __init__(self, attachment: Attachment, layer: int, edits: list[tuple[int, Intervention]]):
+        self.attachment, self.layer, self.edits = attachment, layer, edits
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        a, local = self.attachment.anatomy, self.attachment._local
+        x = args[0]
+        o = x.reshape(*x.shape[:-1], a.n_heads, a.head_dim)
+        if local.capture is not None:
+            positions, found = local.capture
+            found[self.layer] = o[torch.arange(len(o), device=o.device), positions.to(o.device)]
+        call = local.call
+        if call is None or not self.edits:
+            return None
+        for i, one in self.edits:
+            site = call.site(i, one, self.layer, len(a.layers), call.start + call.n_rows, slice(None))
+            o = one.heads(o, site)
+        return (o.reshape(x.shape), *args[1:])
+
+
+class _InputHook:
+    """Forward pre-hook on one decoder layer: shows interventions the layer's input, for the prompt's rows only."""
+
+    def __init__(self, attachment: Attachment, layer: int, edits: list[tuple[int, Intervention]]):
+        self.attachment, self.layer, self.edits = attachment, layer, edits
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.attachment.call()
+        if call is None or call.n_prompt == 0:
+            return
+        x = args[0] if args else kwargs["hidden_states"]
+        for i, one in self.edits:
+            site = call.prompt_site(i, self.layer, len(self.attachment.anatomy.layers))
+            one.layer_input(x[:, : call.n_prompt], site)
+
+
+def describe(entry: Entry) -> dict[str, Any]:
+    """An intervention for a record: name, settings as resolved on the model, and the facts found."""
+    return {**(entry.active or entry.requested).to_json(), "facts": entry.facts}
+
+
+def _valid(mask: Any, image: Tensor, start: int) -> Tensor:
+    """(B, n) bool: which prompt rows `start..` are no padding, from any form of attention mask."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return torch.ones_like(image)
+    if mask.dim() == 4:
+        last = mask[:, 0, -1]
+        mask = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    n = image.shape[1]
+    piece = mask[:, start : start + n] if mask.shape[1] >= start + n else mask[:, -n:]
+    return piece.to(image.device).bool().expand_as(image)

@@ -1,0 +1,278 @@
+"""What an intervention is: a frozen dataclass that overrides the stages that it edits.
+
+This module imports no torch, so that `vlmfix methods` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vlmfix.anatomy import Anatomy
+    from vlmfix.geometry import Geometry
+    from vlmfix.state import Prompt
+
+Rows = Literal["last", "after_last_image", "text", "all"]
+STAGES = ("scores", "weights", "heads")
+ATTENTION_STAGES = ("scores", "weights")
+
+
+class Idle(Exception):
+    """Raised by `Intervention.resolve`: this model gives the method nothing to act on. Becomes a warning, never silence."""
+
+
+@dataclass
+class Site:
+    """Where in the model and in the sequence an edit happens. B samples (or beams), R rows, K keys of this call."""
+
+    layer: int
+    """Decoder layer, 0-based."""
+    n_layers: int
+    """Decoder layers of the model."""
+    geometry: Geometry
+    """What the K keys are: masks of shape (B, K)."""
+    rows: Tensor | None
+    """(B, R) bool: rows that this intervention may edit here. `None` in `layer_input`, where nothing is edited."""
+    start: int
+    """Position of the first row of this forward pass."""
+    first_key: int
+    """Position of the first of the K keys: 0, but in layers that keep only a window of keys."""
+    memo: dict[str, Any]
+    """This intervention's own state of this generation: born at the prefill, gone afterwards."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A training-free edit of a model's forward pass. Fields are the method's settings; a stage is a method to override.
+
+    | stage | gets and returns | where |
+    |---|---|---|
+    | `scores`  | (B, H, R, K) float32, before softmax | rows named by `rows` |
+    | `weights` | (B, H, R, K) float32, after softmax | rows named by `rows` |
+    | `heads`   | (B, Q, H, d) head outputs before the output projection, the model's dtype | all rows |
+
+    Stages return their input untouched where they change nothing: rows that come back unchanged keep the original
+    kernel's output bit for bit.
+    """
+
+    name: ClassVar[str] = ""
+    """Name on the command line."""
+    summary: ClassVar[str] = ""
+    """What it does, in one clause."""
+    paper: ClassVar[str] = ""
+    """Where it was published."""
+    cost: ClassVar[str] = ""
+    """What it costs over the untouched model."""
+    rows: ClassVar[Rows] | Rows = "last"
+    """Prompt rows that the attention stages edit; rows of generated tokens always belong. A subclass may make it a field."""
+    whole_prompt: ClassVar[bool] = False
+    """True: the prompt must go through the model in one piece (no chunked prefill)."""
+
+    def at_layers(self, n_layers: int) -> Iterable[int]:
+        """Decoder layers whose stages run, of a model with `n_layers` layers."""
+        return range(n_layers)
+
+    def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[Intervention, dict[str, Any]]:
+        """Fill settings left `None` from facts about the loaded model.
+
+        Returns the filled intervention and what else a result should record (origin of the values, ...).
+        Raises `Idle` where the model gives nothing to act on and `ValueError` where a setting does not fit the model.
+        """
+        return self, {}
+
+    def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
+        """Run before the first pass of a generation, with the whole prompt."""
+
+    def layer_input(self, x: Tensor, site: Site) -> None:
+        """See the input of a layer, (B, Q, D), for the prompt's rows: `site.start` is the position of the first."""
+
+    def scores(self, s: Tensor, site: Site) -> Tensor:
+        """Edit attention scores."""
+        return s
+
+    def weights(self, a: Tensor, site: Site) -> Tensor:
+        """Edit attention weights."""
+        return a
+
+    def heads(self, o: Tensor, site: Site) -> Tensor:
+        """Edit head outputs."""
+        return o
+
+    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+        """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the keys."""
+        return []
+
+    def idle_hint(self) -> str:
+        """What to suspect first when it never acted."""
+        return "check its settings against this model."
+
+    @classmethod
+    def overrides(cls, method: str) -> bool:
+        """Whether this class has its own version of a stage or of `begin`, `layer_input`, ..."""
+        return getattr(cls, method) is not getattr(Intervention, method)
+
+    @classmethod
+    def stages(cls) -> tuple[str, ...]:
+        """Stages that this method edits."""
+        return tuple(stage for stage in STAGES if cls.overrides(stage))
+
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        """What else it needs from the model: layer inputs, a pass before the first."""
+        wants = {"layer_input": "layer inputs", "begin": "a pass before the first"}
+        return tuple(text for method, text in wants.items() if cls.overrides(method))
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and settings, JSON-ready; `from_json` is the way back."""
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"name": self.name or f"{type(self).__module__}:{type(self).__qualname__}", **settings}
+
+    def __call__(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """`with VAR(p=0.4)(model): ...`: in force inside the block, and as it was before after it."""
+        from vlmfix.attachment import wrapped
+
+        return wrapped(model, self)
+
+
+Interventions = Union[None, str, Intervention, Sequence[Union[str, Intervention]]]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known ones, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+
+
+def method_class(name: str) -> type[Intervention]:
+    """The class behind a name of the registry or behind `package.module:Class`. `ValueError` if there is none."""
+    from vlmfix.hooks import REGISTRY
+
+    path = name if ":" in name else REGISTRY.get(name)
+    if path is None:
+        raise ValueError(f"unknown method {name!r}; {did_you_mean(name, ['none', *REGISTRY])}")
+    module, _, attribute = path.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {name!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Intervention)):
+        raise ValueError(f"method {name!r} is not a subclass of vlmfix.Intervention")
+    return cls
+
+
+def make(name: str, settings: dict[str, Any]) -> Intervention:
+    """An intervention from its name and settings. `ValueError` names unknown settings."""
+    cls = method_class(name)
+    known = [f.name for f in fields(cls)]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}; {did_you_mean(key, known)}")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    try:
+        return cls(**settings)
+    except TypeError as error:
+        raise ValueError(f"{name}: a setting has a value of the wrong kind ({error})") from error
+
+
+def from_json(data: dict[str, Any]) -> Intervention:
+    """The way back from `Intervention.to_json`."""
+    return make(data["name"], {k: v for k, v in data.items() if k != "name"})
+
+
+def _value(text: str) -> Any:
+    """`0.4`, `true`, `none`, `1/18-31` (a tuple of whole numbers, ranges inclusive), else text."""
+    simple = {"true": True, "false": False, "none": None}
+    if text.lower() in simple:
+        return simple[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    parts = text.split("/")
+    ranges = [part.split("-") for part in parts if part]
+    if text and all(len(r) <= 2 and all(x.isdigit() for x in r) for r in ranges):
+        return tuple(n for r in ranges for n in range(int(r[0]), int(r[-1]) + 1))
+    return text
+
+
+def parse(spec: str) -> tuple[Intervention, ...]:
+    """`"var"`, `"var:p=0.4,rho=0.8"`, `"var+vhr:alpha=1.5"`, `"my.module:Class:k=3"` or `"none"`, as interventions."""
+    found = []
+    for part in spec.strip().split("+"):
+        pieces = part.strip().split(":")
+        n_name = 2 if "." in pieces[0] and len(pieces) > 1 else 1
+        name, text = ":".join(pieces[:n_name]), ":".join(pieces[n_name:])
+        if name == "none" and not text:
+            continue
+        settings = {}
+        for item in filter(None, text.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ValueError(f"{spec!r}: expected setting=value after the colon, got {item!r}")
+            settings[key.strip()] = _value(value.strip())
+        found.append(make(name, settings))
+    return tuple(found)
+
+
+def split_methods(text: str) -> list[str]:
+    """Cut `"none,var:p=0.4,rho=0.8,vhr"` into its methods: a piece that reads `setting=value` belongs to the one before."""
+    methods: list[str] = []
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        continues = methods and "=" in piece and ":" not in piece.partition("=")[0]
+        if continues:
+            methods[-1] += "," + piece
+        else:
+            methods.append(piece)
+    return methods
+
+
+def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
+    """Any accepted form (a name, a name with settings, an instance, a list of these, `None`) as a tuple of instances."""
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return parse(given)
+    if isinstance(given, Intervention):
+        return (given,)
+    if isinstance(given, Sequence):
+        return tuple(one for item in given for one in as_interventions(item))
+    raise TypeError(f"interventions: expected a name, an Intervention or a list of these, got {type(given).__name__}")
+
+
+def spec_of(interventions: Sequence[Intervention]) -> str:
+    """A short label: names with the settings that differ from the defaults, joined by `+`; `none` for an empty list."""
+    parts = []
+    for one in interventions:
+        changed = []
+        for f in fields(one):
+            value = getattr(one, f.name)
+            if value != f.default:
+                changed.append(f"{f.name}={'/'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        parts.append((one.name or type(one).__name__) + (":" + ",".join(changed) if changed else ""))
+    return "+".join(parts) or "none"
+
+
+__all__ = [
+    "STAGES",
+    "Idle",
+    "Intervention",
+    "Interventions",
+    "Site",
+    "as_interventions",
+    "from_json",
+    "make",
+    "method_class",
+    "parse",
+    "replace",
+    "spec_of",
+    "split_methods",
+]
