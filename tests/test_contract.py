@@ -236,8 +236,6 @@ def test_comes_off_after_an_exception(method):
 def test_two_threads(method, architecture):
     model = build(architecture)
     prompts = [picture_prompt(model, seed=s, lengths=[4 + 3 * s]) for s in range(2)]
-    if architecture == "qwen2_5_vl":
-        pytest.skip("transformers keeps rope_deltas of Qwen2.5-VL on the model: not thread-safe untouched either")
     with INTERVENTIONS[method](model):
         one_by_one = [answer(model, p, max_new_tokens=24) for p in prompts]
         found = [None, None]

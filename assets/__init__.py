@@ -1,0 +1,1 @@
+"""Data files: each folder says what it holds, where it comes from and under which licence."""

@@ -1,0 +1,1 @@
+"""Benchmarks, scorers, statistics and reports. Nothing here but the runner imports torch."""

@@ -1,0 +1,548 @@
+"""CHAIR: which objects a caption names, and which of them are not in the picture.
+
+Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1809.02156. The variant here is
+`rohrbach`: every token is made singular as pattern.en does it, and the ground truth is made with the same rule. It
+reproduces LisaAnne/Hallucination and Maxlinn/CHAIR-metric-standalone, known defects included ("bus" becomes "bu" and
+never counts).
+
+    truth = ground_truth("instances_val2014.json", "captions_val2014.json")
+    scores = score_captions([("COCO_val2014_000000000042.jpg", "A dog on a couch.")], truth)
+    sums = {name: column.sum() for name, column in counts(scores).items()}
+    METRICS["CHAIR_S"](sums), METRICS["CHAIR_I"](sums)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import io
+import json
+import operator
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+
+_TABLES = files("vlmfix.assets") / "chair"
+
+_SENTENCE_END = re.compile(r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+""")
+_CLOSERS = frozenset("""])}>"'»”’""")
+_SYMBOLS = r"""\[\](){}<>;@#$%&?!*"«»“”‘’„\u2012-\u2015"""
+_SCAN = re.compile(
+    rf"(?P<symbol>\.\.+|--|`+|''|[{_SYMBOLS}]|[:,](?!\d))"
+    rf"|(?:[^\s`{_SYMBOLS}.\-',:]+|(?!\.\.|--|''|[:,](?!\d))[.\-',:])+"
+)
+_OPENING_QUOTE = re.compile(r"'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)")
+_ENDING = re.compile(r"(.*[^'])(n't|'ll|'re|'ve|'s|'m|'d|')")
+_TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "gimme", "lemme", "wanna"))  # each parts after its third letter
+
+
+@dataclass(frozen=True)
+class Token:
+    """A word or sign of a caption: its text in lower case, and its characters in the caption (end excluded)."""
+
+    text: str
+    start: int
+    end: int
+
+
+def tokenize(caption: str) -> list[Token]:
+    """Words and signs of a caption, lower-cased, as NLTK's `word_tokenize` (Punkt, then Treebank rules) parts them.
+
+    Needs no NLTK and no data. Known abbreviations ("Mr.", "p.m.") keep no full stop here; no object depends on them.
+    """
+    text = caption.lower()
+    origin = range(len(caption) + 1)
+    if len(text) != len(caption):  # U+0130 lower-cases to two characters
+        origin = [at for at, char in enumerate(caption) for _ in char.lower()]  # type: ignore[assignment]
+    return [
+        Token(text[start:end], origin[start], origin[end - 1] + 1)
+        for sentence_start, sentence_end in _sentences(text)
+        for start, end in _words(text, sentence_start, sentence_end)
+    ]
+
+
+def _sentences(text: str) -> Iterator[tuple[int, int]]:
+    start = 0
+    for gap in _SENTENCE_END.finditer(text):
+        yield start, gap.start()
+        start = gap.end()
+    yield start, len(text)
+
+
+def _words(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Spans of the words in one sentence: a final full stop is a word of its own, inner ones stay in theirs."""
+    last = end
+    while last > start and (text[last - 1] in _CLOSERS or text[last - 1].isspace()):
+        last -= 1
+    stop = last - 1
+    if last - start < 2 or text[stop] != "." or text[stop - 1] == ".":
+        yield from _scan(text, start, end)
+        return
+    yield from _scan(text, start, stop)
+    yield stop, stop + 1
+    yield from _scan(text, stop + 1, end)
+
+
+def _scan(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    for match in _SCAN.finditer(text, start, end):
+        if match["symbol"]:
+            yield match.span()
+            continue
+        at = match.start()
+        for piece in _pieces(match[0]):
+            yield at, at + len(piece)
+            at += len(piece)
+
+
+def _pieces(run: str) -> list[str]:
+    """Part quotes, contractions and fused words: "'dogs'" -> ' dogs ', "isn't" -> is n't, "cannot" -> can not."""
+    before, after = [], []
+    if "'" in run:
+        if _OPENING_QUOTE.match(run):
+            before, run = ["'"], run[1:]
+        if ending := _ENDING.fullmatch(run):
+            run, after = ending[1], [ending[2]]
+    return [*before, *((run[:3], run[3:]) if run in _TWO_WORDS else (run,)), *after]
+
+
+@dataclass(frozen=True)
+class _SingularRules:
+    prepositions: frozenset[str]
+    suffixes_of_unchanged: frozenset[str]
+    unchanged_endings: tuple[str, ...]
+    irregular_endings: tuple[tuple[str, str], ...]
+    rules: tuple[tuple[re.Pattern[str], str], ...]
+
+
+@cache
+def _singular_rules() -> _SingularRules:
+    tables = json.loads((_TABLES / "singular_rules.json").read_text("utf-8"))
+    return _SingularRules(
+        prepositions=frozenset(tables["prepositions"]),
+        suffixes_of_unchanged=frozenset(
+            word[at:] for word in tables["unchanged_if_suffix_of"] for at in range(len(word) + 1)
+        ),
+        unchanged_endings=tuple(f"{ending}s" for ending in tables["unchanged_if_ends_with_plus_s"]),
+        irregular_endings=tuple((plural, singular) for plural, singular in tables["irregular_endings"]),
+        rules=tuple((re.compile(pattern), replacement) for pattern, replacement in tables["rules"]),
+    )
+
+
+@lru_cache(maxsize=1 << 16)
+def singularize(word: str) -> str:
+    """What pattern.en's `singularize` makes of a lower-case word: "women" -> "woman", but also "bus" -> "bu".
+
+    Tables from clips/pattern, pattern/text/en/inflect.py (BSD-3-Clause).
+    """
+    tables = _singular_rules()
+    parts = word.split("-")
+    if len(parts) > 1 and parts[1] in tables.prepositions:  # mothers-in-law
+        return "-".join((singularize(parts[0]), *parts[1:]))
+    if word.endswith("'"):
+        stem = word.rstrip("'")
+        return singularize(stem) + "'s" * (len(word) - len(stem))
+    if word in tables.suffixes_of_unchanged or word.endswith(tables.unchanged_endings):
+        return word
+    for plural, singular in tables.irregular_endings:
+        if word.endswith(plural):
+            return word.removesuffix(plural) + singular
+    for pattern, replacement in tables.rules:
+        if pattern.search(word):
+            return pattern.sub(replacement, word)
+    return word
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The objects that count and the words that name them. `Vocabulary.load()` gives the 80 objects of COCO."""
+
+    node_of: Mapping[str, str]
+    """Word or pair of words -> its node, the name of the object. Nodes are among the words."""
+    double_words: Mapping[str, str]
+    """Two normalised words that are read as one, and what they are read as: "wine glas" -> "wine glass"."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None) -> Vocabulary:
+        """Read a synonyms file: one object a line, entries separated by a comma and one blank, the first is the node.
+
+        Without a path, the list of Rohrbach et al. for COCO. Their pairs of words ("hot dog", "train track") hold for
+        every file; a file's own entries of two words are added to them. Captions are lower-cased and made singular
+        before they are looked up, so an entry that `singularize` alters ("bus" -> "bu") needs that form as a synonym.
+
+        Raises:
+            ValueError: the file holds no entry, or a word stands for two objects.
+        """
+        return _coco_vocabulary() if path is None else _parse_vocabulary(Path(path).read_text("utf-8"), str(path))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the objects, in the order of the file."""
+        return tuple(dict.fromkeys(self.node_of.values()))
+
+    def node(self, name: str) -> str:
+        """The object that a name or synonym stands for; ValueError, with the nearest names, for any other."""
+        if name in self.node_of:
+            return self.node_of[name]
+        near = difflib.get_close_matches(name, self.node_of, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "add it to the synonyms file."
+        raise ValueError(f"{name!r} is neither an object nor a synonym in this vocabulary: {hint}")
+
+
+@cache
+def _coco_vocabulary() -> Vocabulary:
+    return _parse_vocabulary((_TABLES / "synonyms.txt").read_text("utf-8"), "synonyms.txt")
+
+
+def _parse_vocabulary(text: str, source: str) -> Vocabulary:
+    node_of: dict[str, str] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        node, *_ = entries = line.split(", ")
+        for entry in entries:
+            if node_of.setdefault(entry, node) != node:
+                raise ValueError(
+                    f"{source}: {entry!r} stands for both {node_of[entry]!r} and {node!r}; keep it in one of the lines."
+                )
+    if not node_of:
+        raise ValueError(f"{source} holds no synonyms; expected one object per line: name, synonym, synonym.")
+    double_words = json.loads((_TABLES / "double_words.json").read_text("utf-8"))
+    for entry, node in node_of.items():
+        first, _, second = entry.partition(" ")
+        # A pair whose second word names the same object ("dining table") counts the same without being joined.
+        if first and second and " " not in second and entry not in double_words and node_of.get(second) != node:
+            double_words[entry] = double_words[f"{singularize(first)} {singularize(second)}"] = entry
+    return Vocabulary(node_of, double_words)
+
+
+@dataclass(frozen=True)
+class Mention:
+    """One naming of an object in a caption."""
+
+    word: str
+    """The word as looked up: singular, pairs joined."""
+    node: str
+    """The object."""
+    index: int
+    """Which token of the caption, the first of a pair."""
+    start: int
+    """First character in the caption."""
+    end: int
+    """Character after the last one."""
+
+
+def rohrbach(tokens: Sequence[Token]) -> list[str]:
+    """The normaliser of the variant `rohrbach`: every token made singular, verbs and pronouns too."""
+    return [singularize(token.text) for token in tokens]
+
+
+def mentions(caption: str, vocabulary: Vocabulary | None = None) -> list[Mention]:
+    """Every object that a caption names, in order, one entry per naming (`utils/chair.py` of LisaAnne/Hallucination).
+
+    Spans point into the caption as given. They are right also after "toilet seat", where the reference's indices slip.
+    """
+    vocabulary = vocabulary or _coco_vocabulary()
+    tokens = tokenize(caption)
+    items = list(_join_pairs(rohrbach(tokens), vocabulary.double_words))
+    words = {word for word, _, _ in items}
+    skip = "seat" if "toilet" in words else None  # the seat of a toilet is no chair, and no other seat is either
+    return [
+        Mention(word, vocabulary.node_of[word], first, tokens[first].start, tokens[last].end)
+        for word, first, last in items
+        if word in vocabulary.node_of and word != skip
+    ]
+
+
+def _join_pairs(words: Sequence[str], double_words: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:
+    """Yield word, first and last token, with known pairs joined greedily from the left."""
+    at = 0
+    while at < len(words):
+        pair = double_words.get(" ".join(words[at : at + 2]))
+        last = at if pair is None else at + 1
+        yield words[at] if pair is None else pair, at, last
+        at = last + 1
+
+
+def image_key(image: int | str | os.PathLike[str]) -> int:
+    """The number of an image: 42, "42", "COCO_val2014_000000000042.jpg" and any path to such a file give 42.
+
+    The number is the last group of digits of the file name without its ending. Raises ValueError if there is none.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        digits = re.findall(r"[0-9]+", PureWindowsPath(os.fsdecode(image)).stem)  # knows both kinds of slashes
+        if digits and len(digits[-1]) <= 18:
+            return int(digits[-1])
+    else:
+        with contextlib.suppress(TypeError):
+            if not isinstance(image, bool) and (key := operator.index(image)) >= 0:
+                return key
+    raise ValueError(
+        f"{image!r} names no image; expected a number of up to 18 digits, or a file name that ends in one."
+    )
+
+
+def read_coco(path: str | os.PathLike[str]) -> COCO:
+    """Read annotations in COCO format, plain or gzipped, without the messages that pycocotools prints.
+
+    Raises:
+        ValueError: the file is no JSON, or not in COCO format.
+    """
+    path = Path(path)
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    coco = COCO()
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            coco.dataset = json.load(file)
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON file in COCO format ({type(error).__name__}: {error}).") from error
+    if not coco.imgs:
+        raise ValueError(f"{path} lists no images; expected COCO format with the keys images and annotations.")
+    return coco
+
+
+def instance_categories(path: str | os.PathLike[str]) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Images of an instances file in COCO format (`id`, `file_name`, ...), each with the categories annotated on it.
+
+    Crowd annotations count. Category names stand in the order of the image's annotations, each once.
+
+    Raises:
+        ValueError: an annotation refers to an image or a category that the file does not list.
+    """
+    coco = read_coco(path)
+    if not coco.anns:
+        raise ValueError(f"{path} holds no annotations; give an instances file.")
+    if lost := coco.imgToAnns.keys() - coco.imgs.keys():
+        raise ValueError(f"{path} annotates {len(lost)} images that it does not list, such as {min(map(str, lost))}.")
+    try:
+        names = {key: category["name"] for key, category in coco.cats.items()}
+        return [
+            (
+                image,
+                tuple(dict.fromkeys(names[annotation["category_id"]] for annotation in coco.imgToAnns.get(key, ()))),
+            )
+            for key, image in coco.imgs.items()
+        ]
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the category or category name {error}; give an instances file.") from error
+
+
+def ground_truth(
+    instances: str | os.PathLike[str],
+    captions: str | os.PathLike[str] | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> dict[int, frozenset[str]]:
+    """Objects in each image: its annotated instances, and what human captions name, by `image_key` of the image's id.
+
+    Files are in COCO format, plain or gzipped. CHAIR's own ground truth uses both; captions go through the same
+    normaliser as the captions that are scored. Captions of other images are passed over.
+
+    Raises:
+        ValueError: a category is not in the vocabulary, an image has no caption, or two images share a number: the same
+            in their ids, or one in its file name and the other in its id.
+    """
+    vocabulary = vocabulary or _coco_vocabulary()
+    images = instance_categories(instances)
+    truth = {image_key(image["id"]): {vocabulary.node(name) for name in names} for image, names in images}
+    if len(truth) < len(images):
+        raise ValueError(f"{instances}: {len(images)} image ids hold only {len(truth)} different numbers; number them.")
+    for image, _ in images:
+        _check_file_name(image, truth.keys(), instances)
+    if captions is not None:
+        _add_captions(truth, captions, vocabulary)
+    return {key: frozenset(objects) for key, objects in truth.items()}
+
+
+def _check_file_name(image: dict[str, Any], keys: Collection[int], path: str | os.PathLike[str]) -> None:
+    try:
+        named = image_key(image["file_name"])
+    except (KeyError, ValueError):
+        return
+    if named != image_key(image["id"]) and named in keys:
+        raise ValueError(
+            f"{path}: the file of image {image['id']} is {image['file_name']!r}, the number of another image; "
+            "give images the ids that their file names bear."
+        )
+
+
+def _add_captions(truth: dict[int, set[str]], path: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
+    bare = set(truth)
+    for annotation in read_coco(path).anns.values():
+        if not isinstance(annotation.get("caption"), str):
+            raise ValueError(f"{path}: annotation {annotation['id']} has no caption; give a captions file.")
+        key = image_key(annotation["image_id"])
+        if key in truth:
+            truth[key].update(mention.node for mention in mentions(annotation["caption"], vocabulary))
+            bare.discard(key)
+    if bare:
+        raise ValueError(
+            f"{path} holds no caption for {len(bare)} of {len(truth)} images ({_first(sorted(bare))}); "
+            "give the captions of the same images, or none."
+        )
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[int, frozenset[str]]:
+    """Read a packed ground truth: JSON, plain or gzipped, `{"objects": [name, ...], "images": {"42": "10000", ...}}`.
+
+    Each image has a hexadecimal mask; bit k stands for objects[k].
+    """
+    path = Path(path)
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            packed = json.load(file)
+        objects = packed["objects"]
+        masks = {image_key(image): int(mask, 16) for image, mask in packed["images"].items()}
+        if any(mask < 0 or mask >> len(objects) for mask in masks.values()):
+            raise ValueError(f"a mask has a bit beyond the {len(objects)} objects")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a packed ground truth ({type(error).__name__}: {error}).") from error
+    sets = {
+        mask: frozenset(name for bit, name in enumerate(objects) if mask >> bit & 1) for mask in set(masks.values())
+    }
+    return {image: sets[mask] for image, mask in masks.items()}
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """One caption against the objects of its image. Figures of a single caption are 0 where they are undefined."""
+
+    image_id: int
+    caption: str
+    mentions: tuple[Mention, ...]
+    truth: frozenset[str]
+
+    @property
+    def hallucinated(self) -> tuple[Mention, ...]:
+        """The mentions of objects that are not in the image."""
+        return tuple(mention for mention in self.mentions if mention.node not in self.truth)
+
+    @property
+    def objects(self) -> frozenset[str]:
+        """The objects named, each once."""
+        return frozenset(mention.node for mention in self.mentions)
+
+    @property
+    def words(self) -> int:
+        """Length of the caption in white-space separated words."""
+        return len(self.caption.split())
+
+    @property
+    def repeated(self) -> bool:
+        """Whether more than a fifth of the caption's 4-grams of lower-case words are repeats of others."""
+        words = self.caption.lower().split()
+        grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+        return bool(grams) and 1 - len(set(grams)) / len(grams) > 0.2
+
+    @property
+    def chair_s(self) -> int:
+        """1 if any mention is hallucinated, else 0."""
+        return int(bool(self.hallucinated))
+
+    @property
+    def chair_i(self) -> float:
+        """Share of the mentions that are hallucinated."""
+        return len(self.hallucinated) / max(len(self.mentions), 1)
+
+    @property
+    def recall(self) -> float:
+        """Share of the image's objects that are named."""
+        return len(self.objects & self.truth) / max(len(self.truth), 1)
+
+    @property
+    def precision(self) -> float:
+        """Share of the objects named that are in the image."""
+        return len(self.objects & self.truth) / max(len(self.objects), 1)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall."""
+        return 2 * len(self.objects & self.truth) / max(len(self.objects) + len(self.truth), 1)
+
+
+def score_captions(
+    captions: Iterable[tuple[int | str | os.PathLike[str], str]],
+    truth: Mapping[int, frozenset[str]],
+    vocabulary: Vocabulary | None = None,
+) -> list[CaptionScore]:
+    """Score captions, given with their images (anything `image_key` takes), in order. An empty caption counts.
+
+    Raises:
+        ValueError: a caption is no text, an image comes twice, or the ground truth does not cover it.
+    """
+    pairs = [(image_key(image), caption) for image, caption in captions]
+    for key, caption in pairs:
+        if not isinstance(caption, str):
+            raise ValueError(f"the caption of image {key} is {type(caption).__name__}; expected text.")
+    keys = [key for key, _ in pairs]
+    if doubled := [key for key, n in Counter(keys).items() if n > 1]:
+        raise ValueError(f"{len(doubled)} images have more than one caption ({_first(doubled)}); give one each.")
+    if unknown := [key for key in keys if key not in truth]:
+        covered = f"{len(truth)} images, {min(truth)} to {max(truth)}" if truth else "no image"
+        raise ValueError(
+            f"{len(unknown)} of {len(keys)} images have no ground truth ({_first(unknown)}); it covers {covered}. "
+            "Load the split that holds them, or make theirs with ground_truth(instances, captions)."
+        )
+    return [CaptionScore(key, caption, tuple(mentions(caption, vocabulary)), truth[key]) for key, caption in pairs]
+
+
+def _first(keys: Sequence[int], most: int = 3) -> str:
+    return ", ".join(map(str, keys[:most])) + (", ..." if len(keys) > most else "")
+
+
+def clusters(scores: Sequence[CaptionScore]) -> list[int]:
+    """The image of each entry of `counts`: the unit of resampling."""
+    return [score.image_id for score in scores]
+
+
+def counts(scores: Sequence[CaptionScore]) -> dict[str, np.ndarray]:
+    """What the metrics are made of: additive counts, one float per caption, in order."""
+    columns: dict[str, Callable[[CaptionScore], float]] = {
+        "captions": lambda score: 1,
+        "hallucinated_captions": lambda score: score.chair_s,
+        "mentions": lambda score: len(score.mentions),
+        "hallucinated_mentions": lambda score: len(score.hallucinated),
+        "unique_mentions": lambda score: len(score.objects),
+        "true_unique": lambda score: len(score.objects & score.truth),
+        "truth": lambda score: len(score.truth),
+        "words": lambda score: score.words,
+        "repeated": lambda score: score.repeated,
+    }
+    return {name: np.array([count(score) for score in scores], dtype=float) for name, count in columns.items()}
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Quotient, nan where the denominator is 0."""
+    numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def f1(hits: np.ndarray, named: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Harmonic mean of precision hits/named and recall hits/present, nan where one of them is."""
+    return ratio(2 * np.asarray(hits, float), np.where(np.multiply(named, present) == 0, 0, np.add(named, present)))
+
+
+METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
+    "CHAIR_S": lambda n: ratio(n["hallucinated_captions"], n["captions"]),
+    "CHAIR_I": lambda n: ratio(n["hallucinated_mentions"], n["mentions"]),
+    "recall": lambda n: ratio(n["true_unique"], n["truth"]),
+    "precision": lambda n: ratio(n["true_unique"], n["unique_mentions"]),
+    "F1": lambda n: f1(n["true_unique"], n["unique_mentions"], n["truth"]),
+    "CHAIR_I_unique": lambda n: ratio(n["unique_mentions"] - n["true_unique"], n["unique_mentions"]),
+    "words": lambda n: ratio(n["words"], n["captions"]),
+    "repetition": lambda n: ratio(n["repeated"], n["captions"]),
+}
+"""Metric -> its value from *summed* counts (arrays of any shape): a share, for `words` a mean; nan where undefined.
+
+Shares of mentions (CHAIR_I) and of captions (CHAIR_S, repetition) follow Rohrbach et al.; recall, precision, F1 and
+CHAIR_I_unique count each object once per caption (LALBJ/PAI, `eval_script`).
+"""
