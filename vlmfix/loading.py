@@ -1,0 +1,53 @@
+"""`load`: a model and its processor, embedded, from the Hub, or from a folder."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+EMBEDDED = {"tiny": "tiny-llava", "tiny-sinks": "tiny-llava-sinks"}
+
+
+def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[nn.Module, Any]:
+    """A vision-language model, ready to answer, and its processor.
+
+    `name` is `"tiny"` (the embedded model), `"tiny-sinks"` (its sibling with visual sinks), a Hub id or a local folder.
+    `dtype` defaults to float32 for embedded models and to the checkpoint's own otherwise; `device_map`,
+    `quantization_config`, `attn_implementation`, `revision` and all else go to `from_pretrained`.
+
+    Raises `ValueError` if nothing of that name can be loaded or if it is no image-text-to-text model.
+    """
+    embedded = EMBEDDED.get(str(name))
+    path = str(resources.files("vlmfix.assets") / embedded) if embedded else str(name)
+    progress = logging.is_progress_bar_enabled()
+    if embedded:
+        logging.disable_progress_bar()
+    try:
+        options = {k: kwargs[k] for k in ("revision", "token", "trust_remote_code", "cache_dir") if k in kwargs}
+        config = AutoConfig.from_pretrained(path, **options)
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise ValueError(f"{name} is a {config.model_type} model, which takes no image and text together; pick a VLM")
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype or (torch.float32 if embedded else "auto"), **kwargs
+        )
+        processor = AutoProcessor.from_pretrained(path, **options)
+    except OSError as error:
+        known = ", ".join(EMBEDDED)
+        raise ValueError(
+            f"cannot load {name!r}: expected an embedded model ({known}), a local folder, or a Hub id that can be reached "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        if progress:
+            logging.enable_progress_bar()
+    if embedded:
+        model.config._name_or_path = str(name)
+    if torch.cuda.is_available() and "device_map" not in kwargs and "quantization_config" not in kwargs:
+        model.to("cuda")
+    return model.eval(), processor
