@@ -176,10 +176,23 @@ def make(name: str, settings: dict[str, Any]) -> Intervention:
         if key not in known:
             raise ValueError(f"{name} has no setting {key!r}; {did_you_mean(key, known)}")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    try:
-        return cls(**settings)
-    except TypeError as error:
-        raise ValueError(f"{name}: a setting has a value of the wrong kind ({error})") from error
+    for f in fields(cls):
+        _check_kind(name, f.name, str(f.type), settings.get(f.name))
+    return cls(**settings)
+
+
+def _check_kind(name: str, key: str, annotation: str, value: Any) -> None:
+    """Refuse text for a number and the like, going by the field's annotation."""
+    kinds: dict[str, tuple[str, tuple[type, ...]]] = {
+        "float": ("a number", (int, float)),
+        "int": ("a whole number", (int,)),
+        "bool": ("true or false", (bool,)),
+        "tuple": ("whole numbers such as 1/18-31", (tuple, int)),
+    }
+    said, allowed = kinds.get(annotation.split(" ")[0].split("[")[0], ("", ()))
+    wrong = isinstance(value, bool) and bool not in allowed
+    if said and value is not None and (wrong or not isinstance(value, allowed)):
+        raise ValueError(f"{name}: {key} expects {said}, got {value!r}")
 
 
 def from_json(data: dict[str, Any]) -> Intervention:
@@ -188,7 +201,7 @@ def from_json(data: dict[str, Any]) -> Intervention:
 
 
 def _value(text: str) -> Any:
-    """`0.4`, `true`, `none`, `1/18-31` (a tuple of whole numbers, ranges inclusive), else text."""
+    """`0.4`, `true`, `none`, `1/18-31` (a tuple of whole numbers, ranges inclusive; empty if nothing), else text."""
     simple = {"true": True, "false": False, "none": None}
     if text.lower() in simple:
         return simple[text.lower()]
@@ -199,7 +212,7 @@ def _value(text: str) -> Any:
             continue
     parts = text.split("/")
     ranges = [part.split("-") for part in parts if part]
-    if text and all(len(r) <= 2 and all(x.isdigit() for x in r) for r in ranges):
+    if all(len(r) <= 2 and all(x.isdigit() for x in r) for r in ranges):
         return tuple(n for r in ranges for n in range(int(r[0]), int(r[-1]) + 1))
     return text
 
@@ -249,15 +262,16 @@ def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
 
 
 def spec_of(interventions: Sequence[Intervention]) -> str:
-    """A short label: names with the settings that differ from the defaults, joined by `+`; `none` for an empty list."""
+    """A short label that `parse` reads back: names with the settings that differ from the defaults; `none` if there are none."""
     parts = []
     for one in interventions:
-        changed = []
-        for f in fields(one):
-            value = getattr(one, f.name)
-            if value != f.default:
-                changed.append(f"{f.name}={'/'.join(map(str, value)) if isinstance(value, tuple) else value}")
-        parts.append((one.name or type(one).__name__) + (":" + ",".join(changed) if changed else ""))
+        variant = {"variant": one.variant} if hasattr(one, "variant") else {}
+        plain = type(one)(**variant)  # a variant fills other settings, which then need no mention
+        shown = {k: v for k, v in asdict(one).items() if v != getattr(plain, k)}
+        if variant and one.variant != getattr(type(one)(), "variant"):  # noqa: B009
+            shown = {**variant, **shown}
+        text = [f"{k}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in shown.items()]
+        parts.append(one.to_json()["name"] + (":" + ",".join(text) if text else ""))
     return "+".join(parts) or "none"
 
 

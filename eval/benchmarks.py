@@ -1,0 +1,132 @@
+"""Benchmarks: what is asked, and how the answers are scored. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmfix.eval import chair, pope
+from vlmfix.eval.data import Data
+from vlmfix.eval.stats import Metric
+from vlmfix.intervention import did_you_mean
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question to a model."""
+
+    id: str
+    image: str
+    """Path of the picture."""
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Answers that are scored together, as counts per image."""
+
+    name: str
+    images: list[Any]
+    counts: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A set of questions, with its scorer."""
+
+    name: str
+    title: str
+    """As printed; names the variant of the metric."""
+    columns: Mapping[str, tuple[str, float]]
+    """Metrics that the table shows: name -> unit printed behind it, and factor."""
+    metrics: Mapping[str, Metric]
+    max_new_tokens: int
+    settings: dict[str, Any]
+    """What else fixes the outcome, for the record: scorer, parser, seed ..."""
+
+    def items(self, data: Data) -> list[Item]:
+        """All questions, none twice."""
+        raise NotImplementedError
+
+    def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
+        """Score the answers given (item id -> text); questions without an answer are left out."""
+        raise NotImplementedError
+
+
+class Chair(Benchmark):
+    """CHAIR on one detailed description per picture."""
+
+    prompt = "Please describe this image in detail."
+
+    def __init__(self) -> None:
+        percent = {name: ("%", 100.0) for name in ("CHAIR_S", "CHAIR_I", "recall", "F1")}
+        super().__init__(
+            name="chair",
+            title="CHAIR (rohrbach)",
+            columns={**percent, "words": ("", 1.0), "repetition": ("%", 100.0)},
+            metrics=chair.METRICS,
+            max_new_tokens=512,
+            settings={"scorer": "rohrbach", "prompt": self.prompt},
+        )
+
+    def items(self, data: Data) -> list[Item]:
+        """One description per picture."""
+        return [Item(str(key), str(path), self.prompt) for key, path in data.images.items()]
+
+    def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
+        """Counts per caption."""
+        scores = chair.score_captions(list(answers.items()), data.truth)
+        return [Group("", chair.clusters(scores), chair.counts(scores))]
+
+
+class Pope(Benchmark):
+    """POPE: is there a ... in the image? Three splits, built from the annotations by the reference's samplers."""
+
+    parser = "pope"
+
+    def __init__(self) -> None:
+        percent = {name: ("%", 100.0) for name in ("accuracy", "F1", "yes_ratio")}
+        super().__init__(
+            name="pope",
+            title="POPE",
+            columns={**percent, "MCC": ("", 1.0)},
+            metrics=pope.METRICS,
+            max_new_tokens=8,
+            settings={"parser": self.parser, "seed": 0, "positives_per_image": 3},
+        )
+
+    def questions(self, data: Data) -> list[pope.Question]:
+        """All questions of the three splits, from pictures with enough objects."""
+        return pope.build_questions(data.objects, k=self.settings["positives_per_image"], seed=self.settings["seed"])
+
+    @staticmethod
+    def _id(question: pope.Question) -> str:
+        return f"{question.image}|{question.text}"  # positives are the same in all splits: asked once
+
+    def items(self, data: Data) -> list[Item]:
+        """Each different question once."""
+        folder = data.folder / "images"
+        found = {self._id(q): Item(self._id(q), str(folder / q.image), q.text) for q in self.questions(data)}
+        return list(found.values())
+
+    def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
+        """Counts per picture and split."""
+        groups = []
+        for split in pope.SPLITS:
+            asked = [q for q in self.questions(data) if q.split == split and self._id(q) in answers]
+            scores = pope.score_answers(asked, {q.id: answers[self._id(q)] for q in asked}, parser=self.parser)
+            groups.append(Group(split, pope.clusters(scores), pope.counts(scores)))
+        return groups
+
+
+BENCHMARKS = {"chair": Chair, "pope": Pope}
+
+
+def benchmark(name: str) -> Benchmark:
+    """A benchmark by name. `ValueError` if there is none."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {name!r}; {did_you_mean(name, BENCHMARKS)}")
+    return BENCHMARKS[name]()

@@ -1,0 +1,69 @@
+"""Pictures with annotations: a folder with `images/`, `instances.json` and `captions.json` in COCO format."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+from vlmfix.eval import chair, pope
+
+EMBEDDED = "scenes"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Annotated pictures."""
+
+    name: str
+    """`scenes` for the embedded ones, else the folder as given."""
+    folder: Path
+    limit: int | None = None
+    """Only the first pictures; for trying out."""
+
+    @classmethod
+    def load(cls, name: str = EMBEDDED, limit: int | None = None) -> Data:
+        """The embedded scenes, or a folder. `ValueError` if it lacks what a benchmark reads."""
+        folder = Path(str(files("vlmfix.assets") / "scenes")) if name == EMBEDDED else Path(name).resolve()
+        for needed in ("instances.json", "images"):
+            if not (folder / needed).exists():
+                raise ValueError(
+                    f"data {name!r}: {folder / needed} does not exist; expected {EMBEDDED!r} or a folder with images/, "
+                    f"instances.json and, for CHAIR, captions.json in COCO format"
+                )
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit: expected a number of pictures above 0, got {limit}")
+        return cls(name if name == EMBEDDED else str(folder), folder, limit)
+
+    @cached_property
+    def images(self) -> dict[int, Path]:
+        """Image number -> file, in the order of the annotations."""
+        found = {
+            chair.image_key(image["id"]): self.folder / "images" / image["file_name"]
+            for image, _ in chair.instance_categories(self.folder / "instances.json")
+        }
+        return dict(list(found.items())[: self.limit])
+
+    @cached_property
+    def truth(self) -> dict[int, frozenset[str]]:
+        """CHAIR's ground truth: annotated categories and what the human captions name."""
+        captions = self.folder / "captions.json"
+        return dict(chair.ground_truth(self.folder / "instances.json", captions if captions.exists() else None))
+
+    @cached_property
+    def objects(self) -> list[tuple[str, tuple[str, ...]]]:
+        """File name and objects of each picture, in order of annotation: what POPE is built from."""
+        names = {path.name for path in self.images.values()}
+        return [(name, found) for name, found in pope.ordered_objects(self.folder / "instances.json") if name in names]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the annotations and of the list of pictures."""
+        h = hashlib.sha256()
+        for name in ("instances.json", "captions.json"):
+            path = self.folder / name
+            h.update(path.read_bytes() if path.exists() else b"-")
+        h.update("\n".join(path.name for path in self.images.values()).encode())
+        return h.hexdigest()[:16]

@@ -1,0 +1,167 @@
+"""Ask a benchmark's questions: batched, one line per finished answer, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+import vlmfix
+from vlmfix.asking import ask_batch
+from vlmfix.attachment import attached, describe, wrapped
+from vlmfix.eval.benchmarks import Benchmark, Item
+from vlmfix.eval.data import Data
+from vlmfix.eval.results import HEADER, RECORDS, Run, read_lines
+from vlmfix.intervention import Intervention, spec_of
+
+
+class Progress(Protocol):
+    """Is told how far a run is."""
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """`done` of `total` answers of the run `label` are on disk."""
+
+
+def answer_all(
+    model: Any,
+    processor: Any,
+    interventions: Sequence[Intervention],
+    bench: Benchmark,
+    data: Data,
+    out: Path,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Run:
+    """Answer every question of a benchmark under some interventions; what is on disk already is not asked again.
+
+    The run folder is `out/<benchmark>/<model>/<method>-<hash>`; the hash covers all that could change an answer, so that
+    different settings never share a folder. Each batch is written and flushed before the next is asked.
+    """
+    items = bench.items(data)
+    label = spec_of(interventions)
+    with wrapped(model, list(interventions), processor):
+        found = attached(model)
+        identity = {
+            "benchmark": bench.name,
+            "settings": bench.settings,
+            "model": model.config._name_or_path,
+            "revision": getattr(model.config, "_commit_hash", None),
+            "weights_digest": weights_digest(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "method": [] if found is None else [describe(e) for e in found.entries],
+            "data": data.name,
+            "data_digest": data.digest,
+            "limit": data.limit,
+            "max_new_tokens": _budget(model, processor, items, max_new_tokens or bench.max_new_tokens),
+            "decoding": "greedy",
+            "seed": seed,
+            "vlmfix": vlmfix.__version__,
+        }
+        fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        name = "".join(c if c.isalnum() or c in "._=-" else "_" for c in f"{label[:60]}-{fingerprint}")
+        folder = out / bench.name / Path(str(identity["model"])).name / name
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {"label": label, "fingerprint": fingerprint, "identity": identity}
+        if not (folder / HEADER).exists():
+            environment = _environment(model, batch_size, command)
+            _write(folder / HEADER, json.dumps({**header, "environment": environment}, indent=2, ensure_ascii=False))
+        with _appending(folder / RECORDS) as (file, done):
+            todo = [item for item in items if item.id not in done]
+            tell = progress or (lambda label, done, total: None)
+            tell(f"{bench.name} {label}", len(items) - len(todo), len(items))
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                questions = [(item.image, item.prompt) for item in batch]
+                records = ask_batch(model, processor, questions, max_new_tokens=identity["max_new_tokens"])
+                for item, record in zip(batch, records, strict=True):
+                    file.write(replace(record, id=item.id, image=[Path(item.image).name]).to_json() + "\n")
+                file.flush()
+                tell(f"{bench.name} {label}", len(items) - len(todo) + start + len(batch), len(items))
+    return Run.read(folder)
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[tuple[Any, set[str]]]:
+    """The file of answers, cut back to its last whole line, and the ids that it holds."""
+    done: set[str] = set()
+    if path.exists():
+        records, whole = read_lines(path)
+        os.truncate(path, whole)
+        done = {r["id"] for r in records}
+    with path.open("a", encoding="utf-8") as file:
+        yield file, done
+
+
+def _write(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename, so that no half file is ever read."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def _budget(model: Any, processor: Any, items: Sequence[Item], wanted: int) -> int:
+    """Tokens that an answer may have: as wanted, less where the model's context is short."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    n_image = getattr(model.config, "image_seq_length", 0) or 0
+    longest = max((len(item.prompt) for item in items), default=0)  # a token has at least one character
+    return wanted if context is None else max(1, min(wanted, context - n_image - longest - 32))
+
+
+def weights_digest(model: Any) -> str:
+    """A hash of the first values of every parameter: tells two models under one name apart, at no cost."""
+    h = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        h.update(f"{name}{tuple(parameter.shape)}".encode())
+        h.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def _environment(model: Any, batch_size: int, command: str | None) -> dict[str, Any]:
+    return {
+        "command": command or shlex.join(sys.argv),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "batch_size": batch_size,
+        "attention": model.config._attn_implementation,
+        "device": str(model.device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class PlainProgress:
+    """Progress on stderr for logs: a line at the start, every ten seconds, and at the end of a run."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self.last: dict[str, tuple[float, float, int]] = {}
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """See `Progress`."""
+        now = time.monotonic()
+        began, told, first = self.last.setdefault(label, (now, -self.seconds, done))
+        if now - told < self.seconds and done < total:
+            return
+        rate = (done - first) / (now - began) if now > began else 0.0
+        left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        sys.stderr.write(f"{label}: {done}/{total}{left}\n")
+        self.last[label] = (began, now, first)

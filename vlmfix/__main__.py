@@ -1,0 +1,6 @@
+"""`python -m vlmfix`."""
+
+from vlmfix.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The command line. Each command loads only what it needs: `vlmfix --help` and `vlmfix methods` import no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(
+    name="vlmfix",
+    help="Make vision-language models say what is in the picture: training-free attention interventions, measured honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+err = Console(stderr=True, highlight=False)
+
+METHOD_HELP = (
+    "Method: none, a name, or a name with settings (var:p=0.4,rho=0.8; lists as layers=1/18-31); join with + to combine. "
+    "`vlmfix methods` lists them."
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ModelName = Annotated[str, typer.Option("--model", help="tiny, tiny-sinks (embedded), a Hub id, or a local folder.")]
+Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
+DeviceMap = Annotated[Optional[str], typer.Option(help="Passed to from_pretrained, for instance auto.")]
+Quantize = Annotated[Optional[str], typer.Option(help="8bit or 4bit; needs bitsandbytes.")]
+
+
+def out() -> Console:
+    """Standard output; wide where it is no terminal, so that tables do not break."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=240)
+
+
+def fail(message: str, code: int = 1) -> typer.Exit:
+    """One line on stderr and a non-zero exit code."""
+    err.print(f"vlmfix: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """The user's mistakes end in one line, never in a traceback; warnings are one line each."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            err.print(f"note: {message}", markup=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            raise fail(str(error)) from error
+
+
+def load_model(name: str, dtype: str | None, device_map: str | None, quantize: str | None) -> tuple[Any, Any]:
+    """`vlmfix.load` with the command line's options."""
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    import vlmfix
+
+    hf_logging.set_verbosity_error()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+        options["dtype"] = getattr(torch, dtype)
+    if device_map is not None:
+        options["device_map"] = device_map
+    if quantize is not None:
+        if quantize not in ("8bit", "4bit"):
+            raise ValueError(f"quantize: expected 8bit or 4bit, got {quantize!r}")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+    return vlmfix.load(name, **options)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of the program itself."""
+    if version:
+        import vlmfix
+
+        out().print(f"vlmfix {vlmfix.__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def ask(
+    image: Annotated[str, typer.Argument(help="Picture.")],
+    prompt: Annotated[Optional[str], typer.Argument(help="What to ask.")] = None,
+    model: ModelName = "tiny",
+    method: Annotated[Optional[list[str]], typer.Option(help=METHOD_HELP + " Give it once per answer.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
+    as_json: Json = False,
+) -> None:
+    """Ask about one picture and print the answers side by side (default: none and vhr)."""
+    with sentences():
+        from vlmfix.intervention import parse, split_methods
+
+        if prompt is None:
+            raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {image!r}")
+        specs = [one for text in method or ["none,vhr"] for one in split_methods(text)]
+        parsed = [list(parse(spec)) for spec in specs]
+        from vlmfix.asking import ask as ask_model
+        from vlmfix.asking import open_picture
+        from vlmfix.attachment import wrapped
+
+        open_picture(image)
+        loaded, processor = load_model(model, dtype, device_map, quantize)
+        records = []
+        for interventions in parsed:
+            with wrapped(loaded, interventions, processor):
+                records.append(ask_model(loaded, processor, image, prompt, max_new_tokens=max_new_tokens))
+    if as_json:
+        for record in records:
+            out().print(record.to_json(), markup=False, soft_wrap=True)
+        return
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=60 * len(records))
+    table = Table(title=Text(f"{prompt}  ({Path(image).name}, {model})"), title_justify="left", show_lines=True)
+    for spec in specs:
+        table.add_column(Text(spec), overflow="fold", ratio=1)
+    table.add_row(*(Text(record.text) for record in records))
+    table.add_row(*(f"{len(r.token_ids)} tokens, {r.seconds:.2f} s" for r in records), style="dim")
+    console.print(table)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelName = "tiny",
+    benchmark: Annotated[str, typer.Option(help="chair, pope, or both.")] = "chair,pope",
+    method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "none,var,vhr",
+    data: Annotated[str, typer.Option(help="scenes (embedded), or a folder with images/, instances.json, captions.json.")] = "scenes",
+    output: Annotated[Path, typer.Option(help="Folder for answers and results.")] = Path("runs"),
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="Default: the benchmark's (chair 512, pope 8).")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first pictures; for trying out.")] = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
+    as_json: Json = False,
+) -> None:
+    """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
+    with sentences():
+        from vlmfix.eval.benchmarks import benchmark as find_benchmark
+        from vlmfix.eval.data import Data
+        from vlmfix.intervention import parse, split_methods
+
+        benches = [find_benchmark(name.strip()) for name in benchmark.split(",") if name.strip()]
+        methods = [parse(spec) for spec in split_methods(method)]
+        if not benches or not methods:
+            raise ValueError("nothing to do: give at least one benchmark and one method")
+        pictures = Data.load(data, limit)
+        for bench in benches:
+            bench.items(pictures)
+        loaded, processor = load_model(model, dtype, device_map, quantize)
+        from vlmfix.eval.runner import answer_all
+
+        command = shlex.join(["vlmfix", *sys.argv[1:]])
+        runs = []
+        with progress_bar() as progress:
+            try:
+                for bench in benches:
+                    for interventions in methods:
+                        run = answer_all(
+                            loaded, processor, interventions, bench, pictures, output, batch_size=batch_size,
+                            max_new_tokens=max_new_tokens, progress=progress, command=command,
+                        )  # fmt: skip
+                        runs.append(run)
+            except KeyboardInterrupt:
+                raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
+    show_comparison(runs, as_json)
+    err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def score(
+    files: Annotated[list[Path], typer.Argument(help="Run folders of `vlmfix eval`, or the records.jsonl inside.")],
+    as_json: Json = False,
+) -> None:
+    """Score finished answers again, without a model; several are compared in one table."""
+    with sentences():
+        from vlmfix.eval.results import Run
+
+        runs = [Run.read(path) for path in files]
+    show_comparison(runs, as_json)
+
+
+def show_comparison(runs: Sequence[Any], as_json: bool) -> None:
+    """Print tables, or JSON."""
+    with sentences():
+        from vlmfix.eval import report
+        from vlmfix.eval.results import compare
+
+        comparisons = compare(runs)
+    if as_json:
+        sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=False) + "\n")
+        return
+    console = out()
+    for comparison in comparisons:
+        for table in report.tables(comparison):
+            console.print(table)
+        for note in comparison.notes:
+            console.print(note, markup=False, soft_wrap=True)
+        console.print()
+    console.print(report.LEGEND, markup=False, soft_wrap=True)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the interventions: name, stages, what they cost and need, paper."""
+    from vlmfix.hooks import REGISTRY
+    from vlmfix.intervention import method_class
+
+    classes = [method_class(name) for name in REGISTRY]
+    if as_json:
+        rows = [
+            {"name": c.name, "summary": c.summary, "stages": c.stages(), "cost": c.cost, "needs": c.needs(), "paper": c.paper,
+             "settings": c().to_json()}
+            for c in classes
+        ]  # fmt: skip
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return
+    table = Table("name", "what it does", "stages", "cost", "needs", "paper", show_lines=True)
+    for c in classes:
+        table.add_row(c.name, c.summary, ", ".join(c.stages()), c.cost, ", ".join(c.needs()), c.paper)
+    out().print(table)
+
+
+@app.command()
+def demo(
+    model: ModelName = "tiny",
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 7860,
+    share: Annotated[bool, typer.Option(help="Make a public link; everyone who has it can use your machine.")] = False,
+) -> None:
+    """Compare methods in the browser."""
+    with sentences():
+        from vlmfix.demo.app import launch
+
+        launch(model, port=port, share=share)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr in a terminal; plain lines otherwise."""
+    if not err.is_terminal:
+        from vlmfix.eval.runner import PlainProgress
+
+        yield PlainProgress()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done)
+
+        yield tell
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="vlmfix")
