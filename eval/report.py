@@ -64,7 +64,11 @@ def markdown(comparison: Comparison) -> str:
     for group, rows in _groups(comparison):
         columns = comparison.benchmark.columns
         name = " ".join(filter(None, [comparison.benchmark.title, group]))
-        lines.append(f"| {name}, {rows[0].n} pictures | " + " | ".join(f"{m} {u}".strip() for m, (u, _) in columns.items()) + " |")
+        lines.append(
+            f"| {name}, {rows[0].n} pictures | "
+            + " | ".join(f"{m} {u}".strip() for m, (u, _) in columns.items())
+            + " |"
+        )
         lines.append("|---" * (len(columns) + 1) + "|")
         for row in rows:
             cells = [figure(row.estimates[m], factor) for m, (_, factor) in columns.items()]

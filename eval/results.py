@@ -25,17 +25,22 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
     A last line that was cut off in writing is not read. Raises `BrokenFile` for a broken line elsewhere.
     """
-    whole, found = 0, []
+    whole = 0
+    found: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
             record = json.loads(line)
-            if not (isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("text"), str)):
+            if not (
+                isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("text"), str)
+            ):
                 raise ValueError("it lacks id or text")
             if not line.endswith(b"\n"):
                 raise ValueError("no end of line")
         except ValueError as error:
             if line.endswith(b"\n"):
-                raise BrokenFile(f"{path}, line {number}, is no record ({error}); delete the line and run the command again") from error
+                raise BrokenFile(
+                    f"{path}, line {number}, is no record ({error}); delete the line and run the command again"
+                ) from error
             return found, whole
         found.append(record)
         whole += len(line)
@@ -57,7 +62,9 @@ class Run:
         folder = path.parent if path.name == RECORDS else path
         for needed in (folder / HEADER, folder / RECORDS):
             if not needed.is_file():
-                raise ValueError(f"{needed} does not exist; expected a run folder of `vlmfix eval`, with {HEADER} and {RECORDS}")
+                raise ValueError(
+                    f"{needed} does not exist; expected a run folder of `vlmfix eval`, with {HEADER} and {RECORDS}"
+                )
         try:
             header = json.loads((folder / HEADER).read_text("utf-8"))
             header["identity"]["benchmark"], header["identity"]["data"], header["label"]
@@ -65,9 +72,10 @@ class Run:
             raise ValueError(f"{folder / HEADER} is no header of a run ({type(error).__name__}: {error})") from error
         records, whole = read_lines(folder / RECORDS)
         if whole < os.path.getsize(folder / RECORDS):
+            again = header.get("environment", {}).get("command", "vlmfix eval")
             raise BrokenFile(
                 f"{folder / RECORDS} ends in a line that was cut off; {len(records)} answers before it are whole: run "
-                f"`{header.get('environment', {}).get('command', 'vlmfix eval')}` again to finish it, or delete the last line"
+                f"`{again}` again to finish it, or delete the last line"
             )
         return cls(folder, header, records)
 
@@ -160,7 +168,8 @@ def _notes(run: Run, n_items: int) -> list[str]:
         notes.append(f"{run.label}: {len(run.records)} of {n_items} answers so far; `{command}` finishes it")
     cut = sum(r.get("finish") == "length" for r in run.records)
     if cut and run.header["identity"]["benchmark"] == "chair":
-        notes.append(f"{run.label}: {cut} of {len(run.records)} answers were cut at {run.header['identity']['max_new_tokens']} tokens")
+        budget = run.header["identity"]["max_new_tokens"]
+        notes.append(f"{run.label}: {cut} of {len(run.records)} answers were cut at {budget} tokens")
     for i, method in enumerate(run.header["identity"]["method"]):
         idle = method["facts"].get("idle")
         acted = sum(bool(r["did"][i]["acted"]) for r in run.records if len(r.get("did", [])) > i)

@@ -9,12 +9,12 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -27,12 +27,8 @@ from vlmfix.eval.data import Data
 from vlmfix.eval.results import HEADER, RECORDS, Run, read_lines
 from vlmfix.intervention import Intervention, spec_of
 
-
-class Progress(Protocol):
-    """Is told how far a run is."""
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` answers of the run `label` are on disk."""
+Progress = Callable[[str, int, int], None]
+"""Is told how far a run is: its label, answers on disk, answers in all."""
 
 
 def answer_all(
@@ -51,8 +47,8 @@ def answer_all(
 ) -> Run:
     """Answer every question of a benchmark under some interventions; what is on disk already is not asked again.
 
-    The run folder is `out/<benchmark>/<model>/<method>-<hash>`; the hash covers all that could change an answer, so that
-    different settings never share a folder. Each batch is written and flushed before the next is asked.
+    The run folder is `out/<benchmark>/<model>/<method>-<hash>`; the hash covers all that could change an answer, so
+    that different settings never share a folder. Each batch is written and flushed before the next is asked.
     """
     items = bench.items(data)
     label = spec_of(interventions)
@@ -156,7 +152,7 @@ class PlainProgress:
         self.last: dict[str, tuple[float, float, int]] = {}
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        """See `Progress`."""
+        """A `Progress`."""
         now = time.monotonic()
         began, told, first = self.last.setdefault(label, (now, -self.seconds, done))
         if now - told < self.seconds and done < total:

@@ -1,7 +1,7 @@
 """Intervals and paired differences: percentile bootstrap over images.
 
-The image is the unit of resampling, since captions or questions of one image are not independent. A metric is a function of
-summed counts, so that each resample recomputes its ratio of sums.
+The image is the unit of resampling, since captions or questions of one image are not independent. A metric is a
+function of summed counts, so that each resample recomputes its ratio of sums.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def total(counts: Counts) -> dict[str, np.ndarray]:
     return {name: column.sum() for name, column in counts.items()}
 
 
-def _number(x: float) -> float | None:
+def _number(x: np.ndarray) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
@@ -94,7 +94,8 @@ def differences(
     n_resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Every metric's difference to a baseline, resampling the same images for both; only images that both have count."""
+    """Every metric's difference to a baseline, resampling the same images for both; only images that both have
+    count."""
     common = [image for image in images if image in set(base_images)]
     left_out = len(set(images) ^ set(base_images))
     if not common:

@@ -1,4 +1,5 @@
-"""Interventions: one frozen dataclass, one file each. Names map to classes; files load on first use and import no torch."""
+"""Interventions: one frozen dataclass, one file each. Names map to classes; files load on first use and import no
+torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """D_sink: the few dimensions of a language model's residual stream in which sink tokens carry massive activations.
 
-Sun et al., "Massive Activations in Large Language Models", arXiv 2402.17762. A dimension counts if it is massive on the first
-token (or another carrier) of ordinary text, over most layers, and small on other tokens; one that is large on all tokens is
-an outlier feature and is rejected. The rule is ours; its thresholds are stated at their lines.
+Sun et al., "Massive Activations in Large Language Models", arXiv 2402.17762. A dimension counts if it is massive on
+the first token (or another carrier) of ordinary text, over most layers, and small on other tokens; one that is large
+on all tokens is an outlier feature and is rejected. The rule is ours; its thresholds are stated at their lines.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ TEXTS = (
     "By noon the market is full. Someone sells bread, someone else repairs nets, and nobody is in a hurry.",
     "To make tea, boil fresh water and warm the pot. Add one spoon of leaves for each cup.\nWait four minutes.\n"
     "Pour it slowly, and keep the lid on while you do. Milk is a matter of taste.",
-    "A prime number has exactly two divisors. There is no largest one.\nSuppose there were: multiply them all, add one, and "
-    "look at the divisors of the result. None of the old ones fits.",
-    "Dear Ada,\nthe trains were late again, so I walked. The bridge is finished now, and the river looks smaller from up "
-    "there.\nWrite soon, and tell me how the garden is doing this spring.",
+    "A prime number has exactly two divisors. There is no largest one.\nSuppose there were: multiply them all, add "
+    "one, and look at the divisors of the result. None of the old ones fits.",
+    "Dear Ada,\nthe trains were late again, so I walked. The bridge is finished now, and the river looks smaller from "
+    "up there.\nWrite soon, and tell me how the garden is doing this spring.",
 )
 
 
@@ -46,7 +46,9 @@ _SECOND_HAND = "published by third parties without a calibration program"
 TABLE = (
     Known("LLaMA-2-7B", ("llama",), 4096, 32, (31000, 34000), (2533, 1415), "seilk/VisAttnSink; Sun et al."),
     Known("LLaMA-2-13B", ("llama",), 5120, 40, (31000, 34000), (4743, 2100), "seilk/VisAttnSink; Sun et al."),
-    Known("Llama-3-8B", ("llama",), 4096, 32, (120000, 140000), (788, 1384, 4062), "locuslab/massive-activations, plots"),
+    Known(
+        "Llama-3-8B", ("llama",), 4096, 32, (120000, 140000), (788, 1384, 4062), "locuslab/massive-activations, plots"
+    ),
     Known("Llama-3.1-70B", ("llama",), 8192, 80, _ANY, (1532, 6857, 7306), _SECOND_HAND),
     Known("Mistral-7B", ("mistral",), 4096, 32, _ANY, (2070,), "locuslab/massive-activations, plots"),
     Known("Qwen2-7B, Qwen2.5-7B", _QWEN_VL, 3584, 28, _ANY, (2570, 458), _SECOND_HAND),
@@ -93,7 +95,8 @@ class Calibration:
 
 
 def default_tau(hidden_size: int) -> float:
-    """Threshold on phi: 20 (paper, on D = 4096), scaled to an equal share of the token's energy below D = 3584 (ours)."""
+    """Threshold on phi: 20 (paper, on D = 4096), scaled to an equal share of the token's energy below D = 3584
+    (ours)."""
     return 20.0 if hidden_size >= 3584 else 20.0 * (hidden_size / 4096) ** 0.5
 
 
@@ -104,9 +107,10 @@ def phi(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def calibrate(x: Tensor, tau: float, first: int = 0) -> Calibration:
-    """Find D_sink in layer inputs x (P prompts, L layers, T tokens, D) of plain texts whose first token stands at `first`."""
+    """Find D_sink in layer inputs x (P prompts, L layers, T tokens, D) of plain texts whose first token stands at
+    `first`."""
     x = x.float()
-    n_prompts, n_layers, _, width = x.shape
+    n_layers, width = x.shape[1], x.shape[3]
     size = x.abs()
     loudest_token = size.amax(-1)  # (P, L, T)
     carrier = loudest_token.argmax(-1)
@@ -160,7 +164,9 @@ def resolve(model: nn.Module, anatomy: Anatomy, tau: float, processor: Any = Non
     if entry is not None:
         confirmed = tuple(d for d in entry.dims if d in found.massive)
         if confirmed:
-            return replace(found, dims=confirmed, origin=f"table ({entry.name}: {entry.source}), verified on the weights")
+            return replace(
+                found, dims=confirmed, origin=f"table ({entry.name}: {entry.source}), verified on the weights"
+            )
     return found
 
 
@@ -180,7 +186,7 @@ def probe(model: nn.Module, anatomy: Anatomy, processor: Any = None) -> Tensor:
     """
     import torch
 
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     prompts = [torch.tensor(ids, device=device) for ids in _token_ids(anatomy, processor)]
     length = min(len(ids) for ids in prompts)
     seen: list[Tensor] = []

@@ -1,9 +1,10 @@
 """VAR, visual attention redistribution: take attention from sink tokens, give it to the rest of the image.
 
-Kang, Kim, Kim, Hwang, "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv 2503.03321;
-official code seilk/VisAttnSink. Some tokens carry huge values in one or two fixed dimensions of the residual stream
-(D_sink) and draw attention that says nothing. In heads that look at the image beyond such tokens, VAR moves a share `p` of
-the attention on sinks (image and text alike) to the image tokens that are no sinks, in proportion to what these have.
+Kang, Kim, Kim, Hwang, "See What You Are Told: Visual Attention Sink in Large Multimodal Models", ICLR 2025, arXiv
+2503.03321; official code seilk/VisAttnSink. Some tokens carry huge values in one or two fixed dimensions of the
+residual stream (D_sink) and draw attention that says nothing. In heads that look at the image beyond such tokens, VAR
+moves a share `p` of the attention on sinks (image and text alike) to the image tokens that are no sinks, in
+proportion to what these have.
 
 Settings follow the paper; the released code writes the complements of `rho` and `p`.
 """
@@ -31,34 +32,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class VAR(Intervention):
-    """Visual attention redistribution. Acts on attention weights after the image, at the prefill and at every new token."""
+    """Visual attention redistribution. Acts on attention weights after the image, at the prefill and at every new
+    token."""
 
     name: ClassVar[str] = "var"
     summary: ClassVar[str] = "moves attention from sink tokens to the rest of the image"
     paper: ClassVar[str] = "Kang et al., ICLR 2025, arXiv 2503.03321"
     cost: ClassVar[str] = "no extra pass; attention of the rows after the image again in float32"
 
-    p: float | None = None
+    p: float = None  # type: ignore[assignment]
     """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""
-    rho: float | None = None
+    rho: float = None  # type: ignore[assignment]
     """Least share of a head row's image attention that lies on non-sinks, 0..1. `None`: the variant's, 0.5 (paper)."""
     min_visual_mass: float = 0.2
     """`s`: least attention mass on the image of a head row that may be edited, 0..1 (paper, code)."""
-    tau: float | None = None
+    tau: float = None  # type: ignore[assignment]
     """A token is a sink if max |x_d| / RMS(x) over D_sink reaches tau. `None`: 20 for D >= 3584 (paper), else
     20*sqrt(D/4096): the same share of the token's energy (ours)."""
     dims: tuple[int, ...] | None = None
-    """D_sink, dimensions of the residual stream. `None`: the table's, verified on the loaded weights, else calibrated."""
+    """D_sink, dimensions of the residual stream. `None`: the table's, verified on the loaded weights, else
+    calibrated."""
     variant: Literal["hallucination", "general", "vision_centric", "released"] = "hallucination"
-    """The paper's presets, or `released`: what the shipped configuration computes (p 0.4, phi > tau, last layer edited)."""
-    rows: Rows = "after_last_image"
-    """Prompt rows that may be edited: after the sample's last image token (code), or `text`, every other token (paper)."""
+    """The paper's presets, or `released`: what the shipped configuration computes (p 0.4, phi > tau, last layer
+    edited)."""
+    rows: Rows = "after_last_image"  # type: ignore[misc]
+    """Prompt rows that may be edited: after the sample's last image token (code), or `text`, every other token
+    (paper)."""
     skip_first: int = 2
     """The first layers are left alone (code)."""
-    skip_last: bool | None = None
+    skip_last: bool = None  # type: ignore[assignment]
     """Whether the last layer is left alone. `None`: the variant's, True (paper) or False (`released`)."""
     require_visual_sink: bool = True
-    """Leave a layer alone if none of the sample's image tokens is a sink there (code); False: the paper to the letter."""
+    """Leave a layer alone if none of the sample's image tokens is a sink there (code); False: the paper to the
+    letter."""
     require_dims: bool = False
     """True: `ValueError` instead of a warning and an idle VAR if no D_sink is found on the model (ours)."""
 
@@ -99,7 +105,7 @@ class VAR(Intervention):
 
     def at_layers(self, n_layers: int) -> range:
         """Edited layers."""
-        return range(self.skip_first, n_layers - bool(self.skip_last))
+        return range(self.skip_first, n_layers - self.skip_last)
 
     def layer_input(self, x: Tensor, site: Site) -> None:
         """Mark sinks at the prefill, once: S = phi(x) >= tau. Tokens generated later are never sinks."""
@@ -149,8 +155,9 @@ class VAR(Intervention):
         return out
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
-        """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per edited
-        head row; `layers`: per layer visual and text sinks, and the same two figures."""
+        """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per
+        edited head row; `layers`: per layer visual and text sinks, and the same two figures.
+        """
         layers: dict[int, Any] = {}
         for layer, counts in memo.get("counts", {}).items():
             if not isinstance(counts, int):
@@ -170,8 +177,8 @@ class VAR(Intervention):
     def idle_hint(self) -> str:
         """The first suspect is D_sink."""
         return (
-            f"no head row passed; suspect D_sink first (dims={self.dims}, tau={self.tau:.3g}), then rho and min_visual_mass; "
-            f"vlmfix.report(model) lists the sinks per layer."
+            f"no head row passed; suspect D_sink first (dims={self.dims}, tau={self.tau:.3g}), then rho and "
+            f"min_visual_mass; vlmfix.report(model) lists the sinks per layer."
         )
 
 

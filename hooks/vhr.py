@@ -1,9 +1,9 @@
 """VHR, vision-aware head reinforcement: amplify the heads whose output changes most when the image is there.
 
-He et al., "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence", ACL 2025, arXiv 2412.13949; official
-code jinghan1he/VHR, known to us through ports that follow it. Before the prefill, the prompt runs once without its image
-tokens; at the prefill each head's output at the last prompt position is compared with that (VHD). Heads above the layer's
-median, outliers removed, are scaled by `alpha` at every position from then on.
+He et al., "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence", ACL 2025, arXiv
+2412.13949; official code jinghan1he/VHR, known to us through ports that follow it. Before the prefill, the prompt
+runs once without its image tokens; at the prefill each head's output at the last prompt position is compared with
+that (VHD). Heads above the layer's median, outliers removed, are scaled by `alpha` at every position from then on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ INSTRUCTBLIP_TYPES = ("instructblip", "instructblipvideo")
 
 
 def layers_for(model_type: str, n_layers: int) -> tuple[int, ...]:
-    """Reinforced layers: the paper's for LLaVA-1.5/NeXT-7B and InstructBLIP-7B; ours elsewhere, the last 14/32 of the depth.
+    """Reinforced layers: the paper's for LLaVA-1.5/NeXT-7B and InstructBLIP-7B; ours elsewhere, the last 14/32 of the
+    depth.
 
     Layer 1 belongs to the LLaVA family only: the paper warns that it does not help everywhere.
     """
@@ -52,7 +53,8 @@ class Choice(NamedTuple):
 
 
 def choose(text: Tensor, visual: Tensor, distance: str = "sq_l2", filter: str = "release") -> Choice:
-    """Choose heads from head outputs (B, H, d) without and with the image (paper, Eq. 4, 6, 7; the release's `filter`)."""
+    """Choose heads from head outputs (B, H, d) without and with the image (paper, Eq. 4, 6, 7; the release's
+    `filter`)."""
     text, visual = text.float(), visual.float()
     vhd = (visual - text).pow(2).sum(-1)
     if distance == "l2":
@@ -84,14 +86,16 @@ class VHR(Intervention):
     layers: tuple[int, ...] | None = None
     """Reinforced layers, 0-based. `None`: `layers_for` this model."""
     variant: Literal["release", "paper", "qwen_port"] = "release"
-    """Which rule fills the three settings below: the released code's, the paper's, or a port's for Qwen2.5-VL (which also
-    reinforces layer 1 and the last 14 of any model)."""
-    distance: Literal["sq_l2", "l2"] | None = None
+    """Which rule fills the three settings below: the released code's, the paper's, or a port's for Qwen2.5-VL (which
+    also reinforces layer 1 and the last 14 of any model)."""
+    distance: Literal["sq_l2", "l2"] = None  # type: ignore[assignment]
     """Of head outputs: squared (release) or plain (paper, Eq. 4). `None`: the variant's."""
-    filter: Literal["release", "paper", "off"] | None = None
-    """Outlier removal: `release` only where the layer's spread exceeds 1, `paper` always, `off`. `None`: the variant's."""
-    progressive: bool | None = None
-    """Choose in a layer after lower layers are reinforced (paper, release), or from a plain pass with the image (port)."""
+    filter: Literal["release", "paper", "off"] = None  # type: ignore[assignment]
+    """Outlier removal: `release` only where the layer's spread exceeds 1, `paper` always, `off`. `None`: the
+    variant's."""
+    progressive: bool = None  # type: ignore[assignment]
+    """Choose in a layer after lower layers are reinforced (paper, release), or from a plain pass with the image
+    (port)."""
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
@@ -154,8 +158,9 @@ class VHR(Intervention):
         return o * memo["gain"][site.layer]
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
-        """Per sample: `acted`; `layers`: per layer the chosen heads, number of outliers, mean and largest VHD, and whether
-        the release's guard let the outlier filter act."""
+        """Per sample: `acted`; `layers`: per layer the chosen heads, number of outliers, mean and largest VHD, and
+        whether the release's guard let the outlier filter act.
+        """
         layers = memo.get("choices", {})
         samples = []
         for b in range(len(memo.get("has_image", ()))):

@@ -25,7 +25,9 @@ def footprint(model):
     """Everything that hooks and attributes could leave behind, of every module."""
     return {
         name: (
-            {k: id(v) for k, v in vars(m).items() if not isinstance(v, dict) and k != "rope_deltas"},  # Qwen's own state
+            {
+                k: id(v) for k, v in vars(m).items() if not isinstance(v, dict) and k != "rope_deltas"
+            },  # Qwen's own state
             {k: [(i, id(v)) for i, v in d.items()] for k, d in vars(m).items() if isinstance(d, dict)},
             list(vars(m)),
         )
@@ -45,7 +47,12 @@ def logits(model, prompt):
 
 
 def answer(model, prompt, **settings):
-    special = [58, 59, 60, 61]  # a random model would write image tokens, which transformers itself refuses without a cache
+    special = [
+        58,
+        59,
+        60,
+        61,
+    ]  # a random model would write image tokens, which transformers itself refuses without a cache
     return model.generate(**prompt, **{"max_new_tokens": 8, "do_sample": False, "suppress_tokens": special, **settings})
 
 
@@ -131,14 +138,20 @@ def test_batch_with_left_padding_equals_singles(method, architecture, attn):
         width = together["input_ids"].shape[1]
         for b in range(4):
             keep = together["attention_mask"][b].bool()
-            single = {k: together[k][b : b + 1, keep] for k in ("input_ids", "attention_mask", "mm_token_type_ids") if k in together}
+            single = {
+                k: together[k][b : b + 1, keep]
+                for k in ("input_ids", "attention_mask", "mm_token_type_ids")
+                if k in together
+            }
             single["pixel_values"] = together["pixel_values"][b * n_pixels : (b + 1) * n_pixels]
             for k in ("image_sizes", "image_grid_thw"):
                 if k in together:
                     single[k] = together[k][b : b + 1]
             alone = answer(model, single, output_logits=True, return_dict_in_generate=True, max_new_tokens=5)
             assert torch.equal(alone.sequences[0, -5:], batch.sequences[b, width:])
-            torch.testing.assert_close(torch.stack(alone.logits)[:, 0], torch.stack(batch.logits)[:, b], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                torch.stack(alone.logits)[:, 0], torch.stack(batch.logits)[:, b], rtol=1e-3, atol=1e-4
+            )
             (own,) = vlmfix.report(model)[0]["samples"]
             for layer, found in own["layers"].items():
                 for key in ("visual_sinks", "text_sinks", "heads"):
@@ -281,7 +294,9 @@ def test_chunked_prefill():
     embeds[mask] = torch.randn(embeds[mask].shape, generator=torch.Generator().manual_seed(0))
     embeds[:, 6, 7] = 400.0
     with INTERVENTIONS["var"](model):
-        whole = answer(model, {"inputs_embeds": embeds, "image_mask": mask}, output_logits=True, return_dict_in_generate=True)
+        whole = answer(
+            model, {"inputs_embeds": embeds, "image_mask": mask}, output_logits=True, return_dict_in_generate=True
+        )
         with torch.no_grad():
             for cut in (3, 12, 25):
                 scope = model(inputs_embeds=embeds[:, :cut], image_mask=mask, use_cache=True)
@@ -299,10 +314,12 @@ def test_continuing_from_a_cache(method):
     with INTERVENTIONS[method](model):
         first = answer(model, prompt, return_dict_in_generate=True)
         turn = torch.cat([first.sequences, torch.tensor([[5, 8, 13]])], dim=1)
-        second = model.generate(input_ids=turn, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        second = model.generate(
+            input_ids=turn, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False
+        )
         assert second.shape[1] == turn.shape[1] + 4
         foreign = copy.deepcopy(first.past_key_values)
-        with pytest.raises(ValueError, match="cache holds .* computed without these interventions"):
+        with pytest.raises(ValueError, match=r"cache holds .* computed without these interventions"):
             model.generate(input_ids=second, past_key_values=foreign, max_new_tokens=1)
 
 

@@ -46,12 +46,22 @@ def test_records_hold_what_it_takes_to_ask_again(tiny, runs):
     run = runs[1]
     record = run.records[3]
     model, processor = tiny
-    with vlmfix.attachment.wrapped(model, [vlmfix.intervention.from_json({k: v for k, v in m.items() if k != "facts"}) for m in record["method"]], processor):
+    with vlmfix.attachment.wrapped(
+        model,
+        [vlmfix.intervention.from_json({k: v for k, v in m.items() if k != "facts"}) for m in record["method"]],
+        processor,
+    ):
         path = ROOT / "assets" / "scenes" / "images" / record["image"][0]
         again = vlmfix.ask(model, processor, path, record["prompt"], **record["generation"])
-    assert (again.text, again.token_ids, again.image_sha256) == (record["text"], record["token_ids"], record["image_sha256"])
+    assert (again.text, again.token_ids, again.image_sha256) == (
+        record["text"],
+        record["token_ids"],
+        record["image_sha256"],
+    )
     assert record["did"][0]["acted"] and record["finish"] == "stop"
-    assert {"model", "dtype", "weights_digest", "data_digest", "max_new_tokens", "seed", "vlmfix"} <= set(run.header["identity"])
+    assert {"model", "dtype", "weights_digest", "data_digest", "max_new_tokens", "seed", "vlmfix"} <= set(
+        run.header["identity"]
+    )
     assert {"command", "torch", "transformers", "platform", "batch_size"} <= set(run.header["environment"])
 
 
@@ -93,7 +103,9 @@ def test_a_torn_line_is_redone_and_a_broken_one_is_named(tiny, tmp_path):
     path = run.folder / "records.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-40])
-    with pytest.raises(BrokenFile, match=r"ends in a line that was cut off; 4 answers before it are whole: run .* again"):
+    with pytest.raises(
+        BrokenFile, match=r"ends in a line that was cut off; 4 answers before it are whole: run .* again"
+    ):
         Run.read(path)
     again = answer_all(*tiny, (), bench, data, tmp_path, batch_size=2)
     assert [(r["id"], r["text"]) for r in again.records] == [(r["id"], r["text"]) for r in run.records]
@@ -130,7 +142,11 @@ def test_killed_in_the_middle_and_resumed(tmp_path, runs, how):
 def test_comparison_and_tables(runs):
     chair, pope = compare(runs, n_resamples=500)
     assert [r.method for r in chair.rows] == ["none", "vhr"] and chair.rows[0].differences is None
-    assert [(r.method, r.group) for r in pope.rows[:3]] == [("none", "random"), ("none", "popular"), ("none", "adversarial")]
+    assert [(r.method, r.group) for r in pope.rows[:3]] == [
+        ("none", "random"),
+        ("none", "popular"),
+        ("none", "adversarial"),
+    ]
     none, vhr = chair.rows
     for metric in chair.benchmark.columns:
         gap = vhr.estimates[metric].value - none.estimates[metric].value
@@ -187,11 +203,18 @@ def test_plain_progress(capsys):
     tell("chair none", 5, 10)
     tell("chair none", 10, 10)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "chair none: 0/10" and lines[1].startswith("chair none: 5/10, ") and lines[2] == "chair none: 10/10"
+    assert (
+        lines[0] == "chair none: 0/10" and lines[1].startswith("chair none: 5/10, ") and lines[2] == "chair none: 10/10"
+    )
 
 
 def test_scoring_imports_no_torch(runs):
     code = "import sys; from vlmfix.cli import app; app(['score', *sys.argv[1:]], standalone_mode=False); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, str(runs[0].folder), str(runs[1].folder)], env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs[0].folder), str(runs[1].folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "CHAIR (rohrbach)" in done.stdout and "vhr" in done.stdout

@@ -12,7 +12,14 @@ from vlmfix.eval import chair, stats
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = json.loads((DATA / "stats_reference.json").read_text())
-NAMES = {"CHAIRs": "CHAIR_S", "CHAIRi": "CHAIR_I", "Recall": "recall", "Precision": "precision", "F1": "F1", "CHAIRi_unique": "CHAIR_I_unique"}
+NAMES = {
+    "CHAIRs": "CHAIR_S",
+    "CHAIRi": "CHAIR_I",
+    "Recall": "recall",
+    "Precision": "precision",
+    "F1": "F1",
+    "CHAIRi_unique": "CHAIR_I_unique",
+}
 METRICS = {name: chair.METRICS[name] for name in NAMES.values()}
 
 

@@ -65,7 +65,9 @@ def test_one_layer(name):
         changed = (out != v["A"]).any(-1)
         assert torch.equal(changed, v["selected"]), "exactly the selected head rows change"
     if "A_out_literal" in v:
-        literal, memo = run_layer(settings(case, require_visual_sink=False), v["X"], v["A"], v["image"], v["query_rows"])
+        literal, memo = run_layer(
+            settings(case, require_visual_sink=False), v["X"], v["A"], v["image"], v["query_rows"]
+        )
         assert memo["counts"][2][:, 0].sum() == v["selected_literal"].sum() > 0
         torch.testing.assert_close(literal, v["A_out_literal"], rtol=0, atol=1e-6)
 
@@ -201,7 +203,16 @@ def test_text_sinks_alone():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"tau": 0}, {"rho": 1.5}, {"p": -0.1}, {"min_visual_mass": 2}, {"dims": ()}, {"variant": "best"}, {"rows": "last"}]
+    "bad",
+    [
+        {"tau": 0},
+        {"rho": 1.5},
+        {"p": -0.1},
+        {"min_visual_mass": 2},
+        {"dims": ()},
+        {"variant": "best"},
+        {"rows": "last"},
+    ],
 )
 def test_bad_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

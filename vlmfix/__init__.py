@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from vlmfix.loading import load
 
 _HOMES = {
-    "Intervention": "vlmfix.intervention",
-    "Record": "vlmfix.asking",
-    "Site": "vlmfix.intervention",
-    "ask": "vlmfix.asking",
-    "ask_batch": "vlmfix.asking",
-    "load": "vlmfix.loading",
-    "report": "vlmfix.attachment",
-    "unwrap": "vlmfix.attachment",
-    "wrap": "vlmfix.attachment",
+    "Intervention": "intervention",
+    "Record": "asking",
+    "Site": "intervention",
+    "ask": "asking",
+    "ask_batch": "asking",
+    "load": "loading",
+    "report": "attachment",
+    "unwrap": "attachment",
+    "wrap": "attachment",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = ["Intervention", "Record", "Site", "__version__", "ask", "ask_batch", "load", "report", "unwrap", "wrap"]
 
 
 def __getattr__(name: str) -> object:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(f"vlmfix.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")
 
 

@@ -51,13 +51,17 @@ def _layers(decoder: nn.Module) -> tuple[DecoderLayer, ...]:
     for child in decoder.children():
         if not (isinstance(child, nn.ModuleList) and len(child)):
             continue
-        attention = [_child(layer, ATTENTION_NAMES) for layer in child]
-        out_proj = [_child(a, OUT_PROJ_NAMES) if a is not None else None for a in attention]
-        if all(out_proj):
-            return tuple(DecoderLayer(*parts) for parts in zip(child, attention, out_proj, strict=True))  # type: ignore[arg-type]
+        found = []
+        for layer in child:
+            attention = _child(layer, ATTENTION_NAMES)
+            out_proj = None if attention is None else _child(attention, OUT_PROJ_NAMES)
+            if attention is not None and out_proj is not None:
+                found.append(DecoderLayer(layer, attention, out_proj))
+        if len(found) == len(child):
+            return tuple(found)
     raise TypeError(
-        f"cannot find the attention layers of {type(decoder).__name__}: looked for a ModuleList whose layers have one of "
-        f"{', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
+        f"cannot find the attention layers of {type(decoder).__name__}: looked for a ModuleList whose layers have one "
+        f"of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
     )
 
 
@@ -70,16 +74,18 @@ def anatomy(model: nn.Module) -> Anatomy:
             f"{type(model).__name__}; load one with vlmfix.load(name)"
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise TypeError(f"{type(model).__name__} is an encoder-decoder; vlmfix supports models with a text decoder only")
-    decoder = model.get_decoder()
+        raise TypeError(
+            f"{type(model).__name__} is an encoder-decoder; vlmfix supports models with a text decoder only"
+        )
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
     text = config.get_text_config(decoder=True)
     layers = _layers(decoder)
     n_heads = text.num_attention_heads
     width = getattr(layers[0].out_proj, "in_features", None)
     if width is None or width % n_heads:
         raise TypeError(
-            f"cannot find the head size of {type(decoder).__name__}: its output projection takes {width} features, which "
-            f"is no multiple of {n_heads} heads"
+            f"cannot find the head size of {type(decoder).__name__}: its output projection takes {width} features, "
+            f"which is no multiple of {n_heads} heads"
         )
     ids = (getattr(config, field, None) for field in IMAGE_TOKEN_FIELDS)
     return Anatomy(

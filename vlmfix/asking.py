@@ -8,15 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
 
 from vlmfix.attachment import attached, describe, report
 
-Picture = Union[str, Path, Image.Image]
+Picture = str | Path | Image.Image
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,18 @@ def open_picture(picture: Picture) -> Image.Image:
 
 
 def chat(processor: Any, prompt: str, n_images: int) -> str:
-    """The prompt in the processor's own chat template, pictures first; without a template: placeholders, newline, prompt."""
+    """The prompt in the processor's own chat template, pictures first; without a template: placeholders, newline,
+    prompt."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
     return f"{getattr(processor, 'image_token', '<image>') * n_images}\n{prompt}"
 
 
 def ask(
-    model: nn.Module,
+    model: Any,
     processor: Any,
     image: Picture | Sequence[Picture],
     prompt: str,
@@ -105,7 +107,7 @@ def ask(
 
 @torch.inference_mode()
 def ask_batch(
-    model: nn.Module,
+    model: Any,
     processor: Any,
     questions: Sequence[tuple[Picture | Sequence[Picture], str]],
     *,
@@ -113,17 +115,25 @@ def ask_batch(
     seed: int | None = None,
     **generate: Any,
 ) -> list[Record]:
-    """`ask` for several (image, prompt) pairs at once, padded on the left; answers come in the order of the questions."""
+    """`ask` for several (image, prompt) pairs at once, padded on the left; answers come in the order of the
+    questions."""
     pictures, texts, names = [], [], []
     for image, prompt in questions:
         several = [image] if isinstance(image, (str, Path, Image.Image)) else list(image or ())
         if not several:
-            raise ValueError(f"no image was given for the prompt {prompt!r}; vlmfix needs at least one picture per question")
+            raise ValueError(
+                f"no image was given for the prompt {prompt!r}; vlmfix needs at least one picture per question"
+            )
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt: expected some text, got {prompt!r}")
         opened = [open_picture(one) for one in several]
         pictures.append(opened)
-        names.append([str(s) if isinstance(s, (str, Path)) else f"{o.width}x{o.height}" for s, o in zip(several, opened, strict=True)])
+        names.append(
+            [
+                str(s) if isinstance(s, (str, Path)) else f"{o.width}x{o.height}"
+                for s, o in zip(several, opened, strict=True)
+            ]
+        )
         texts.append(chat(processor, prompt, len(several)))
     inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(model.device, dtype=model.dtype)
@@ -132,12 +142,12 @@ def ask_batch(
     if seed is not None:
         torch.manual_seed(seed)
     began = time.perf_counter()
-    sequences = model.generate(**inputs, **quiet, **settings)  # type: ignore[operator]
+    sequences = model.generate(**inputs, **quiet, **settings)
     seconds = (time.perf_counter() - began) / len(questions)
     if seed is not None:
         settings["seed"] = seed
     answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     found = attached(model)
     method = [] if found is None else [describe(e) for e in found.entries]
@@ -148,7 +158,7 @@ def ask_batch(
         tokens = answers[i][:stop]
         records.append(
             Record(
-                model=model.config._name_or_path,  # type: ignore[union-attr]
+                model=model.config._name_or_path,
                 image=names[i],
                 image_sha256=[hashlib.sha256(p.tobytes()).hexdigest() for p in pictures[i]],
                 prompt=prompt,

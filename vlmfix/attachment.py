@@ -31,11 +31,12 @@ def attached(model: nn.Module) -> Attachment | None:
 def wrap(model: nn.Module, interventions: Interventions, processor: Any = None) -> nn.Module:
     """Put interventions in force on a model, in place, and return the same model.
 
-    `interventions` is a name (`"var"`), a name with settings (`"var:p=0.4,rho=0.8"`), an `Intervention`, or a list; they
-    replace those in force before, are applied in the order given, and wrapping with the same again changes nothing.
-    `processor` (or a tokenizer) lets methods that calibrate themselves read real text instead of random tokens. The model's
-    own `generate`, `pipeline` and `save_pretrained` go on working; `unwrap` takes everything off. `generate` and the forward
-    pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens cannot be told from `input_ids`.
+    `interventions` is a name (`"var"`), a name with settings (`"var:p=0.4,rho=0.8"`), an `Intervention`, or a list;
+    they replace those in force before, are applied in the order given, and wrapping with the same again changes
+    nothing. `processor` (or a tokenizer) lets methods that calibrate themselves read real text instead of random
+    tokens. The model's own `generate`, `pipeline` and `save_pretrained` go on working; `unwrap` takes everything off.
+    `generate` and the forward pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens
+    cannot be told from `input_ids`.
 
     Raises `ValueError` for unknown methods and unfit settings, `TypeError` for a model that cannot be wrapped.
     """
@@ -79,8 +80,9 @@ def wrapped(model: nn.Module, interventions: Interventions, processor: Any = Non
 def report(model: nn.Module) -> list[dict[str, Any]]:
     """What each intervention in force did in the last generation (or plain forward pass) of this model.
 
-    One dictionary per intervention: `name`, resolved `settings`, `facts` found on the model (where values came from, why it
-    is idle), and `samples`, one entry per row of the batch; their keys are the method's own and stated in its file.
+    One dictionary per intervention: `name`, resolved `settings`, `facts` found on the model (where values came from,
+    why it is idle), and `samples`, one entry per row of the batch; their keys are the method's own and stated in its
+    file.
     """
     found = attached(model)
     return [] if found is None else found.report()
@@ -178,13 +180,15 @@ class Attachment:
                 hooks.append(parts.out_proj.register_forward_pre_hook(hook))
             see_input = [(i, e) for i, e in edits if e.overrides("layer_input")]
             if see_input:
-                hooks.append(parts.module.register_forward_pre_hook(_InputHook(self, layer, see_input), with_kwargs=True))
+                hooks.append(
+                    parts.module.register_forward_pre_hook(_InputHook(self, layer, see_input), with_kwargs=True)
+                )
             edit_rows = [(i, e) for i, e in edits if any(e.overrides(stage) for stage in ATTENTION_STAGES)]
             if edit_rows:
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
                 attention.attach(parts.attention, view)
-        self._generate = self.model.generate  # type: ignore[operator]
+        self._generate: Any = self.model.generate
         self.model.__dict__["generate"] = self.generate
         self.model.__dict__[ATTRIBUTE] = self
 
@@ -300,8 +304,8 @@ class Attachment:
         found = scope.generation if scope is not None and scope.generation is not None else self._generations.get(cache)
         if found is None:
             raise ValueError(
-                f"the cache holds {start} tokens that were computed without these interventions, so their geometry is not "
-                f"known; start from an empty cache, or unwrap the model"
+                f"the cache holds {start} tokens that were computed without these interventions, so their geometry "
+                f"is not known; start from an empty cache, or unwrap the model"
             )
         return found
 
@@ -321,11 +325,14 @@ class Attachment:
                 image |= ids[:, :n] == token
         else:
             raise ValueError(
-                "cannot tell which tokens are image tokens: the prompt has no placeholder ids; give image_mask=(batch, tokens) bool"
+                "cannot tell which tokens are image tokens, since the prompt has no placeholder ids; "
+                "give image_mask, bool of shape (batch, tokens)"
             )
         valid = _valid(named.get("attention_mask"), image, start)
         if generation.geometry.image.shape[0] != batch:
-            raise ValueError(f"the cache holds {generation.geometry.image.shape[0]} sequences, the new prompt has {batch}")
+            raise ValueError(
+                f"the cache holds {generation.geometry.image.shape[0]} sequences, the new prompt has {batch}"
+            )
         generation.geometry = generation.geometry.extended(start, image, valid)
 
     def _need_whole_prompt(self) -> None:
@@ -338,7 +345,9 @@ class Attachment:
         prompt = Prompt(
             generation.geometry,
             embeddings=lambda: self._embeddings(named, n),
-            text_pass=lambda x, mask: self.anatomy.decoder(inputs_embeds=x, attention_mask=mask.long(), use_cache=False),
+            text_pass=lambda x, mask: self.anatomy.decoder(
+                inputs_embeds=x, attention_mask=mask.long(), use_cache=False
+            ),
             image_pass=lambda: self.model(**{**named, "past_key_values": None, "use_cache": False}),
             capture=self._capture,
         )

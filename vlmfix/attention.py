@@ -1,4 +1,5 @@
-"""The one attention function of vlmfix: the original kernel computes everything, then only edited rows are done again."""
+"""The one attention function of vlmfix: the original kernel computes everything, then only edited rows are done
+again."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ class AttentionView:
         self.n_layers = n_layers
         self.edits = edits
         self.current = current
-        self.original = copy.copy(module)  # shares all weights; kernels that read module.config find the original one
+        self.original: Any = copy.copy(
+            module
+        )  # shares all weights; kernels that read module.config find the original one
 
     def kernel(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The implementation that the model is set to (sdpa, eager, flash ...)."""
-        eager = getattr(sys.modules[type(self.original).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(self.original).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.original.config._attn_implementation, eager)
 
 
@@ -50,13 +53,15 @@ def edited_attention(
 
     The weights returned beside the output, where the kernel gives any, are the unedited ones.
     """
-    view: AttentionView = module.config.vlmfix_view
+    view: AttentionView = module.config.vlmfix_view  # type: ignore[union-attr, assignment]
     out, weights = view.kernel()(view.original, query, key, value, attention_mask, **kwargs)
     call = view.current()
     if call is not None:
         unsupported = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
         if unsupported:
-            raise TypeError(f"attention with {', '.join(unsupported)} cannot be edited yet; use a method that edits head outputs")
+            raise TypeError(
+                f"attention with {', '.join(unsupported)} cannot be edited yet; use a method that edits head outputs"
+            )
         edit_rows(view, call, out, query, key, value, attention_mask, kwargs.get("scaling"))
     return out, weights
 
@@ -71,7 +76,8 @@ def edit_rows(
     attention_mask: Any,
     scaling: float | None,
 ) -> None:
-    """Recompute the rows that an intervention may edit, in float32, and write those that it changed into `out` (B, Q, H, d).
+    """Recompute the rows that an intervention may edit, in float32, and write those that it changed into `out` (B, Q,
+    H, d).
 
     Work and memory are rows x keys; rows, heads and samples that no edit changed keep the kernel's output bit for bit.
     """
@@ -99,7 +105,7 @@ def edit_rows(
         a = e.weights(a, sites[i])
     if a is stock:
         return
-    admitted = torch.stack([site.rows for site in sites.values() if site.rows is not None]).any(0)
+    admitted = torch.stack([site.rows for site in sites.values()]).any(0)
     changed = (a != stock).any(-1) & admitted[:, None]  # (B, H, R)
     new = (a.reshape(*group, n_keys) @ value.float()).view(b, h, n, value.shape[-1]).transpose(1, 2)
     out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
@@ -111,7 +117,9 @@ def hidden_keys(mask: Any, call: Call, n_queries: int, n_keys: int, picked: Any,
         rows = mask[:, :, picked, :n_keys]
         return ~rows if rows.dtype == torch.bool else rows <= torch.finfo(rows.dtype).min / 2
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise TypeError(f"attention masks of type {type(mask).__name__} are not supported; load the model with sdpa or eager")
+        raise TypeError(
+            f"attention masks of type {type(mask).__name__} are not supported; load the model with sdpa or eager"
+        )
     padding = None if mask is None else ~mask[:, None, None, -n_keys:].bool()
     if n_queries == 1 and n_keys <= call.start + 1:
         return padding

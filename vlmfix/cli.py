@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ from rich.text import Text
 
 app = typer.Typer(
     name="vlmfix",
-    help="Make vision-language models say what is in the picture: training-free attention interventions, measured honestly.",
+    help="Make vision-language models say what is in the picture: training-free attention interventions, measured "
+    "honestly.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,14 +29,14 @@ app = typer.Typer(
 err = Console(stderr=True, highlight=False)
 
 METHOD_HELP = (
-    "Method: none, a name, or a name with settings (var:p=0.4,rho=0.8; lists as layers=1/18-31); join with + to combine. "
-    "`vlmfix methods` lists them."
+    "Method: none, a name, or a name with settings (var:p=0.4,rho=0.8; lists as layers=1/18-31); join with + to "
+    "combine. `vlmfix methods` lists them."
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ModelName = Annotated[str, typer.Option("--model", help="tiny, tiny-sinks (embedded), a Hub id, or a local folder.")]
-Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
-DeviceMap = Annotated[Optional[str], typer.Option(help="Passed to from_pretrained, for instance auto.")]
-Quantize = Annotated[Optional[str], typer.Option(help="8bit or 4bit; needs bitsandbytes.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Passed to from_pretrained, for instance auto.")]
+Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit; needs bitsandbytes.")]
 
 
 def out() -> Console:
@@ -106,9 +107,9 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 @app.command()
 def ask(
     image: Annotated[str, typer.Argument(help="Picture.")],
-    prompt: Annotated[Optional[str], typer.Argument(help="What to ask.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
     model: ModelName = "tiny",
-    method: Annotated[Optional[list[str]], typer.Option(help=METHOD_HELP + " Give it once per answer.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP + " Give it once per answer.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -151,11 +152,15 @@ def evaluate(
     model: ModelName = "tiny",
     benchmark: Annotated[str, typer.Option(help="chair, pope, or both.")] = "chair,pope",
     method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "none,var,vhr",
-    data: Annotated[str, typer.Option(help="scenes (embedded), or a folder with images/, instances.json, captions.json.")] = "scenes",
+    data: Annotated[
+        str, typer.Option(help="scenes (embedded), or a folder with images/, instances.json, captions.json.")
+    ] = "scenes",
     output: Annotated[Path, typer.Option(help="Folder for answers and results.")] = Path("runs"),
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_new_tokens: Annotated[Optional[int], typer.Option(min=1, help="Default: the benchmark's (chair 512, pope 8).")] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first pictures; for trying out.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: the benchmark's (chair 512, pope 8).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures; for trying out.")] = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
@@ -233,13 +238,12 @@ def methods(as_json: Json = False) -> None:
     from vlmfix.hooks import REGISTRY
     from vlmfix.intervention import method_class
 
-    classes = [method_class(name) for name in REGISTRY]
+    classes, texts = [method_class(name) for name in REGISTRY], ("summary", "cost", "paper")
     if as_json:
         rows = [
-            {"name": c.name, "summary": c.summary, "stages": c.stages(), "cost": c.cost, "needs": c.needs(), "paper": c.paper,
-             "settings": c().to_json()}
+            {**c().to_json(), **{k: getattr(c, k) for k in texts}, "stages": c.stages(), "needs": c.needs()}
             for c in classes
-        ]  # fmt: skip
+        ]
         sys.stdout.write(json.dumps(rows) + "\n")
         return
     table = Table("name", "what it does", "stages", "cost", "needs", "paper", show_lines=True)
@@ -251,14 +255,17 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 def demo(
     model: ModelName = "tiny",
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 7860,
-    share: Annotated[bool, typer.Option(help="Make a public link; everyone who has it can use your machine.")] = False,
+    port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
+    server_name: Annotated[
+        str, typer.Option(help="Address to serve on; 0.0.0.0 lets your whole network in.")
+    ] = "127.0.0.1",
+    share: Annotated[bool, typer.Option(help="Make a public link; whoever has it can use your machine.")] = False,
 ) -> None:
     """Compare methods in the browser."""
     with sentences():
         from vlmfix.demo.app import launch
 
-        launch(model, port=port, share=share)
+        launch(model, host=server_name, port=port, share=share)
 
 
 @contextmanager
@@ -269,9 +276,22 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
         yield PlainProgress()
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 

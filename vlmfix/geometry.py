@@ -17,7 +17,8 @@ def fit(mask: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Boolean masks of shape (B, K) over keys. Masks, never spans: several images and padding on either side are fine."""
+    """Boolean masks of shape (B, K) over keys. Masks, never spans: several images and padding on either side are
+    fine."""
 
     image: Tensor
     """Image tokens of all images (video tokens included); False on padding and on generated tokens."""
@@ -59,7 +60,8 @@ class Geometry:
 
     @cached_property
     def system(self) -> Tensor:
-        """Prompt keys before the first image token (first token included); all prompt keys of a sample without image."""
+        """Prompt keys before the first image token (first token included); all prompt keys of a sample without
+        image."""
         return self.prompt & (self.image.cumsum(1) == 0)
 
     @cached_property

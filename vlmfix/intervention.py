@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +25,8 @@ ATTENTION_STAGES = ("scores", "weights")
 
 
 class Idle(Exception):
-    """Raised by `Intervention.resolve`: this model gives the method nothing to act on. Becomes a warning, never silence."""
+    """Raised by `Intervention.resolve`: this model gives the method nothing to act on. Becomes a warning, never
+    silence."""
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Site:
     """Decoder layers of the model."""
     geometry: Geometry
     """What the K keys are: masks of shape (B, K)."""
-    rows: Tensor | None
-    """(B, R) bool: rows that this intervention may edit here. `None` in `layer_input`, where nothing is edited."""
+    rows: Tensor
+    """(B, R) bool: rows that this intervention may edit here; in `layer_input`, prompt rows that are no padding."""
     start: int
     """Position of the first row of this forward pass."""
     first_key: int
@@ -50,7 +51,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Intervention:
-    """A training-free edit of a model's forward pass. Fields are the method's settings; a stage is a method to override.
+    """A training-free edit of a model's forward pass. Fields are the method's settings; a stage is a method to
+    override.
 
     | stage | gets and returns | where |
     |---|---|---|
@@ -70,8 +72,9 @@ class Intervention:
     """Where it was published."""
     cost: ClassVar[str] = ""
     """What it costs over the untouched model."""
-    rows: ClassVar[Rows] | Rows = "last"
-    """Prompt rows that the attention stages edit; rows of generated tokens always belong. A subclass may make it a field."""
+    rows: ClassVar[Any] = "last"
+    """Prompt rows that the attention stages edit, one of `Rows`; rows of generated tokens always belong. A subclass may
+    make it a field."""
     whole_prompt: ClassVar[bool] = False
     """True: the prompt must go through the model in one piece (no chunked prefill)."""
 
@@ -106,7 +109,8 @@ class Intervention:
         return o
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
-        """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the keys."""
+        """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the
+        keys."""
         return []
 
     def idle_hint(self) -> str:
@@ -141,7 +145,7 @@ class Intervention:
         return wrapped(model, self)
 
 
-Interventions = Union[None, str, Intervention, Sequence[Union[str, Intervention]]]
+Interventions = None | str | Intervention | Sequence[str | Intervention]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -189,7 +193,7 @@ def _check_kind(name: str, key: str, annotation: str, value: Any) -> None:
         "bool": ("true or false", (bool,)),
         "tuple": ("whole numbers such as 1/18-31", (tuple, int)),
     }
-    said, allowed = kinds.get(annotation.split(" ")[0].split("[")[0], ("", ()))
+    said, allowed = kinds.get(annotation.split(" ", maxsplit=1)[0].split("[", maxsplit=1)[0], ("", ()))
     wrong = isinstance(value, bool) and bool not in allowed
     if said and value is not None and (wrong or not isinstance(value, allowed)):
         raise ValueError(f"{name}: {key} expects {said}, got {value!r}")
@@ -237,7 +241,8 @@ def parse(spec: str) -> tuple[Intervention, ...]:
 
 
 def split_methods(text: str) -> list[str]:
-    """Cut `"none,var:p=0.4,rho=0.8,vhr"` into its methods: a piece that reads `setting=value` belongs to the one before."""
+    """Cut `"none,var:p=0.4,rho=0.8,vhr"` into its methods: a piece that reads `setting=value` belongs to the one
+    before."""
     methods: list[str] = []
     for piece in filter(None, (p.strip() for p in text.split(","))):
         continues = methods and "=" in piece and ":" not in piece.partition("=")[0]
@@ -249,7 +254,8 @@ def split_methods(text: str) -> list[str]:
 
 
 def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
-    """Any accepted form (a name, a name with settings, an instance, a list of these, `None`) as a tuple of instances."""
+    """Any accepted form (a name, a name with settings, an instance, a list of these, `None`) as a tuple of
+    instances."""
     if given is None:
         return ()
     if isinstance(given, str):
@@ -262,14 +268,16 @@ def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
 
 
 def spec_of(interventions: Sequence[Intervention]) -> str:
-    """A short label that `parse` reads back: names with the settings that differ from the defaults; `none` if there are none."""
+    """A short label that `parse` reads back: names with the settings that are not the defaults; `none` for an empty
+    list."""
     parts = []
     for one in interventions:
-        variant = {"variant": one.variant} if hasattr(one, "variant") else {}
-        plain = type(one)(**variant)  # a variant fills other settings, which then need no mention
-        shown = {k: v for k, v in asdict(one).items() if v != getattr(plain, k)}
-        if variant and one.variant != getattr(type(one)(), "variant"):  # noqa: B009
-            shown = {**variant, **shown}
+        settings, plain = asdict(one), asdict(type(one)())
+        if settings.get("variant") != plain.get(
+            "variant"
+        ):  # a variant fills other settings, which then need no mention
+            plain = {**asdict(type(one)(variant=settings["variant"])), "variant": None}  # type: ignore[call-arg]
+        shown = {k: v for k, v in settings.items() if v != plain[k]}
         text = [f"{k}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in shown.items()]
         parts.append(one.to_json()["name"] + (":" + ",".join(text) if text else ""))
     return "+".join(parts) or "none"

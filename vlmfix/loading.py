@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 EMBEDDED = {"tiny": "tiny-llava", "tiny-sinks": "tiny-llava-sinks"}
 
 
-def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[nn.Module, Any]:
+def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any]:
     """A vision-language model, ready to answer, and its processor.
 
     `name` is `"tiny"` (the embedded model), `"tiny-sinks"` (its sibling with visual sinks), a Hub id or a local folder.
@@ -32,16 +31,16 @@ def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[nn.Modu
         options = {k: kwargs[k] for k in ("revision", "token", "trust_remote_code", "cache_dir") if k in kwargs}
         config = AutoConfig.from_pretrained(path, **options)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
-            raise ValueError(f"{name} is a {config.model_type} model, which takes no image and text together; pick a VLM")
-        model = AutoModelForImageTextToText.from_pretrained(
+            raise ValueError(f"{name} is a {config.model_type} model, which takes no image and text together")
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype or (torch.float32 if embedded else "auto"), **kwargs
         )
         processor = AutoProcessor.from_pretrained(path, **options)
     except OSError as error:
         known = ", ".join(EMBEDDED)
         raise ValueError(
-            f"cannot load {name!r}: expected an embedded model ({known}), a local folder, or a Hub id that can be reached "
-            f"({str(error).splitlines()[0]})"
+            f"cannot load {name!r}: expected an embedded model ({known}), a local folder, or a Hub id that can be "
+            f"reached ({str(error).splitlines()[0]})"
         ) from error
     finally:
         if progress:

@@ -1,4 +1,4 @@
-"""State of one generation and of one forward pass. Born at the prefill, dies with the cache: nothing leaks between samples."""
+"""State of one generation and of one forward pass: born at the prefill, gone with the cache."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class Call:
         return self.generation.geometry.fitted(self.start + self.n_rows)
 
     def geometry(self, n_keys: int) -> Geometry:
-        """Masks over the keys that an attention layer sees: all so far, room of a static cache, or a window's last keys."""
+        """Masks over the keys that a layer sees: all so far, the room of a static cache, or the last ones of a
+        window."""
         if n_keys not in self._geometries:
             windowed = n_keys < self.start + self.n_rows
             self._geometries[n_keys] = self._all.last_keys(n_keys) if windowed else self._all.fitted(n_keys)
@@ -117,4 +118,5 @@ class Call:
     def prompt_site(self, index: int, layer: int, n_layers: int) -> Site:
         """The site of a look at the prompt's rows, over the keys up to the end of the prompt."""
         geometry = self._all.fitted(self.start + self.n_prompt)
-        return Site(layer, n_layers, geometry, None, self.start, 0, self.generation.memos[index])
+        rows = self.rows("all")[:, : self.n_prompt]
+        return Site(layer, n_layers, geometry, rows, self.start, 0, self.generation.memos[index])

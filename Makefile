@@ -1,0 +1,37 @@
+# Two commands need nothing but Python 3.10+ and make: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint figures link clean
+
+quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, with VAR and with VHR
+	$(BIN)/vlmfix eval
+
+test: $(VENV)/.dev lint  ## everything that CI runs
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/typed/vlmfix && ln -sfn $(CURDIR)/vlmfix/*.py $(addprefix $(CURDIR)/,hooks eval demo) build/typed/vlmfix
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vlmfix
+
+figures: $(VENV)/.dev  ## the picture of the README
+	$(BIN)/python assets/figures/effect.py
+
+link:  ## for IDEs that do not follow the package map of pyproject.toml
+	for part in hooks eval demo assets; do ln -sfn ../$$part vlmfix/$$part; done
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vlmfix needs Python 3.10 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

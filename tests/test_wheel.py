@@ -1,0 +1,52 @@
+"""The package that users install: built through an sdist, unpacked elsewhere, used away from the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder that the built wheel was installed in."""
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", out / "dist", ROOT], check=True, capture_output=True)
+    (wheel,) = (out / "dist").glob("*.whl")
+    target = out / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run(pip, check=True, capture_output=True)
+    return wheel, target
+
+
+def test_wheel_holds_one_package_and_its_data(installed):
+    names = zipfile.ZipFile(installed[0]).namelist()
+    assert {n.split("/")[0] for n in names} == {"vlmfix", next(n for n in names if ".dist-info" in n).split("/")[0]}
+    for needed in ("hooks/var.py", "eval/chair.py", "demo/app.py", "py.typed", "assets/scenes/instances.json"):
+        assert f"vlmfix/{needed}" in names
+    assert sum("assets/scenes/images/" in n for n in names) == 400
+    assert any(n.endswith("tiny-llava/model.safetensors") for n in names) and any("LICENSE" in n for n in names)
+    assert installed[0].stat().st_size < 40e6
+
+
+def test_everything_imports_and_runs_from_the_wheel(installed, tmp_path):
+    code = (
+        "import importlib, pkgutil, vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo;"
+        f"assert vlmfix.__file__.startswith({str(installed[1])!r}), vlmfix.__file__;"
+        "parts = [vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo];"
+        "names = [m.name for p in parts for m in pkgutil.iter_modules(p.__path__, p.__name__ + '.')];"
+        "[importlib.import_module(n) for n in names if not n.endswith('__main__')]; print(len(names))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(installed[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and int(done.stdout) > 15, done.stderr
+    command = [sys.executable, "-m", "vlmfix", "eval", "--limit", "2", "--benchmark", "chair", "--method", "none,vhr"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "CHAIR (rohrbach), model tiny, 2 pictures" in done.stdout, done.stderr
+    assert (tmp_path / "runs" / "chair" / "tiny").is_dir()
