@@ -1,14 +1,16 @@
 """CHAIR: which objects a caption names, and which of them are not in the picture.
 
-Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1809.02156. The variant here is
-`rohrbach`: every token is made singular as pattern.en does it, and the ground truth is made with the same rule. It
-reproduces LisaAnne/Hallucination and Maxlinn/CHAIR-metric-standalone, known defects included ("bus" becomes "bu" and
+Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1809.02156. The literature holds several
+CHAIRs, which differ in how words are brought to one form (`vlmfix.eval.variants`). Captions and ground truth must go
+through the same variant, and its `label` stands beside every figure. `rohrbach` reproduces LisaAnne/Hallucination and
+Maxlinn/CHAIR-metric-standalone, `opera` shikiw/OPERA, known defects included (under `rohrbach`, "bus" becomes "bu" and
 never counts).
 
-    truth = ground_truth("instances_val2014.json", "captions_val2014.json")
-    scores = score_captions([("COCO_val2014_000000000042.jpg", "A dog on a couch.")], truth)
+    truth = coco_truth("rohrbach")  # or ground_truth("instances_val2014.json", "captions_val2014.json")
+    scores = score_captions([("COCO_val2014_000000000042.jpg", "A dog on a couch.")], truth, variant="rohrbach")
     sums = {name: column.sum() for name, column in counts(scores).items()}
     METRICS["CHAIR_S"](sums), METRICS["CHAIR_I"](sums)
+    explain(scores[0])
 """
 
 from __future__ import annotations
@@ -24,142 +26,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools.coco import COCO
 
+from vlmfix.eval.variants import NORMALISERS, Mention, Token, check_variant, singularize, strict, version
+
 _TABLES = files("vlmfix.assets") / "chair"
-
-_SENTENCE_END = re.compile(r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+""")
-_CLOSERS = frozenset("""])}>"'»”’""")
-_SYMBOLS = r"""\[\](){}<>;@#$%&?!*"«»“”‘’„\u2012-\u2015"""
-_SCAN = re.compile(
-    rf"(?P<symbol>\.\.+|--|`+|''|[{_SYMBOLS}]|[:,](?!\d))"
-    rf"|(?:[^\s`{_SYMBOLS}.\-',:]+|(?!\.\.|--|''|[:,](?!\d))[.\-',:])+"
-)
-_OPENING_QUOTE = re.compile(r"'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)")
-_ENDING = re.compile(r"(.*[^'])(n't|'ll|'re|'ve|'s|'m|'d|')")
-_TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "gimme", "lemme", "wanna"))  # each parts after its third letter
-
-
-@dataclass(frozen=True)
-class Token:
-    """A word or sign of a caption: its text in lower case, and its characters in the caption (end excluded)."""
-
-    text: str
-    start: int
-    end: int
-
-
-def tokenize(caption: str) -> list[Token]:
-    """Words and signs of a caption, lower-cased, as NLTK's `word_tokenize` (Punkt, then Treebank rules) parts them.
-
-    Needs no NLTK and no data. Known abbreviations ("Mr.", "p.m.") keep no full stop here; no object depends on them.
-    """
-    text = caption.lower()
-    origin = range(len(caption) + 1)
-    if len(text) != len(caption):  # U+0130 lower-cases to two characters
-        origin = [at for at, char in enumerate(caption) for _ in char.lower()]  # type: ignore[assignment]
-    return [
-        Token(text[start:end], origin[start], origin[end - 1] + 1)
-        for sentence_start, sentence_end in _sentences(text)
-        for start, end in _words(text, sentence_start, sentence_end)
-    ]
-
-
-def _sentences(text: str) -> Iterator[tuple[int, int]]:
-    start = 0
-    for gap in _SENTENCE_END.finditer(text):
-        yield start, gap.start()
-        start = gap.end()
-    yield start, len(text)
-
-
-def _words(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Spans of the words in one sentence: a final full stop is a word of its own, inner ones stay in theirs."""
-    last = end
-    while last > start and (text[last - 1] in _CLOSERS or text[last - 1].isspace()):
-        last -= 1
-    stop = last - 1
-    if last - start < 2 or text[stop] != "." or text[stop - 1] == ".":
-        yield from _scan(text, start, end)
-        return
-    yield from _scan(text, start, stop)
-    yield stop, stop + 1
-    yield from _scan(text, stop + 1, end)
-
-
-def _scan(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    for match in _SCAN.finditer(text, start, end):
-        if match["symbol"]:
-            yield match.span()
-            continue
-        at = match.start()
-        for piece in _pieces(match[0]):
-            yield at, at + len(piece)
-            at += len(piece)
-
-
-def _pieces(run: str) -> list[str]:
-    """Part quotes, contractions and fused words: "'dogs'" -> ' dogs ', "isn't" -> is n't, "cannot" -> can not."""
-    before, after = [], []
-    if "'" in run:
-        if _OPENING_QUOTE.match(run):
-            before, run = ["'"], run[1:]
-        if ending := _ENDING.fullmatch(run):
-            run, after = ending[1], [ending[2]]
-    return [*before, *((run[:3], run[3:]) if run in _TWO_WORDS else (run,)), *after]
-
-
-@dataclass(frozen=True)
-class _SingularRules:
-    prepositions: frozenset[str]
-    suffixes_of_unchanged: frozenset[str]
-    unchanged_endings: tuple[str, ...]
-    irregular_endings: tuple[tuple[str, str], ...]
-    rules: tuple[tuple[re.Pattern[str], str], ...]
-
-
-@cache
-def _singular_rules() -> _SingularRules:
-    tables = json.loads((_TABLES / "singular_rules.json").read_text("utf-8"))
-    return _SingularRules(
-        prepositions=frozenset(tables["prepositions"]),
-        suffixes_of_unchanged=frozenset(
-            word[at:] for word in tables["unchanged_if_suffix_of"] for at in range(len(word) + 1)
-        ),
-        unchanged_endings=tuple(f"{ending}s" for ending in tables["unchanged_if_ends_with_plus_s"]),
-        irregular_endings=tuple((plural, singular) for plural, singular in tables["irregular_endings"]),
-        rules=tuple((re.compile(pattern), replacement) for pattern, replacement in tables["rules"]),
-    )
-
-
-@lru_cache(maxsize=1 << 16)
-def singularize(word: str) -> str:
-    """What pattern.en's `singularize` makes of a lower-case word: "women" -> "woman", but also "bus" -> "bu".
-
-    Tables from clips/pattern, pattern/text/en/inflect.py (BSD-3-Clause).
-    """
-    tables = _singular_rules()
-    parts = word.split("-")
-    if len(parts) > 1 and parts[1] in tables.prepositions:  # mothers-in-law
-        return "-".join((singularize(parts[0]), *parts[1:]))
-    if word.endswith("'"):
-        stem = word.rstrip("'")
-        return singularize(stem) + "'s" * (len(word) - len(stem))
-    if word in tables.suffixes_of_unchanged or word.endswith(tables.unchanged_endings):
-        return word
-    for plural, singular in tables.irregular_endings:
-        if word.endswith(plural):
-            return word.removesuffix(plural) + singular
-    for pattern, replacement in tables.rules:
-        if pattern.search(word):
-            return pattern.sub(replacement, word)
-    return word
 
 
 @dataclass(frozen=True)
@@ -223,35 +100,28 @@ def _parse_vocabulary(text: str, source: str) -> Vocabulary:
     return Vocabulary(node_of, double_words)
 
 
-@dataclass(frozen=True)
-class Mention:
-    """One naming of an object in a caption."""
-
-    word: str
-    """The word as looked up: singular, pairs joined."""
-    node: str
-    """The object."""
-    index: int
-    """Which token of the caption, the first of a pair."""
-    start: int
-    """First character in the caption."""
-    end: int
-    """Character after the last one."""
+_COCO_ONLY = ("opera_approx", "strict")  # variants made of tables for the words of COCO
 
 
-def rohrbach(tokens: Sequence[Token]) -> list[str]:
-    """The normaliser of the variant `rohrbach`: every token made singular, verbs and pronouns too."""
-    return [singularize(token.text) for token in tokens]
-
-
-def mentions(caption: str, vocabulary: Vocabulary | None = None) -> list[Mention]:
+def mentions(caption: str, vocabulary: Vocabulary | None = None, variant: str = "rohrbach") -> list[Mention]:
     """Every object that a caption names, in order, one entry per naming (`utils/chair.py` of LisaAnne/Hallucination).
 
     Spans point into the caption as given. They are right also after "toilet seat", where the reference's indices slip.
+
+    Raises:
+        ValueError: the variant is unknown, lacks what it needs, or does not know the words of this vocabulary.
     """
+    check_variant(variant)
+    if variant in _COCO_ONLY and vocabulary not in (None, _coco_vocabulary()):
+        raise ValueError(f"the variant {variant} knows the words of COCO only; use rohrbach with other vocabularies.")
+    if variant == "strict":
+        return strict(caption)
     vocabulary = vocabulary or _coco_vocabulary()
-    tokens = tokenize(caption)
-    items = list(_join_pairs(rohrbach(tokens), vocabulary.double_words))
+    return _objects(NORMALISERS[variant](caption), vocabulary)
+
+
+def _objects(tokens: Sequence[Token], vocabulary: Vocabulary) -> list[Mention]:
+    items = list(_join_pairs([token.text for token in tokens], vocabulary.double_words))
     words = {word for word, _, _ in items}
     skip = "seat" if "toilet" in words else None  # the seat of a toilet is no chair, and no other seat is either
     return [
@@ -265,7 +135,7 @@ def _join_pairs(words: Sequence[str], double_words: Mapping[str, str]) -> Iterat
     """Yield word, first and last token, with known pairs joined greedily from the left."""
     at = 0
     while at < len(words):
-        pair = double_words.get(" ".join(words[at : at + 2]))
+        pair = double_words.get(f"{words[at]} {words[at + 1]}") if at + 1 < len(words) else None
         last = at if pair is None else at + 1
         yield words[at] if pair is None else pair, at, last
         at = last + 1
@@ -276,6 +146,8 @@ def image_key(image: int | str | os.PathLike[str]) -> int:
 
     The number is the last group of digits of the file name without its ending. Raises ValueError if there is none.
     """
+    if isinstance(image, str) and len(image) <= 18 and image.isascii() and image.isdecimal():
+        return int(image)
     if isinstance(image, (str, os.PathLike)):
         digits = re.findall(r"[0-9]+", PureWindowsPath(os.fsdecode(image)).stem)  # knows both kinds of slashes
         if digits and len(digits[-1]) <= 18:
@@ -336,20 +208,73 @@ def instance_categories(path: str | os.PathLike[str]) -> list[tuple[dict[str, An
         raise ValueError(f"{path} lacks the category or category name {error}; give an instances file.") from error
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class GroundTruth(Mapping[int, frozenset[str]]):
+    """Objects in each image, by `image_key`, with the variant that read them out of human captions."""
+
+    objects: Mapping[int, frozenset[str]]
+    variant: str | None = None
+    """None where no caption was read: such a truth suits every variant."""
+    source: str = "ground truth"
+    """What it is, in a few words."""
+
+    def __getitem__(self, image: int) -> frozenset[str]:
+        return self.objects[image]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.objects)
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __repr__(self) -> str:
+        return f"<{self.source}, {self.variant or 'any variant'}: {len(self)} images>"
+
+
+_TRUTHS = {
+    "rohrbach": ("rohrbach",),
+    "opera": ("opera",),
+    "opera_approx": ("opera_approx", "opera"),  # an approximation of the exact one, so the exact truth is its truth
+    "inflect": ("inflect", "rohrbach"),  # its own truth needs the captions of COCO; `label` tells the two apart
+    "strict": ("strict",),
+}
+"""Variant of the captions -> variants of the ground truth that go with it, the first is its own."""
+
+
+def label(variant: str, truth: Mapping[int, frozenset[str]] | None = None) -> str:
+    """The name under which figures of a variant are recorded: `opera (nltk 3.10.4)`, `inflect (gt rohrbach)`.
+
+    Raises:
+        ValueError: the ground truth was made with another variant, or the variant is unknown or lacks what it needs.
+    """
+    check_variant(variant)
+    made_with = truth.variant if isinstance(truth, GroundTruth) else None
+    if made_with not in (None, *_TRUTHS[variant]):
+        raise ValueError(
+            f"{truth!r} does not go with captions read as {variant}; "
+            f"give ground truth made with {' or '.join(_TRUTHS[variant])}, or score as {made_with}."
+        )
+    if variant == "inflect" and made_with == "rohrbach":
+        return "inflect (gt rohrbach)"
+    return f"{variant} ({used})" if (used := version(variant)) else variant
+
+
 def ground_truth(
     instances: str | os.PathLike[str],
     captions: str | os.PathLike[str] | None = None,
     vocabulary: Vocabulary | None = None,
-) -> dict[int, frozenset[str]]:
+    variant: str = "rohrbach",
+) -> GroundTruth:
     """Objects in each image: its annotated instances, and what human captions name, by `image_key` of the image's id.
 
-    Files are in COCO format, plain or gzipped. CHAIR's own ground truth uses both; captions go through the same
-    normaliser as the captions that are scored. Captions of other images are passed over.
+    Files are in COCO format, plain or gzipped. CHAIR's own ground truth uses both; captions are read by the variant
+    that will read the captions to score. Captions of other images are passed over.
 
     Raises:
         ValueError: a category is not in the vocabulary, an image has no caption, or two images share a number: the same
             in their ids, or one in its file name and the other in its id.
     """
+    check_variant(variant)
     vocabulary = vocabulary or _coco_vocabulary()
     images = instance_categories(instances)
     truth = {image_key(image["id"]): {vocabulary.node(name) for name in names} for image, names in images}
@@ -358,8 +283,12 @@ def ground_truth(
     for image, _ in images:
         _check_file_name(image, truth.keys(), instances)
     if captions is not None:
-        _add_captions(truth, captions, vocabulary)
-    return {key: frozenset(objects) for key, objects in truth.items()}
+        _add_captions(truth, captions, vocabulary, variant)
+    return GroundTruth(
+        {key: frozenset(objects) for key, objects in truth.items()},
+        variant=None if captions is None else variant,
+        source=f"ground truth of {Path(instances).name}",
+    )
 
 
 def _check_file_name(image: dict[str, Any], keys: Collection[int], path: str | os.PathLike[str]) -> None:
@@ -374,14 +303,16 @@ def _check_file_name(image: dict[str, Any], keys: Collection[int], path: str | o
         )
 
 
-def _add_captions(truth: dict[int, set[str]], path: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
+def _add_captions(
+    truth: dict[int, set[str]], path: str | os.PathLike[str], vocabulary: Vocabulary, variant: str
+) -> None:
     bare = set(truth)
     for annotation in read_coco(path).anns.values():
         if not isinstance(annotation.get("caption"), str):
             raise ValueError(f"{path}: annotation {annotation['id']} has no caption; give a captions file.")
         key = image_key(annotation["image_id"])
         if key in truth:
-            truth[key].update(mention.node for mention in mentions(annotation["caption"], vocabulary))
+            truth[key].update(mention.node for mention in mentions(annotation["caption"], vocabulary, variant))
             bare.discard(key)
     if bare:
         raise ValueError(
@@ -390,11 +321,50 @@ def _add_captions(truth: dict[int, set[str]], path: str | os.PathLike[str], voca
         )
 
 
-def load_masks(path: str | os.PathLike[str]) -> dict[int, frozenset[str]]:
+def coco_truth(variant: str = "rohrbach", split: Literal["val", "train"] | None = None) -> GroundTruth:
+    """The ground truth of COCO 2014 that goes with a variant: 40,504 val images and 82,783 train, 2017 has the same.
+
+    It comes from the caches of Maxlinn/CHAIR-metric-standalone and shikiw/OPERA. `inflect` gets the truth of
+    `rohrbach`, and a `label` that says so; `strict` that of `rohrbach`, and a bus wherever `opera` has one. Without a
+    split, both.
+
+    Raises:
+        ValueError: the variant or the split is unknown.
+    """
+    check_variant(variant)
+    if split not in ("val", "train", None):
+        raise ValueError(f"{split!r} is no split of COCO 2014; choose val or train, or None for both.")
+    return _coco_truth({"opera_approx": "opera", "inflect": "rohrbach"}.get(variant, variant), split)
+
+
+@cache
+def _coco_truth(variant: str, split: str | None) -> GroundTruth:
+    if split is None:
+        objects = {**_coco_truth(variant, "val"), **_coco_truth(variant, "train")}
+    elif variant == "strict":
+        bus, buses = frozenset({"bus"}), _coco_truth("opera", split)
+        objects = {image: named | bus & buses[image] for image, named in _coco_truth("rohrbach", split).items()}
+    else:
+        objects = dict(load_masks(str(_TABLES / "gt" / f"coco2014_{split}_{variant}.json.gz")))
+    return GroundTruth(objects, variant, f"COCO 2014 {split or 'val and train'}")
+
+
+def images_without_instances() -> frozenset[int]:
+    """The 1,069 images of COCO 2014 that nobody annotated: their ground truth is what human captions name."""
+    return frozenset(json.loads((_TABLES / "gt" / "images_without_instances.json").read_text("utf-8")))
+
+
+def load_masks(path: str | os.PathLike[str], variant: str | None = None) -> GroundTruth:
     """Read a packed ground truth: JSON, plain or gzipped, `{"objects": [name, ...], "images": {"42": "10000", ...}}`.
 
-    Each image has a hexadecimal mask; bit k stands for objects[k].
+    Each image has a hexadecimal mask; bit k stands for objects[k]. The file does not tell its variant: name the one
+    that read its captions, or none if it was made without captions.
+
+    Raises:
+        ValueError: the file is in another format, or the variant is unknown.
     """
+    if variant is not None:
+        check_variant(variant)
     path = Path(path)
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
@@ -409,7 +379,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[int, frozenset[str]]:
     sets = {
         mask: frozenset(name for bit, name in enumerate(objects) if mask >> bit & 1) for mask in set(masks.values())
     }
-    return {image: sets[mask] for image, mask in masks.items()}
+    return GroundTruth({image: sets[mask] for image, mask in masks.items()}, variant, path.name)
 
 
 @dataclass(frozen=True)
@@ -420,6 +390,8 @@ class CaptionScore:
     caption: str
     mentions: tuple[Mention, ...]
     truth: frozenset[str]
+    variant: str = "rohrbach"
+    """How the caption was read, as `label` puts it."""
 
     @property
     def hallucinated(self) -> tuple[Mention, ...]:
@@ -430,6 +402,11 @@ class CaptionScore:
     def objects(self) -> frozenset[str]:
         """The objects named, each once."""
         return frozenset(mention.node for mention in self.mentions)
+
+    @property
+    def missed(self) -> frozenset[str]:
+        """The image's objects that are not named."""
+        return self.truth - self.objects
 
     @property
     def words(self) -> int:
@@ -473,12 +450,16 @@ def score_captions(
     captions: Iterable[tuple[int | str | os.PathLike[str], str]],
     truth: Mapping[int, frozenset[str]],
     vocabulary: Vocabulary | None = None,
+    variant: str = "rohrbach",
 ) -> list[CaptionScore]:
     """Score captions, given with their images (anything `image_key` takes), in order. An empty caption counts.
 
     Raises:
-        ValueError: a caption is no text, an image comes twice, or the ground truth does not cover it.
+        ValueError: a caption is no text, an image comes twice, or the ground truth does not cover it, was made with
+            another variant, or names objects outside the vocabulary.
     """
+    name = label(variant, truth)
+    vocabulary = vocabulary or _coco_vocabulary()
     pairs = [(image_key(image), caption) for image, caption in captions]
     for key, caption in pairs:
         if not isinstance(caption, str):
@@ -488,14 +469,48 @@ def score_captions(
         raise ValueError(f"{len(doubled)} images have more than one caption ({_first(doubled)}); give one each.")
     if unknown := [key for key in keys if key not in truth]:
         covered = f"{len(truth)} images, {min(truth)} to {max(truth)}" if truth else "no image"
+        covered += f" ({truth.source})" if isinstance(truth, GroundTruth) else ""
         raise ValueError(
             f"{len(unknown)} of {len(keys)} images have no ground truth ({_first(unknown)}); it covers {covered}. "
             "Load the split that holds them, or make theirs with ground_truth(instances, captions)."
         )
-    return [CaptionScore(key, caption, tuple(mentions(caption, vocabulary)), truth[key]) for key, caption in pairs]
+    if foreign := sorted(frozenset().union(*(truth[key] for key in keys)).difference(vocabulary.nodes)):
+        raise ValueError(
+            f"the ground truth names {len(foreign)} objects that are not in the vocabulary ({_first(foreign)}); "
+            "give the vocabulary that it was made with."
+        )
+    return [
+        CaptionScore(key, caption, tuple(mentions(caption, vocabulary, variant)), truth[key], name)
+        for key, caption in pairs
+    ]
 
 
-def _first(keys: Sequence[int], most: int = 3) -> str:
+def explain(score: CaptionScore) -> dict[str, Any]:
+    """Every verdict on one caption, ready for JSON: each mention and where it stands, and the objects left unnamed.
+
+    `start` and `end` count characters of the caption (end excluded), `token` the tokens before the mention.
+    """
+    return {
+        "image_id": score.image_id,
+        "variant": score.variant,
+        "caption": score.caption,
+        "mentions": [
+            {
+                "text": score.caption[mention.start : mention.end],
+                "start": mention.start,
+                "end": mention.end,
+                "token": mention.index,
+                "synonym": mention.word,
+                "node": mention.node,
+                "verdict": "present" if mention.node in score.truth else "invented",
+            }
+            for mention in score.mentions
+        ],
+        "missed": sorted(score.missed),
+    }
+
+
+def _first(keys: Sequence[object], most: int = 3) -> str:
     return ", ".join(map(str, keys[:most])) + (", ..." if len(keys) > most else "")
 
 
@@ -505,7 +520,15 @@ def clusters(scores: Sequence[CaptionScore]) -> list[int]:
 
 
 def counts(scores: Sequence[CaptionScore]) -> dict[str, np.ndarray]:
-    """What the metrics are made of: additive counts, one float per caption, in order."""
+    """What the metrics are made of: additive counts, one float per caption, in order.
+
+    Raises:
+        ValueError: the captions were read by different variants.
+    """
+    if len(variants := {score.variant for score in scores}) > 1:
+        raise ValueError(
+            f"scores of different variants do not add up ({', '.join(sorted(variants))}); keep them apart."
+        )
     columns: dict[str, Callable[[CaptionScore], float]] = {
         "captions": lambda score: 1,
         "hallucinated_captions": lambda score: score.chair_s,

@@ -47,10 +47,10 @@ class Data:
         return dict(list(found.items())[: self.limit])
 
     @cached_property
-    def truth(self) -> dict[int, frozenset[str]]:
+    def truth(self) -> chair.GroundTruth:
         """CHAIR's ground truth: annotated categories and what the human captions name."""
         captions = self.folder / "captions.json"
-        return dict(chair.ground_truth(self.folder / "instances.json", captions if captions.exists() else None))
+        return chair.ground_truth(self.folder / "instances.json", captions if captions.exists() else None)
 
     @cached_property
     def objects(self) -> list[tuple[str, tuple[str, ...]]]:

@@ -4,44 +4,226 @@ Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EM
 scorer follow the code of RUCAIBox/POPE. Evaluators in use read the same answers in different ways, so the parser is
 part of every figure's name.
 
-    questions = build_questions(ordered_objects("instances_val2014.json"), n_images=500, seed=0)
-    scores = score_answers(questions, {question.id: ask(question) for question in questions})
+    questions = load("coco", "adversarial")    # or read_questions(path), or build_questions(ordered_objects(...), ...)
+    scores = score_answers(questions, read_answers("answers.jsonl"), "strict")
     sums = {name: column.sum() for name, column in counts(scores).items()}
     METRICS["accuracy"](sums), METRICS["F1"](sums), METRICS["yes_ratio"](sums)
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
+import json
 import os
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cache
+from importlib.resources import as_file, files
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
+from vlmfix.eval.chair import instance_categories
+from vlmfix.eval.yesno import (
+    METRICS,
+    PARSERS,
+    Answer,
+    AnswerScore,
+    Label,
+    Parser,
+    Question,
+    by_group,
+    check_ids,
+    clusters,
+    counts,
+    did_you_mean,
+    id_field,
+    label_field,
+    mended,
+    read_answers,
+    read_records,
+    same_image,
+    score_answers,
+    score_margins,
+    text_field,
+)
 
-from vlmfix.eval.chair import f1, instance_categories, ratio
+__all__ = [
+    "METRICS",
+    "PARSERS",
+    "SOURCES",
+    "SPLITS",
+    "Answer",
+    "AnswerScore",
+    "Label",
+    "Parser",
+    "Question",
+    "build_questions",
+    "by_group",
+    "clusters",
+    "common",
+    "counts",
+    "edition",
+    "load",
+    "ordered_objects",
+    "question_text",
+    "read_answers",
+    "read_questions",
+    "relabel",
+    "score_answers",
+    "score_margins",
+]
 
-Label = Literal["yes", "no"]
+_FILES = files("vlmfix.assets") / "pope"
+
+SOURCES = {
+    "coco": "COCO val2014, as RUCAIBox/POPE has it",
+    "aokvqa": "A-OKVQA, images of COCO val2014, objects by SEEM",
+    "gqa": "GQA, images of Visual Genome, objects by SEEM",
+    "coco_first_release": "COCO as first released: 90 random negatives fewer, other ids there, the misprint 'imange'",
+}
+"""Question files that come with the package; OPERA, PAI and VISTA use the first release."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question, the object it asks for and the right answer."""
+# Question files
 
-    id: Hashable
-    """What answers are joined by; unique among the questions that are scored together."""
-    image: str
-    """Name of the image file."""
-    text: str
-    object: str
-    label: Label
-    split: str
-    """How the negatives were drawn: random, popular or adversarial."""
+
+def load(source: str = "coco", split: str = "random") -> list[Question]:
+    """The questions of a source and split as published, 3,000 on 500 images (2,910 of `coco_first_release/random`).
+
+    Raises:
+        ValueError: an unknown source or split.
+    """
+    for name, known, what in ((source, SOURCES, "source"), (split, SPLITS, "split")):
+        if name not in known:
+            raise ValueError(f"{name!r} is no {what} of POPE{did_you_mean(name, known)}; there are {', '.join(known)}.")
+    with as_file(_FILES / source / f"{split}.json.gz") as path:
+        return read_questions(path, split=split)
+
+
+def read_questions(path: str | os.PathLike[str], *, split: str | None = None) -> list[Question]:
+    """Questions of a file with `question_id`, `image`, `text` and `label`, in the formats of `yesno.read_records`.
+
+    The split is the `category` of each line, as in LLaVA's `llava_pope_test.jsonl`, else `split`, else that of the
+    edition that the file is recognised as, else empty.
+
+    Raises:
+        ValueError: a line lacks a key or holds something else under it, or only some lines have a category.
+    """
+    records = read_records(path)
+    categories = [text_field(record, where, "category") for where, record in records if "category" in record]
+    if len(categories) not in (0, len(records)):
+        raise ValueError(
+            f"{path}: {len(categories)} of {len(records)} questions have a category; give all one, or none."
+        )
+    questions = [
+        Question(
+            id=id_field(record, where, "question_id"),
+            image=text_field(record, where, "image"),
+            text=text_field(record, where, "text"),
+            object=_object_of(record["text"]),
+            label=label_field(record, where, "label"),
+            group=record.get("category") or split or "",
+        )
+        for where, record in records
+    ]
+    if not categories and split is None:
+        split = edition(questions).partition("/")[2]
+        return [replace(question, group=split) for question in questions]
+    return questions
+
+
+def _object_of(text: str) -> str:
+    asked = re.search(r"Is there an? (.+?) in the image\?", mended(text))
+    return asked[1] if asked else ""
+
+
+def edition(questions: Iterable[Question]) -> str:
+    """Which published file holds exactly these questions in this order, as "coco/random"; "custom" if none does.
+
+    Ids, images, wording and labels all count, so that the first release, VCD's copies and RePOPE tell apart.
+    """
+    lines = "".join(f"{q.id}\t{q.image}\t{q.text}\t{q.label}\n" for q in questions)
+    return _editions().get(hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest(), "custom")
+
+
+@cache
+def _editions() -> Mapping[str, str]:
+    """Hash of the content -> name. Of files with the same content the first one gives the name."""
+    listed: dict[str, dict[str, Any]] = json.loads((_FILES / "editions.json").read_text("utf-8"))
+    return {entry["sha256_content"]: name for name, entry in reversed(listed.items())}
+
+
+def relabel(questions: Iterable[Question], labels: Iterable[Question]) -> list[Question]:
+    """The questions that a label file such as RePOPE's keeps, with its labels: read it with `read_questions`.
+
+    RePOPE (Neuhaus and Hein, arXiv 2504.15707) corrects labels of POPE COCO and leaves out what is unclear. It has no
+    licence, so it does not come with the package: github.com/YanNeu/RePOPE, folder `annotations`; `edition` knows its
+    files as `repope_coco/...`.
+
+    Raises:
+        ValueError: a labelled question is not among the questions, or asks there for another object or image.
+    """
+    questions, labels = list(questions), list(labels)
+    check_ids(questions)
+    check_ids(labels)
+    label_of = {question.id: question for question in labels}
+    kept = [question for question in questions if question.id in label_of]
+    fitting = sum(_about(question, label_of[question.id]) for question in kept)
+    if fitting < len(labels):
+        raise ValueError(
+            f"{len(labels) - fitting} of {len(labels)} labels belong to no question here, or to one on another object "
+            "or image; give the questions of the edition and split that the labels were made for."
+        )
+    return [replace(question, label=label_of[question.id].label) for question in kept]
+
+
+def _about(one: Question, other: Question) -> bool:
+    """Whether two questions ask for the same object in the same image."""
+    same_object = (one.object or mended(one.text)) == (other.object or mended(other.text))
+    return same_object and same_image(one.image, other.image)
+
+
+def common(one: Iterable[AnswerScore], other: Iterable[AnswerScore]) -> tuple[list[AnswerScore], list[AnswerScore]]:
+    """The scores of two sets of answers on the questions that both were asked, both in the order of the first.
+
+    Across editions ids mean nothing: questions are the same if split, image and object are. The wording may differ
+    still (the first release has a misprint), the label may not.
+
+    Raises:
+        ValueError: a question without a known object, no question in common, or one with two labels.
+    """
+    first, second = _by_content(one), _by_content(other)
+    shared = [key for key in first if key in second]
+    if not shared:
+        raise ValueError(
+            f"{len(first)} and {len(second)} questions have none in common (same split, image and object); compare "
+            "answers to the same source and split."
+        )
+    if other_label := sum(first[key].question.label != second[key].question.label for key in shared):
+        raise ValueError(
+            f"{other_label} of {len(shared)} common questions have another label in the other set, as POPE and RePOPE "
+            "do; give both the same labels, see relabel."
+        )
+    return [first[key] for key in shared], [second[key] for key in shared]
+
+
+def _by_content(scores: Iterable[AnswerScore]) -> dict[Hashable, AnswerScore]:
+    seen: Counter[Hashable] = Counter()
+    keyed: dict[Hashable, AnswerScore] = {}
+    for score in scores:
+        question = score.question
+        if not question.object:
+            raise ValueError(f"{question.text!a} does not say which object it asks for; expected POPE's wording.")
+        key = (question.group, question.image, question.object)
+        seen[key] += 1
+        keyed[key, seen[key]] = score  # two published files hold a question twice
+    return keyed
+
+
+# Building questions
 
 
 def ordered_objects(instances: str | os.PathLike[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -90,7 +272,9 @@ def build_questions(
     """
     for split in splits:
         if split not in SPLITS:
-            raise ValueError(f"{split!r} is no split of POPE{_near(split, SPLITS)}; there are {', '.join(SPLITS)}.")
+            raise ValueError(
+                f"{split!r} is no split of POPE{did_you_mean(split, SPLITS)}; there are {', '.join(SPLITS)}."
+            )
     if article not in ("correct", "official"):
         raise ValueError(f"article is {article!r}; expected 'correct' or 'official'.")
     if k < 1:
@@ -150,223 +334,3 @@ def _draw(
                 negative = rng.choice(names)
             out.add(negative)
             yield image, negative, "no"
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-@dataclass(frozen=True)
-class Parser:
-    """One way to read an answer as yes or no, and what becomes of answers that are neither."""
-
-    read: Callable[[str, Label], Label | None]
-    """Answer and label of the question -> yes, no or None. No parser but `vcd` looks at the label."""
-    unparsed: Literal["never", "wrong", "dropped"]
-    """None counts as a wrong answer, or leaves every count, or does not occur."""
-    rule: str
-    """What it reads, in words, and whose code does so."""
-
-    def __call__(self, answer: str, label: Label) -> Label | None:
-        """Read one answer."""
-        return self.read(answer, label)
-
-
-def _first_sentence(answer: str) -> list[str]:
-    return answer.partition(".")[0].replace(",", "").split(" ")
-
-
-def _pope(answer: str, label: Label) -> Label | None:
-    return "yes" if {"No", "not", "no"}.isdisjoint(_first_sentence(answer)) else "no"
-
-
-def _negword(answer: str, label: Label) -> Label | None:
-    words = answer.replace(".", "").replace(",", "").split(" ")
-    return "no" if any(word in ("No", "not", "no", "NO") or word.endswith("n't") for word in words) else "yes"
-
-
-def _vcd(answer: str, label: Label) -> Label | None:
-    return "yes" if (label in answer.lower()) == (label == "yes") else "no"
-
-
-def _repope(answer: str, label: Label) -> Label | None:
-    text = answer.lower()
-    return "yes" if "yes" in text else "no" if "no" in text else None
-
-
-def _lmms_eval(answer: str, label: Label) -> Label | None:
-    return _yes_or_no(answer.lower().strip())
-
-
-def _yes_or_no(word: str) -> Label | None:
-    return "yes" if word == "yes" else "no" if word == "no" else None
-
-
-def _vlmevalkit(answer: str, label: Label) -> Label | None:
-    text = bare = answer.lower()
-    grouped = re.search(r"\d,\d", text)
-    for sign in ';/[]"{}()=+\\_-><@`,?!':
-        touches_blank = f"{sign} " in text or f" {sign}" in text
-        bare = bare.replace(sign, "" if grouped or touches_blank else " ")
-    words = re.sub(r"(?<!\d)\.(?!\d)", "", bare, count=32).split()
-    return _either("yes" in words, "no" in words)
-
-
-def _either(yes: bool, no: bool) -> Label | None:
-    return None if yes == no else "yes" if yes else "no"
-
-
-def _icd(answer: str, label: Label) -> Label | None:
-    says_yes = not {"Yes", "yes"}.isdisjoint(_first_sentence(answer))
-    return "no" if _pope(answer, label) == "no" else "yes" if says_yes else None
-
-
-def _strict(answer: str, label: Label) -> Label | None:
-    letters = re.search(r"[^\W\d_]+", answer)
-    return _yes_or_no(letters[0].lower()) if letters else None
-
-
-_HEDGES = (
-    *("not sure", "unsure", "unclear", "not know", "n't know", "cannot tell", "can't tell", "cannot determine"),
-    *("can't determine", "cannot be determined", "not possible to", "unable to"),
-)
-_NEGATIONS = ("no", "not", "none", "nothing", "cannot")
-
-
-def _sentence(answer: str, label: Label) -> Label | None:
-    words = re.findall(r"[a-z]+(?:'[a-z]+)?", answer.lower())
-    if words and words[0] in ("yes", "yeah", "yep"):
-        return "yes"
-    if words and words[0] in ("no", "nope"):
-        return "no"
-    if any(hedge in " ".join(words) for hedge in _HEDGES):
-        return None
-    return _either("yes" in words, any(word in _NEGATIONS or word.endswith("n't") for word in words))
-
-
-PARSERS: dict[str, Parser] = {
-    "pope": Parser(
-        _pope,
-        "never",
-        "no if a word before the first full stop is No, not or no, else yes: POPE's evaluate.py, LLaVA, HALC",
-    ),
-    "negword": Parser(
-        _negword, "never", "no if any word is No, not, no, NO or ends in n't, else yes: OPERA, PAI, VISTA"
-    ),
-    "vcd": Parser(_vcd, "never", "right if the label's letters occur anywhere, so it knows the label: VCD, cd_rethink"),
-    "repope": Parser(_repope, "dropped", "the letters yes, else the letters no ('snow' is no): RePOPE"),
-    "lmms_eval": Parser(_lmms_eval, "wrong", "exactly yes or no, so 'Yes.' is wrong: lmms-eval 0.7.3"),
-    "vlmevalkit": Parser(_vlmevalkit, "wrong", "the word yes or the word no, not both: VLMEvalKit without a judge"),
-    "icd": Parser(_icd, "dropped", "as pope, but yes needs Yes or yes: ICD"),
-    "strict": Parser(_strict, "wrong", "the first word is yes or no: vlmfix"),
-    "sentence": Parser(_sentence, "wrong", "first word, else a yes or a negation without a hedge: vlmfix"),
-}
-"""Rules for reading answers, by the name that goes with every figure."""
-
-
-@dataclass(frozen=True)
-class AnswerScore:
-    """One answer and how it was read."""
-
-    question: Question
-    answer: str
-    prediction: Label | None
-    """What the answer says; None if the parser found neither yes nor no."""
-    dropped: bool
-    """Whether an answer that says neither leaves every count, as the parser's authors have it, or is wrong."""
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer says what the label says."""
-        return self.prediction == self.question.label
-
-
-def score_answers(
-    questions: Iterable[Question],
-    answers: Mapping[Hashable, str] | Iterable[tuple[Hashable, str]],
-    parser: str = "pope",
-) -> list[AnswerScore]:
-    """Score answers, given by question id in any order, in the order of the questions.
-
-    Raises:
-        ValueError: an unknown parser, an answer that is no text, or ids that are missing, doubled or unknown.
-    """
-    if parser not in PARSERS:
-        raise ValueError(f"{parser!r} is no parser{_near(parser, PARSERS)}; there are {', '.join(PARSERS)}.")
-    reader = PARSERS[parser]
-    questions = list(questions)
-    pairs = list(answers.items() if isinstance(answers, Mapping) else answers)
-    answer_of = dict(pairs)
-    known = {question.id for question in questions}
-    for ids, what in (
-        (_doubled(question.id for question in questions), "questions share their id; score each split by itself"),
-        (_doubled(key for key, _ in pairs), "questions have more than one answer; keep one each"),
-        ([q.id for q in questions if q.id not in answer_of], "questions have no answer; answer them or leave them out"),
-        ([key for key in answer_of if key not in known], "answers belong to no question; give the questions' ids"),
-        ([key for key, answer in pairs if not isinstance(answer, str)], "answers are no text; give strings"),
-    ):
-        if ids:
-            shown = ", ".join(map(repr, ids[:10])) + (", ..." if len(ids) > 10 else "")
-            raise ValueError(f"{len(ids)} {what} (ids: {shown}).")
-    scores = []
-    for question in questions:
-        prediction = reader(answer_of[question.id], question.label)
-        dropped = prediction is None and reader.unparsed == "dropped"
-        scores.append(AnswerScore(question, answer_of[question.id], prediction, dropped))
-    return scores
-
-
-def _doubled(ids: Iterable[Hashable]) -> list[Hashable]:
-    return [key for key, n in Counter(ids).items() if n > 1]
-
-
-def clusters(scores: Sequence[AnswerScore]) -> list[str]:
-    """The image of each entry of `counts`, in order of first appearance: the unit of resampling."""
-    return list(dict.fromkeys(score.question.image for score in scores))
-
-
-def counts(scores: Sequence[AnswerScore]) -> dict[str, np.ndarray]:
-    """What the metrics are made of: additive counts, one float per image, in the order of `clusters`.
-
-    `tp`, `fp`, `tn`, `fn` count answers that say yes or no, `predictions` all of these, `yes_predictions` the yes among
-    them; `unknown` those that say neither and are wrong, `unknown_yes` the ones among them whose label is yes;
-    `dropped` those that leave every count but `questions`.
-    """
-    columns: dict[str, Callable[[AnswerScore], bool]] = {
-        "questions": lambda s: True,
-        "predictions": lambda s: s.prediction is not None,
-        "yes_predictions": lambda s: s.prediction == "yes",
-        "tp": lambda s: s.prediction == "yes" and s.correct,
-        "fp": lambda s: s.prediction == "yes" and not s.correct,
-        "tn": lambda s: s.prediction == "no" and s.correct,
-        "fn": lambda s: s.prediction == "no" and not s.correct,
-        "unknown": lambda s: s.prediction is None and not s.dropped,
-        "unknown_yes": lambda s: s.prediction is None and not s.dropped and s.question.label == "yes",
-        "dropped": lambda s: s.dropped,
-    }
-    place = {image: at for at, image in enumerate(clusters(scores))}
-    where = np.array([place[score.question.image] for score in scores], dtype=int)
-    return {
-        name: np.bincount(where, weights=[bool(count(score)) for score in scores], minlength=len(place))
-        for name, count in columns.items()
-    }
-
-
-def _mcc(n: Mapping[str, np.ndarray]) -> np.ndarray:
-    tp, fp, tn, fn = (np.asarray(n[name], dtype=float) for name in ("tp", "fp", "tn", "fn"))
-    return ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
-
-
-METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
-    "accuracy": lambda n: ratio(n["tp"] + n["tn"], n["questions"] - n["dropped"]),
-    "precision": lambda n: ratio(n["tp"], n["tp"] + n["fp"]),
-    "recall": lambda n: ratio(n["tp"], n["tp"] + n["fn"] + n["unknown_yes"]),
-    "F1": lambda n: f1(n["tp"], n["tp"] + n["fp"], n["tp"] + n["fn"] + n["unknown_yes"]),
-    "yes_ratio": lambda n: ratio(n["yes_predictions"], n["predictions"]),
-    "MCC": _mcc,
-}
-"""Metric -> its value from *summed* counts (arrays of any shape); "yes" is the positive class; nan if undefined.
-
-Wrong answers that say neither yes nor no lower accuracy and recall; precision, yes_ratio and MCC are over predictions.
-"""

@@ -14,18 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmfix.eval import chair
+from vlmfix.eval import chair, variants
 
 DATA = Path(__file__).parent / "data" / "chair"
 FILES = sorted(f"{path.parent.name}/{path.name.removesuffix('.jsonl.gz')}" for path in DATA.glob("captions/*/*.gz"))
 EDGE_CASES = json.loads((DATA / "edge_cases.json").read_text("utf-8"))
 BUILD_FIXTURE = json.loads((DATA / "gt/gt_build_fixture_80.json").read_text("utf-8"))
-HONESTY = json.loads((DATA / "honesty_columns.json").read_text("utf-8"))
+HONESTY = json.loads((DATA / "honesty_reference.json").read_text("utf-8"))["columns"]
 
 
-@cache
 def truth():
-    return chair.load_masks(DATA / "gt/coco2014_val_rohrbach.json.gz")
+    return chair.coco_truth("rohrbach", "val")
 
 
 @cache
@@ -135,8 +134,8 @@ def test_edge_cases(case):
     assert [mention.node for mention in found] == expected["nodes"]
     if any(f"{short}." in case["caption"].lower() for short in ("a.m", "p.m", "mr", "u.s")):
         return  # Punkt knows these abbreviations
-    tokens = chair.tokenize(case["caption"])
-    joined = [word for word, *_ in chair._join_pairs(chair.rohrbach(tokens), chair.Vocabulary.load().double_words)]
+    words = [token.text for token in variants.rohrbach(case["caption"])]
+    joined = [word for word, *_ in chair._join_pairs(words, chair.Vocabulary.load().double_words)]
     quotes = {"``": '"', "''": '"', "'s's": '"'}  # NLTK's names for a quotation mark, and their singular
     assert [quotes.get(word, word) for word in joined] == [quotes.get(word, word) for word in expected["tokens"]]
     if not {"toilet", "seat"} <= set(joined):  # the reference's indices slip there
@@ -165,13 +164,13 @@ def test_edge_cases(case):
     ],
 )
 def test_tokens(caption, expected):
-    assert [token.text for token in chair.tokenize(caption)] == expected.split()
+    assert [token.text for token in variants.tokenize(caption)] == expected.split()
 
 
 def test_spans_survive_characters_that_grow_in_lower_case():
     caption = "İİ a DOG, İ hot  Dogs"
     assert [caption[m.start : m.end] for m in chair.mentions(caption)] == ["DOG", "hot  Dogs"]
-    first = chair.tokenize(caption)[0]
+    first = variants.tokenize(caption)[0]
     assert caption[first.start : first.end] == "İİ"
 
 
@@ -184,11 +183,11 @@ CHECK_VALUES = (
 
 @pytest.mark.parametrize(("word", "expected"), [pair.split() for pair in CHECK_VALUES.split(", ")])
 def test_singular(word, expected):
-    assert chair.singularize(word) == expected
+    assert variants.singularize(word) == expected
 
 
 def test_singular_of_many_quotes_does_not_recurse():
-    assert chair.singularize("dogs" + "'" * 5000) == "dog" + "'s" * 5000
+    assert variants.singularize("dogs" + "'" * 5000) == "dog" + "'s" * 5000
 
 
 # Vocabulary
@@ -361,6 +360,7 @@ def test_files_in_no_coco_format(tmp_path, text):
 
 def test_masks():
     assert len(truth()) == 40_504
+    assert repr(truth()) == "<COCO 2014 val, rohrbach: 40504 images>"
     assert sum(map(bool, truth().values())) == 40_504 - 235
     assert sum("person" in objects for objects in truth().values()) == 22_755
 
@@ -479,12 +479,58 @@ def test_a_sentence_without_objects_changes_no_score():
         assert [m.node for m in score.mentions] == [m.node for m in plain.mentions]
 
 
+def test_explanation():
+    caption = "The toilet seat, two  Hot dogs and a CHAIR."
+    (score,) = chair.score_captions([(7, caption)], {7: frozenset({"toilet", "chair", "bed", "cat"})})
+    explained = json.loads(json.dumps(chair.explain(score)))
+    assert explained == {
+        "image_id": 7,
+        "variant": "rohrbach",
+        "caption": caption,
+        "mentions": [
+            {
+                "text": "toilet seat",
+                "start": 4,
+                "end": 15,
+                "token": 1,
+                "synonym": "toilet",
+                "node": "toilet",
+                "verdict": "present",
+            },
+            {
+                "text": "Hot dogs",
+                "start": 22,
+                "end": 30,
+                "token": 5,
+                "synonym": "hot dog",
+                "node": "hot dog",
+                "verdict": "invented",
+            },
+            {
+                "text": "CHAIR",
+                "start": 37,
+                "end": 42,
+                "token": 9,
+                "synonym": "chair",
+                "node": "chair",
+                "verdict": "present",
+            },
+        ],
+        "missed": ["bed", "cat"],
+    }
+
+
 def test_unknown_images_raise():
     odd = [(n, "A dog.") for n in (42, 1, 2, 3, 4)]
     with pytest.raises(ValueError, match=r"4 of 5 images .*\(1, 2, 3, \.\.\.\).*40504 images.*ground_truth"):
         chair.score_captions(odd, truth())
     with pytest.raises(ValueError, match="covers no image"):
         chair.score_captions([(1, "")], {})
+
+
+def test_truth_of_another_vocabulary_raises():
+    with pytest.raises(ValueError, match=r"1 objects that are not in the vocabulary \(drone\)"):
+        chair.score_captions([(1, "A dog.")], {1: frozenset({"dog", "drone"})})
 
 
 def test_doubled_images_raise():
@@ -522,7 +568,7 @@ ANY_TEXT = st.text(st.characters()) | st.lists(st.sampled_from(FRAGMENTS), max_s
 @settings(max_examples=300, deadline=None)
 @given(ANY_TEXT)
 def test_any_text(caption):
-    tokens = chair.tokenize(caption)
+    tokens = variants.tokenize(caption)
     assert "".join(token.text for token in tokens) == "".join(caption.lower().split())
     edges = [edge for token in tokens for edge in (token.start, token.end)]
     assert edges == sorted(edges)
