@@ -70,11 +70,7 @@ class VAR(Intervention):
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        for key, value in VARIANTS[self.variant].items():
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, value)
+        self._fill(VARIANTS)
         for key in ("p", "rho", "min_visual_mass"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: expected a number in 0..1, got {getattr(self, key)!r}")

@@ -99,11 +99,7 @@ class VHR(Intervention):
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        for key, value in VARIANTS[self.variant].items():
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, value)
+        self._fill(VARIANTS)
         if self.alpha <= 0:
             raise ValueError(f"alpha: expected a number above 0, got {self.alpha!r}")
         if isinstance(self.layers, int):

@@ -87,9 +87,11 @@ def test_pipeline_uses_the_wrapped_model(tiny):
     model, processor = tiny
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     content = [{"type": "image", "image": str(SCENES / "test_0058.png")}, {"type": "text", "text": DESCRIBE}]
-    say = lambda: pipe(  # noqa: E731
-        text=[{"role": "user", "content": content}], return_full_text=False, max_new_tokens=60, do_sample=False
-    )[0]["generated_text"].strip()
+
+    def say():
+        chat = [{"role": "user", "content": content}]
+        return pipe(text=chat, return_full_text=False, max_new_tokens=60, do_sample=False)[0]["generated_text"].strip()
+
     plain = say()
     vlmfix.wrap(model, "vhr", processor)
     edited = say()

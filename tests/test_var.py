@@ -8,7 +8,7 @@ import torch
 import vlmfix
 from tests import vectors
 from tests.models import llava as tiny_llava
-from tests.models import picture_prompt
+from tests.models import picture_prompt, plant_sinks
 from vlmfix.geometry import Geometry
 from vlmfix.hooks import VAR, sinks
 from vlmfix.intervention import Site
@@ -269,3 +269,21 @@ def test_table_is_used_only_where_the_weights_bear_it_out(monkeypatch):
     vlmfix.unwrap(model)
     monkeypatch.setattr(sinks, "TABLE", known(3))
     assert vlmfix.report(vlmfix.wrap(model, "var"))[0]["facts"]["dims_origin"] == "calibrated"
+
+
+def test_generated_tokens_are_never_sinks():
+    """A generated token that carries a massive activation gives no attention away; the same token in a prompt does."""
+    model = plant_sinks(tiny_llava())
+    prompt = picture_prompt(model)
+    sink_token = torch.tensor([[11]])
+    with VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1)(model), torch.no_grad():
+        out = model(**prompt, use_cache=True)
+        at_prefill = [layer["text_sinks"] for layer in vlmfix.report(model)[0]["samples"][0]["layers"].values()]
+        for _ in range(2):
+            out = model(input_ids=sink_token, past_key_values=out.past_key_values, use_cache=True)
+        later = [layer["text_sinks"] for layer in vlmfix.report(model)[0]["samples"][0]["layers"].values()]
+        longer = {**prompt, "input_ids": torch.cat([prompt["input_ids"], sink_token], 1)}
+        longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+        model(**longer)
+        in_prompt = [layer["text_sinks"] for layer in vlmfix.report(model)[0]["samples"][0]["layers"].values()]
+    assert later == at_prefill and all(a > b for a, b in zip(in_prompt, at_prefill, strict=True))

@@ -181,6 +181,22 @@ def test_a_sample_without_image_is_left_alone():
             assert torch.equal(model(input_ids=ids).logits, plain)
 
 
+def test_a_sample_without_image_in_a_batch_is_left_alone():
+    model = tiny_llava()
+    one = picture_prompt(model, 1, lengths=[5])
+    width = one["input_ids"].shape[1]
+    bare = torch.tensor([[0] * (width - 6) + [1, 5, 9, 20, 33, 8]])
+    ids = torch.cat([one["input_ids"], bare])
+    prompt = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": one["pixel_values"]}
+    with torch.no_grad():
+        plain = model(**prompt).logits
+        with VHR()(model):
+            edited = model(**prompt).logits
+            chosen = [s["acted"] for s in vlmfix.report(model)[0]["samples"]]
+    assert chosen == [True, False]
+    assert torch.equal(edited[1, -6:], plain[1, -6:]) and not torch.equal(edited[0], plain[0])
+
+
 def test_progressive_off_chooses_from_a_plain_pass():
     model = tiny_llava()
     prompt = picture_prompt(model, 2, lengths=[4, 6])

@@ -117,6 +117,15 @@ class Intervention:
         """What to suspect first when it never acted."""
         return "check its settings against this model."
 
+    def _fill(self, variants: dict[str, dict[str, Any]]) -> None:
+        """Give settings left `None` the values of this intervention's `variant`; for `__post_init__`."""
+        variant: str = self.variant  # type: ignore[attr-defined]
+        if variant not in variants:
+            raise ValueError(f"variant: expected one of {', '.join(variants)}, got {variant!r}")
+        for key, value in variants[variant].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+
     @classmethod
     def overrides(cls, method: str) -> bool:
         """Whether this class has its own version of a stage or of `begin`, `layer_input`, ..."""
