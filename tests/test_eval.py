@@ -39,7 +39,7 @@ def runs(tiny, tmp_path_factory):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
 def test_records_hold_what_it_takes_to_ask_again(tiny, runs):

@@ -73,7 +73,7 @@ def figures(text):
 
 
 def test_figures_are_what_the_main_job_prints(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # other tests use the other cores
     command = [sys.executable, "-m", "vlmfix", "eval", "--output", str(tmp_path), "--json"]
     subprocess.run(command, env=env, check=True, capture_output=True)
     runs = sorted((Run.read(p.parent) for p in tmp_path.rglob("records.jsonl")), key=lambda r: r.label)
