@@ -9,18 +9,21 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils.memory import should_reduce_batch_size
 
 import vlmfix
-from vlmfix.asking import ask_batch
+from vlmfix.asking import Record, ask_batch
 from vlmfix.attachment import attached, describe, wrapped
 from vlmfix.eval.benchmarks import Benchmark, Item
 from vlmfix.eval.data import Data
@@ -29,6 +32,25 @@ from vlmfix.intervention import Intervention, spec_of
 
 Progress = Callable[[str, int, int], None]
 """Is told how far a run is: its label, answers on disk, answers in all."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share a run: this one's rank, their number, and a barrier."""
+
+    rank: int = 0
+    n: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @classmethod
+    def found(cls) -> Workers:
+        """Those that `accelerate launch` or torchrun started; this process alone without them."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 def answer_all(
@@ -44,12 +66,15 @@ def answer_all(
     seed: int = 0,
     progress: Progress | None = None,
     command: str | None = None,
+    workers: Workers | None = None,
 ) -> Run:
     """Answer every question of a benchmark under some interventions; what is on disk already is not asked again.
 
     The run folder is `out/<benchmark>/<model>/<method>-<hash>`; the hash covers all that could change an answer, so
     that different settings never share a folder. Each batch is written and flushed before the next is asked.
+    Several processes may share the questions (`workers`); what they leave is what one process would have left.
     """
+    workers = workers or Workers()
     items = bench.items(data)
     label = spec_of(interventions)
     with wrapped(model, list(interventions), processor):
@@ -75,34 +100,74 @@ def answer_all(
         folder = out / bench.name / Path(str(identity["model"])).name / name
         folder.mkdir(parents=True, exist_ok=True)
         header = {"label": label, "fingerprint": fingerprint, "identity": identity}
-        if not (folder / HEADER).exists():
+        if workers.rank == 0 and not (folder / HEADER).exists():
             environment = _environment(model, batch_size, command)
             _write(folder / HEADER, json.dumps({**header, "environment": environment}, indent=2, ensure_ascii=False))
-        with _appending(folder / RECORDS) as (file, done):
-            todo = [item for item in items if item.id not in done]
-            tell = progress or (lambda label, done, total: None)
-            tell(f"{bench.name} {label}", len(items) - len(todo), len(items))
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                questions = [(item.image, item.prompt) for item in batch]
-                records = ask_batch(model, processor, questions, max_new_tokens=identity["max_new_tokens"])
+        done = {r["id"] for path in _parts(folder) for r in read_lines(path)[0]}
+        workers.wait()  # everyone has seen what is done before anyone adds to it
+        todo = [item for item in items if item.id not in done][workers.rank :: workers.n]
+        tell = progress or (lambda label, done, total: None)
+        tell(f"{bench.name} {label}", len(done), len(items))
+        ask = partial(ask_batch, model, processor, max_new_tokens=identity["max_new_tokens"])
+        own = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
+        with _appending(folder / own) as file:
+            for batch, records in _batches(todo, batch_size, ask):
                 for item, record in zip(batch, records, strict=True):
                     file.write(replace(record, id=item.id, image=[Path(item.image).name]).to_json() + "\n")
                 file.flush()
-                tell(f"{bench.name} {label}", len(items) - len(todo) + start + len(batch), len(items))
+                done.update(item.id for item in batch)
+                tell(f"{bench.name} {label}", len(done), len(items))
+        workers.wait()
+        if workers.rank == 0:
+            _merge(folder, items)
+        workers.wait()
     return Run.read(folder)
 
 
+def _batches(
+    items: Sequence[Item], size: int, ask: Callable[[list[tuple[str, str]]], list[Record]]
+) -> Iterator[tuple[Sequence[Item], list[Record]]]:
+    """Answers batch by batch; a batch that does not fit into memory is halved, and so are those after it."""
+    start = 0
+    while start < len(items):
+        batch = items[start : start + size]
+        try:
+            records = ask([(item.image, item.prompt) for item in batch])
+        except Exception as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            size = len(batch) // 2
+            warnings.warn(f"out of memory with {len(batch)} questions at once; going on with {size}", stacklevel=2)
+            continue
+        yield batch, records
+        start += len(batch)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Files of answers in a run folder: the whole, and pieces that several processes wrote."""
+    return sorted(folder.glob("records*.jsonl"))
+
+
+def _merge(folder: Path, items: Sequence[Item]) -> None:
+    """Make one file, in the order of the questions, of what several processes wrote."""
+    pieces = _parts(folder)
+    if pieces == [folder / RECORDS]:
+        return
+    found = {r["id"]: r for path in pieces for r in read_lines(path)[0]}
+    lines = [json.dumps(found[item.id], ensure_ascii=False) for item in items if item.id in found]
+    _write(folder / RECORDS, "\n".join(lines))
+    for path in pieces:
+        if path.name != RECORDS:
+            path.unlink()
+
+
 @contextmanager
-def _appending(path: Path) -> Iterator[tuple[Any, set[str]]]:
-    """The file of answers, cut back to its last whole line, and the ids that it holds."""
-    done: set[str] = set()
+def _appending(path: Path) -> Iterator[Any]:
+    """A file of answers, cut back to its last whole line."""
     if path.exists():
-        records, whole = read_lines(path)
-        os.truncate(path, whole)
-        done = {r["id"] for r in records}
+        os.truncate(path, read_lines(path)[1])
     with path.open("a", encoding="utf-8") as file:
-        yield file, done
+        yield file
 
 
 def _write(path: Path, text: str) -> None:

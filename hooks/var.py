@@ -11,6 +11,7 @@ Settings follow the paper; the released code writes the complements of `rho` and
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -68,6 +69,10 @@ class VAR(Intervention):
     require_dims: bool = False
     """True: `ValueError` instead of a warning and an idle VAR if no D_sink is found on the model (ours)."""
 
+    select: Literal["massive", "random"] = "massive"
+    """Visual sinks: by massive activations (paper); as a control (ours) as many random image tokens, the same for all
+    pictures with as many sinks."""
+
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
         self._fill(VARIANTS)
@@ -80,6 +85,8 @@ class VAR(Intervention):
             object.__setattr__(self, "dims", (self.dims,))
         if self.dims is not None and not self.dims:
             raise ValueError("dims: expected at least one dimension, got none; leave it out to have it calibrated")
+        if self.select not in ("massive", "random"):
+            raise ValueError(f"select: expected massive or random, got {self.select!r}")
         if self.rows not in ("after_last_image", "text"):
             raise ValueError(f"rows: expected after_last_image or text, got {self.rows!r}")
 
@@ -115,12 +122,26 @@ class VAR(Intervention):
         sink[:, site.start :] = hit  # what was generated between two pieces of prompt stays False
         known[site.layer] = sink
         image = site.geometry.image
+        if self.select == "random":
+            sink = (sink & ~image) | self._random(image, (sink & image).sum(1, keepdim=True), site.layer)
         parts = (image & ~sink, image & sink, sink & ~image)  # N receives; V and text sinks give
         masks = x.new_empty(*sink.shape, 3, dtype=phi.dtype)
         for i, part in enumerate(parts):
             masks[..., i] = part
         site.memo.setdefault("masks", {})[site.layer] = masks
         site.memo.setdefault("counts", {})[site.layer] = 0
+
+    @staticmethod
+    def _random(image: Tensor, n: Tensor, layer: int) -> Tensor:
+        """`n` (B, 1) random image tokens of each sample, by their order within the image."""
+        draw = random.Random(layer)
+        scores = n.new_tensor([draw.randrange(2**40) for _ in range(image.shape[1])])
+        score = scores[(image.cumsum(1) - 1).clamp(min=0)].masked_fill(~image, 2**40)
+        return (score.argsort(1).argsort(1) < n) & image
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """Random image tokens in the place of the visual sinks."""
+        return (replace(self, select="random"),)
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
         """A'_j = (1 - p) A_j on sinks, (1 + p sigma/n) A_j on visual non-sinks, in the head rows that qualify."""

@@ -8,6 +8,7 @@ that (VHD). Heads above the layer's median, outliers removed, are scaled by `alp
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -97,6 +98,10 @@ class VHR(Intervention):
     """Choose in a layer after lower layers are reinforced (paper, release), or from a plain pass with the image
     (port)."""
 
+    select: Literal["vhd", "random", "least"] = "vhd"
+    """Which heads: those above the median VHD (paper); as controls (ours) as many random ones, the same for all
+    pictures, or as many with the least VHD."""
+
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
         self._fill(VARIANTS)
@@ -108,6 +113,8 @@ class VHR(Intervention):
             raise ValueError(f"distance: expected sq_l2 or l2, got {self.distance!r}")
         if self.filter not in ("release", "paper", "off"):
             raise ValueError(f"filter: expected release, paper or off, got {self.filter!r}")
+        if self.select not in ("vhd", "random", "least"):
+            raise ValueError(f"select: expected vhd, random or least, got {self.select!r}")
         if self.alpha >= 3:
             warnings.warn(
                 f"VHR with alpha={self.alpha}: from 3 on the paper's captions degrade, at 4 they collapse; read them, "
@@ -148,10 +155,24 @@ class VHR(Intervention):
             last = (site.geometry.last_prompt - site.start)[:, None, None, None].expand(-1, 1, *o.shape[2:])
             visual = memo["visual"][site.layer] if "visual" in memo else o.gather(1, last)[:, 0]
             choice = choose(memo["text"][site.layer].to(o.device), visual, self.distance, self.filter)
-            chosen = choice.selected & memo["has_image"][:, None].to(o.device)
+            selected = choice.selected if self.select == "vhd" else self._control(choice, site.layer)
+            chosen = selected & memo["has_image"][:, None].to(o.device)
             memo["choices"][site.layer] = choice._replace(selected=chosen)
             memo["gain"][site.layer] = (1 + (self.alpha - 1) * chosen.to(o.dtype))[:, None, :, None]
         return o * memo["gain"][site.layer]
+
+    def _control(self, choice: Choice, layer: int) -> Tensor:
+        """As many heads as VHR would choose, without its reason."""
+        score = -choice.vhd
+        if self.select == "random":
+            order = random.Random(layer).sample(range(score.shape[1]), score.shape[1])
+            score = score.new_tensor(order).expand_as(score)
+        rank = score.argsort(-1, descending=True).argsort(-1)
+        return rank < choice.selected.sum(-1, keepdim=True)
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """Random heads, the heads with the least VHD, and the chosen heads weakened instead."""
+        return replace(self, select="random"), replace(self, select="least"), replace(self, alpha=1 / self.alpha)
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `layers`: per layer the chosen heads, number of outliers, mean and largest VHD, and

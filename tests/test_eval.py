@@ -81,7 +81,10 @@ def test_no_question_is_asked_twice(runs):
 
 
 def test_a_finished_run_is_not_asked_again(tiny, runs, monkeypatch):
-    monkeypatch.setattr("vlmfix.eval.runner.ask_batch", None)
+    def refuse(*_, **__):
+        raise AssertionError("a finished run asks nothing")
+
+    monkeypatch.setattr("vlmfix.eval.runner.ask_batch", refuse)
     out = runs[0].folder.parents[2]
     again = answer_all(*tiny, (), benchmark("chair"), Data.load(limit=24), out)
     assert again.folder == runs[0].folder and again.records == runs[0].records

@@ -287,3 +287,22 @@ def test_generated_tokens_are_never_sinks():
         model(**longer)
         in_prompt = [layer["text_sinks"] for layer in vlmfix.report(model)[0]["samples"][0]["layers"].values()]
     assert later == at_prefill and all(a > b for a, b in zip(in_prompt, at_prefill, strict=True))
+
+
+def test_control_gives_as_many_random_image_tokens():
+    x, a, image, rows = random_rows(0)
+    x[:, 6, 5] = 40.0  # two visual sinks, one text sink
+    var = VAR(dims=(5,), tau=2.0, rho=0.1, min_visual_mass=0.1)
+    (control,) = var.controls()
+    _, memo = run_layer(var, x, a, image, rows)
+    out, other = run_layer(control, x, a, image, rows)
+    assert not torch.equal(memo["masks"][2], other["masks"][2])
+    assert torch.equal(memo["masks"][2].sum(1), other["masks"][2].sum(1)), "as many of each kind"
+    assert torch.equal(memo["masks"][2][..., 2], other["masks"][2][..., 2]), "text sinks are the same"
+    torch.testing.assert_close(out.sum(-1), a.sum(-1), rtol=0, atol=1e-6)
+    shifted = torch.cat([torch.zeros(2, 2, 16), x], 1)
+    wide = torch.nn.functional.pad(image, (2, 0))
+    valid = torch.ones_like(wide)
+    valid[:, :2] = False
+    _, padded = run_layer(control, shifted, torch.nn.functional.pad(a, (2, 0)), wide, rows, valid)
+    assert torch.equal(padded["masks"][2][:, 2:], other["masks"][2]), "padding does not matter"

@@ -241,3 +241,19 @@ def test_chunked_prefill_is_refused():
     mask[:, 2:6] = True
     with VHR()(model), pytest.raises(ValueError, match="whole prompt in one pass; leave out prefill_chunk_size"):
         model.generate(ids, image_mask=mask, max_new_tokens=2, do_sample=False, prefill_chunk_size=4)
+
+
+def test_controls_take_the_selection_out():
+    model = tiny_llava()
+    prompt = picture_prompt(model, 2, lengths=[4, 7])
+    chosen = {}
+    vhr = VHR(layers=(2,), filter="off")
+    for one in (vhr, *vhr.controls()):
+        with one(model), torch.no_grad():
+            model(**prompt)
+            chosen[one.select, one.alpha] = [s["layers"][2]["heads"] for s in vlmfix.report(model)[0]["samples"]]
+    assert set(chosen) == {("vhd", 2.0), ("random", 2.0), ("least", 2.0), ("vhd", 0.5)}
+    assert all(len(heads) == 3 for found in chosen.values() for heads in found)
+    assert chosen["vhd", 2.0] == chosen["vhd", 0.5]
+    assert all(set(a).isdisjoint(b) for a, b in zip(chosen["vhd", 2.0], chosen["least", 2.0], strict=True))
+    assert chosen["random", 2.0][0] == chosen["random", 2.0][1] not in (chosen["vhd", 2.0][0], chosen["least", 2.0][0])

@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,6 +161,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Default: the benchmark's (chair 512, pope 8).")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures; for trying out.")] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Add each method's negative controls.")] = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
@@ -174,29 +175,32 @@ def evaluate(
 
         benches = [find_benchmark(name.strip()) for name in benchmark.split(",") if name.strip()]
         methods = [parse(spec) for spec in split_methods(method)]
+        if controls:
+            methods += [(control,) for found in methods if len(found) == 1 for control in found[0].controls()]
         if not benches or not methods:
             raise ValueError("nothing to do: give at least one benchmark and one method")
         pictures = Data.load(data, limit)
         for bench in benches:
             bench.items(pictures)
         loaded, processor = load_model(model, dtype, device_map, quantize)
-        from vlmfix.eval.runner import answer_all
+        from vlmfix.eval.runner import Workers, answer_all
 
-        command = shlex.join(["vlmfix", *sys.argv[1:]])
+        command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
         runs = []
-        with progress_bar() as progress:
+        with progress_bar() if workers.rank == 0 else nullcontext() as progress:
             try:
                 for bench in benches:
                     for interventions in methods:
                         run = answer_all(
                             loaded, processor, interventions, bench, pictures, output, batch_size=batch_size,
-                            max_new_tokens=max_new_tokens, progress=progress, command=command,
+                            max_new_tokens=max_new_tokens, progress=progress, command=command, workers=workers,
                         )  # fmt: skip
                         runs.append(run)
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
-    show_comparison(runs, as_json)
-    err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
+    if workers.rank == 0:
+        show_comparison(runs, as_json)
+        err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
 
 
 @app.command()

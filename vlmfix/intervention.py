@@ -126,6 +126,12 @@ class Intervention:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
 
+    def controls(self) -> tuple[Intervention, ...]:
+        """Negative controls: the same push with the selection taken out of it (random heads, random tokens), or turned
+        round. Where a control does as well as the method, it is not the selection that helps.
+        """
+        return ()
+
     @classmethod
     def overrides(cls, method: str) -> bool:
         """Whether this class has its own version of a stage or of `begin`, `layer_input`, ..."""

@@ -1,0 +1,103 @@
+"""A run shared by several processes, and a machine with too little memory for the batch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlmfix
+from vlmfix.eval import runner
+from vlmfix.eval.benchmarks import benchmark
+from vlmfix.eval.data import Data
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+EVAL = [
+    "-m",
+    "vlmfix",
+    "eval",
+    "--benchmark",
+    "chair",
+    "--method",
+    "none",
+    "--limit",
+    "30",
+    "--batch-size",
+    "2",
+    "--json",
+]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *EVAL]
+
+
+def texts(out):
+    (path,) = out.rglob("records.jsonl")
+    return [(r["id"], r["text"]) for r in map(json.loads, path.read_text().splitlines())]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, *EVAL, "--output", out], env=ENV, check=True, capture_output=True)
+    return texts(out)
+
+
+def test_two_processes_leave_what_one_leaves(alone, tmp_path):
+    done = subprocess.run([*TWO, "--output", tmp_path], env=ENV, check=True, capture_output=True, text=True)
+    assert texts(tmp_path) == alone
+    assert len(json.loads(done.stdout)) == 1, "one process prints"
+    assert not list(tmp_path.rglob("records.[0-9].jsonl"))
+
+
+def test_a_process_that_dies_loses_nothing(alone, tmp_path):
+    process = subprocess.Popen([*TWO, "--output", tmp_path], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 90
+    while time.time() < deadline and len(list(tmp_path.rglob("records.?.jsonl"))) < 2:
+        time.sleep(0.05)
+    while time.time() < deadline and not all(p.read_text().count("\n") >= 2 for p in tmp_path.rglob("records.?.jsonl")):
+        time.sleep(0.02)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.communicate(timeout=90)
+    assert process.returncode != 0
+    kept = {
+        line for p in tmp_path.rglob("records.?.jsonl") for line in p.read_text().splitlines() if line.endswith("}")
+    }
+    assert 4 <= len(kept) < 30
+    subprocess.run([sys.executable, *EVAL, "--output", tmp_path], env=ENV, check=True, capture_output=True)
+    assert texts(tmp_path) == alone
+    (path,) = tmp_path.rglob("records.jsonl")
+    again = {json.dumps(json.loads(line), sort_keys=True) for line in path.read_text().splitlines()}
+    assert {json.dumps(json.loads(line), sort_keys=True) for line in kept} <= again, "nothing was asked twice"
+
+
+def test_batches_that_do_not_fit_are_halved(monkeypatch, tmp_path):
+    model, processor = vlmfix.load("tiny")
+    asked = []
+
+    def small_memory(model, processor, questions, **settings):
+        asked.append(len(questions))
+        if len(questions) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return vlmfix.ask_batch(model, processor, questions, **settings)
+
+    monkeypatch.setattr(runner, "ask_batch", small_memory)
+    with pytest.warns(UserWarning, match="out of memory with 8 questions at once; going on with 4"):
+        run = runner.answer_all(model, processor, (), benchmark("chair"), Data.load(limit=10), tmp_path, batch_size=8)
+    assert asked == [8, 4, 2, 2, 2, 2, 2] and [r["id"] for r in run.records] == [str(i) for i in range(1, 11)]
+
+
+def test_other_errors_are_not_hidden(monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(runner, "ask_batch", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        runner.answer_all(*vlmfix.load("tiny"), (), benchmark("chair"), Data.load(limit=2), tmp_path)
