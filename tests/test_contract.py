@@ -265,6 +265,34 @@ def test_two_threads(method, architecture):
         assert all(torch.equal(again, one_by_one[i]) for again in found[i])
 
 
+def test_threads_report_their_own_generation():
+    model = build("llava")
+    prompts = [picture_prompt(model, seed=s, n_images=s + 1) for s in range(2)]
+    with INTERVENTIONS["var"](model):
+        told, gate = [None, None], threading.Barrier(2)
+
+        def run(i):
+            answer(model, prompts[i])
+            gate.wait()
+            told[i] = vlmfix.report(model)
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        for i in range(2):
+            answer(model, prompts[i])
+            assert vlmfix.report(model) == told[i]
+    assert told[0] != told[1]
+
+
+def test_a_generate_of_someone_else_is_kept():
+    model = build("llava")
+    model.generate = someone = lambda **_: "theirs"
+    vlmfix.wrap(model, "vhr")
+    assert model.generate() == "theirs"
+    assert vlmfix.unwrap(model).generate is someone
+
+
 def test_interleaved_generations_in_one_thread():
     """State belongs to the cache, so two hand-written loops may take turns."""
     model = build("llava")

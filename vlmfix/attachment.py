@@ -113,6 +113,7 @@ class _Local(threading.local):
     scope: _Scope | None = None
     call: Call | None = None
     capture: tuple[Tensor, dict[int, Tensor]] | None = None
+    last: Generation | None = None
 
 
 class Attachment:
@@ -188,6 +189,7 @@ class Attachment:
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
                 attention.attach(parts.attention, view)
+        self._own_generate = self.model.__dict__.get("generate")
         self._generate: Any = self.model.generate
         self.model.__dict__["generate"] = self.generate
         self.model.__dict__[ATTRIBUTE] = self
@@ -199,8 +201,10 @@ class Attachment:
         for module, config in self._configs:
             module.config = config
         self._handles, self._configs = [], []
-        for name in ("generate", ATTRIBUTE):
-            self.model.__dict__.pop(name, None)
+        if self.model.__dict__.pop(ATTRIBUTE, None) is not None:
+            del self.model.__dict__["generate"]
+            if self._own_generate is not None:
+                self.model.__dict__["generate"] = self._own_generate
         self._forget()
 
     # ---- generations ------------------------------------------------------------------------------------------------
@@ -235,10 +239,10 @@ class Attachment:
                 warnings.warn(f"{one.name} did nothing in a whole generation: {one.idle_hint()}", stacklevel=4)
 
     def report(self) -> list[dict[str, Any]]:
-        """See `vlmfix.report`."""
-        found = []
+        """See `vlmfix.report`: this thread's last generation, or anyone's if this thread had none."""
+        last, found = self._local.last or self._last, []
         for i, e in enumerate(self.entries):
-            samples = [] if e.active is None or self._last is None else e.active.report(self._last.memos[i])
+            samples = [] if e.active is None or last is None else e.active.report(last.memos[i])
             found.append({**describe(e), "samples": samples})
         return found
 
@@ -283,7 +287,7 @@ class Attachment:
         call, self._local.call = self._local.call, None
         if call is None or output is None:
             return
-        self._last = call.generation
+        self._last = self._local.last = call.generation
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self._generations[cache] = call.generation
