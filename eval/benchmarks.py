@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,10 @@ class Benchmark:
     """Metrics that the table shows: name -> unit printed behind it, and factor."""
     metrics: Mapping[str, Metric]
     max_new_tokens: int
-    settings: dict[str, Any]
-    """What else fixes the outcome, for the record: scorer, parser, seed ..."""
+    asking: dict[str, Any]
+    """What fixes the questions: prompt, seed ... Part of a run's identity."""
+    scoring: str
+    """How answers are judged: CHAIR's variant, POPE's parser. Chosen anew whenever answers are scored."""
 
     def items(self, data: Data) -> list[Item]:
         """All questions, none twice."""
@@ -61,15 +63,16 @@ class Chair(Benchmark):
 
     prompt = "Please describe this image in detail."
 
-    def __init__(self) -> None:
+    def __init__(self, variant: str = "rohrbach") -> None:
         percent = {name: ("%", 100.0) for name in ("CHAIR_S", "CHAIR_I", "recall", "F1")}
         super().__init__(
             name="chair",
-            title="CHAIR (rohrbach)",
+            title=f"CHAIR ({chair.label(variant)})",
             columns={**percent, "words": ("", 1.0), "repetition": ("%", 100.0)},
             metrics=chair.METRICS,
             max_new_tokens=512,
-            settings={"scorer": "rohrbach", "prompt": self.prompt},
+            asking={"prompt": self.prompt},
+            scoring=variant,
         )
 
     def items(self, data: Data) -> list[Item]:
@@ -78,29 +81,30 @@ class Chair(Benchmark):
 
     def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
         """Counts per caption."""
-        scores = chair.score_captions(list(answers.items()), data.truth)
+        scores = chair.score_captions(list(answers.items()), data.truth_for(self.scoring), variant=self.scoring)
         return [Group("", chair.clusters(scores), chair.counts(scores))]
 
 
 class Pope(Benchmark):
     """POPE: is there a ... in the image? Three splits, built from the annotations by the reference's samplers."""
 
-    parser = "pope"
-
-    def __init__(self) -> None:
+    def __init__(self, parser: str = "pope") -> None:
+        if parser not in pope.PARSERS:
+            raise ValueError(f"unknown parser {parser!r}; {did_you_mean(parser, pope.PARSERS)}")
         percent = {name: ("%", 100.0) for name in ("accuracy", "F1", "yes_ratio")}
         super().__init__(
             name="pope",
-            title="POPE",
+            title="POPE" if parser == "pope" else f"POPE (parser {parser})",
             columns={**percent, "MCC": ("", 1.0)},
             metrics=pope.METRICS,
             max_new_tokens=8,
-            settings={"parser": self.parser, "seed": 0, "positives_per_image": 3},
+            asking={"seed": 0, "positives_per_image": 3},
+            scoring=parser,
         )
 
     def questions(self, data: Data) -> list[pope.Question]:
         """All questions of the three splits, from pictures with enough objects."""
-        return pope.build_questions(data.objects, k=self.settings["positives_per_image"], seed=self.settings["seed"])
+        return pope.build_questions(data.objects, k=self.asking["positives_per_image"], seed=self.asking["seed"])
 
     @staticmethod
     def _id(question: pope.Question) -> str:
@@ -114,19 +118,21 @@ class Pope(Benchmark):
 
     def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
         """Counts per picture and split."""
-        groups = []
+        groups, questions = [], self.questions(data)
         for split in pope.SPLITS:
-            asked = [q for q in self.questions(data) if q.split == split and self._id(q) in answers]
-            scores = pope.score_answers(asked, {q.id: answers[self._id(q)] for q in asked}, parser=self.parser)
+            asked = [q for q in questions if q.split == split and self._id(q) in answers]
+            scores = pope.score_answers(asked, {q.id: answers[self._id(q)] for q in asked}, parser=self.scoring)
             groups.append(Group(split, pope.clusters(scores), pope.counts(scores)))
         return groups
 
 
-BENCHMARKS = {"chair": Chair, "pope": Pope}
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {"chair": Chair, "pope": Pope}
 
 
-def benchmark(name: str) -> Benchmark:
-    """A benchmark by name. `ValueError` if there is none."""
+def benchmark(name: str, scoring: str | None = None) -> Benchmark:
+    """A benchmark by name, scored in its default way or as told (CHAIR's variant, POPE's parser). `ValueError` if
+    there is none.
+    """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; {did_you_mean(name, BENCHMARKS)}")
-    return BENCHMARKS[name]()
+    return BENCHMARKS[name]() if scoring is None else BENCHMARKS[name](scoring)

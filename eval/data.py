@@ -49,8 +49,14 @@ class Data:
     @cached_property
     def truth(self) -> chair.GroundTruth:
         """CHAIR's ground truth: annotated categories and what the human captions name."""
+        return self.truth_for("rohrbach")
+
+    def truth_for(self, variant: str) -> chair.GroundTruth:
+        """The same, with the captions read as a variant of CHAIR reads them."""
         captions = self.folder / "captions.json"
-        return chair.ground_truth(self.folder / "instances.json", captions if captions.exists() else None)
+        return chair.ground_truth(
+            self.folder / "instances.json", captions if captions.exists() else None, variant=variant
+        )
 
     @cached_property
     def objects(self) -> list[tuple[str, tuple[str, ...]]]:

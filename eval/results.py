@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ class Comparison:
         """Everything that the table shows, and where it came from."""
         return {
             "benchmark": self.benchmark.name,
+            "scoring": self.benchmark.scoring,
             "model": self.model,
             "rows": [asdict(row) for row in self.rows],
             "notes": self.notes,
@@ -124,18 +125,23 @@ class Comparison:
         }
 
 
-def compare(runs: Sequence[Run], n_resamples: int = stats.RESAMPLES) -> list[Comparison]:
-    """Score runs, and compare each with the untouched model where that is among them; one comparison a benchmark."""
+def compare(
+    runs: Sequence[Run], n_resamples: int = stats.RESAMPLES, scoring: Mapping[str, str] | None = None
+) -> list[Comparison]:
+    """Score runs, and compare each with the untouched model where that is among them; one comparison a benchmark.
+
+    `scoring` names another way to judge the answers: `{"chair": "strict", "pope": "negword"}`.
+    """
     kinds: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         identity = run.header["identity"]
         kinds.setdefault((identity["benchmark"], identity["model"], identity["data_digest"]), []).append(run)
-    return [_compare(group, n_resamples) for group in kinds.values()]
+    return [_compare(group, n_resamples, scoring or {}) for group in kinds.values()]
 
 
-def _compare(runs: list[Run], n_resamples: int) -> Comparison:
+def _compare(runs: list[Run], n_resamples: int, scoring: Mapping[str, str]) -> Comparison:
     identity = runs[0].header["identity"]
-    bench = benchmark(identity["benchmark"])
+    bench = benchmark(identity["benchmark"], scoring.get(identity["benchmark"]))
     data = Data.load(identity["data"], identity["limit"])
     if data.digest != identity["data_digest"]:
         raise ValueError(f"the annotations in {data.folder} are not those that {runs[0].folder} was asked with")

@@ -81,7 +81,7 @@ def answer_all(
         found = attached(model)
         identity = {
             "benchmark": bench.name,
-            "settings": bench.settings,
+            "asking": bench.asking,
             "model": model.config._name_or_path,
             "revision": getattr(model.config, "_commit_hash", None),
             "weights_digest": weights_digest(model),

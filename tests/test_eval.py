@@ -222,3 +222,15 @@ def test_scoring_imports_no_torch(runs):
     )
     assert done.returncode == 0, done.stderr
     assert "CHAIR (rohrbach)" in done.stdout and "vhr" in done.stdout
+
+
+def test_the_same_answers_scored_in_another_way(runs):
+    usual = compare(runs, 10)
+    strict = compare(runs, 10, {"chair": "strict", "pope": "lmms_eval"})
+    assert [c.benchmark.title for c in usual] == ["CHAIR (rohrbach)", "POPE"]
+    assert [c.benchmark.title for c in strict] == ["CHAIR (strict)", "POPE (parser lmms_eval)"]
+    assert strict[0].to_json()["scoring"] == "strict"
+    with pytest.raises(ValueError, match="did you mean 'rohrbach'"):
+        compare(runs, 10, {"chair": "rorbach"})
+    with pytest.raises(ValueError, match="did you mean 'negword'"):
+        compare(runs, 10, {"pope": "negwords"})
