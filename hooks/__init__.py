@@ -7,15 +7,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlmfix.hooks.pai import PAI
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vhr import VHR
 
 REGISTRY = {
+    "pai": "vlmfix.hooks.pai:PAI",
     "var": "vlmfix.hooks.var:VAR",
     "vhr": "vlmfix.hooks.vhr:VHR",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["REGISTRY", "VAR", "VHR"]
+__all__ = ["PAI", "REGISTRY", "VAR", "VHR"]
 
 
 def __getattr__(name: str) -> object:

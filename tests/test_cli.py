@@ -40,8 +40,8 @@ def test_importing_has_no_side_effects():
 
 def test_methods():
     found = json.loads(run("methods", "--json").stdout)
-    assert [m["name"] for m in found] == ["var", "vhr"]
-    assert found[0]["stages"] == ["weights"] and found[1]["stages"] == ["heads"]
+    assert [m["name"] for m in found] == ["pai", "var", "vhr"]
+    assert [m["stages"] for m in found] == [["scores"], ["weights"], ["heads"]]
     table = run("methods").stdout
     for m in found:
         assert m["paper"] in table and m["cost"] in table and m["summary"] in table

@@ -11,10 +11,11 @@ import torch
 
 import vlmfix
 from tests.models import ARCHITECTURES, picture_prompt, plant_sinks
-from vlmfix.hooks import REGISTRY, VAR, VHR
+from vlmfix.hooks import PAI, REGISTRY, VAR, VHR
 from vlmfix.intervention import Intervention, as_interventions, from_json
 
 INTERVENTIONS = {
+    "pai": PAI(alpha=2.0, skip_first=1),
     "var": VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1),
     "vhr": VHR(layers=(1, 2, 3)),
 }
@@ -153,7 +154,7 @@ def test_batch_with_left_padding_equals_singles(method, architecture, attn):
                 torch.stack(alone.logits)[:, 0], torch.stack(batch.logits)[:, b], rtol=1e-3, atol=1e-4
             )
             (own,) = vlmfix.report(model)[0]["samples"]
-            for layer, found in own["layers"].items():
+            for layer, found in own.get("layers", {}).items():
                 for key in ("visual_sinks", "text_sinks", "heads"):
                     assert found.get(key) == chosen[b]["layers"][layer].get(key)
 
