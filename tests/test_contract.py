@@ -489,3 +489,32 @@ def test_half_precision(dtype):
         with method(model):
             edited = logits(model, prompt)
         assert edited.dtype == dtype and torch.isfinite(edited).all() and not torch.equal(edited, plain)
+
+
+@pytest.mark.parametrize("method", INTERVENTIONS)
+def test_weights_offloaded_by_accelerate(method):
+    from accelerate import cpu_offload
+
+    prompt = picture_prompt(build("llava"), 2, lengths=[3, 6])
+    model = build("llava")
+    with INTERVENTIONS[method](model):
+        want = answer(model, prompt)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with INTERVENTIONS[method](model):
+        assert torch.equal(answer(model, prompt), want)
+
+
+def test_layers_on_another_device():
+    """Masks follow the layer: here on meta, which holds no numbers but refuses to mix."""
+    from vlmfix.geometry import Geometry
+    from vlmfix.state import Call, Generation
+
+    ones = torch.ones(1, 6, dtype=torch.bool)
+    generation = Generation(Geometry(ones.clone(), ones, ones), [{}])
+    for call in (Call(generation, 0, 6, 6), Call(generation, 6, 1, 0)):
+        site = call.site(0, VAR(dims=(1,)), 2, 4, call.start + call.n_rows, slice(None), torch.device("meta"))
+        assert (
+            site.rows.device.type == site.geometry.image.device.type == site.geometry.instruction.device.type == "meta"
+        )
+    site = Call(generation, 0, 6, 6).prompt_site(0, 2, 4, torch.device("meta"))
+    assert site.rows.device.type == site.geometry.valid.device.type == "meta"

@@ -394,7 +394,7 @@ class _HeadHook:
         if call is None or not self.edits:
             return None
         for i, one in self.edits:
-            site = call.site(i, one, self.layer, len(a.layers), call.start + call.n_rows, slice(None))
+            site = call.site(i, one, self.layer, len(a.layers), call.start + call.n_rows, slice(None), o.device)
             o = one.heads(o, site)
         return (o.reshape(x.shape), *args[1:])
 
@@ -411,7 +411,7 @@ class _InputHook:
             return
         x = args[0] if args else kwargs["hidden_states"]
         for i, one in self.edits:
-            site = call.prompt_site(i, self.layer, len(self.attachment.anatomy.layers))
+            site = call.prompt_site(i, self.layer, len(self.attachment.anatomy.layers), x.device)
             one.layer_input(x[:, : call.n_prompt], site)
 
 

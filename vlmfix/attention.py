@@ -84,7 +84,7 @@ def edit_rows(
     index = call.row_index(frozenset(e.rows for _, e in view.edits))
     if index is not None and index.numel() == 0:
         return
-    picked: Any = slice(None) if index is None else index
+    picked: Any = slice(None) if index is None else index.to(query.device)
     b, h, n_queries, d = query.shape
     hk, n_keys = key.shape[1:3]
     q = query[:, :, picked].float()
@@ -95,7 +95,7 @@ def edit_rows(
     if hidden is not None:
         s = mask_scores(s, attention_mask, hidden, picked)
     a = stock = s.softmax(-1)
-    sites = {i: call.site(i, e, view.layer, view.n_layers, n_keys, picked) for i, e in view.edits}
+    sites = {i: call.site(i, e, view.layer, view.n_layers, n_keys, picked, s.device) for i, e in view.edits}
     if any("scores" in e.stages() for _, e in view.edits):
         edited = s
         for i, e in view.edits:

@@ -38,6 +38,12 @@ class Geometry:
         """Number of keys K."""
         return self.image.shape[1]
 
+    def to(self, device: torch.device) -> Geometry:
+        """On another device; layers of one model may lie on several."""
+        if self.image.device == device:
+            return self
+        return Geometry(self.image.to(device), self.prompt.to(device), self.valid.to(device))
+
     def extended(self, start: int, image: Tensor, valid: Tensor) -> Geometry:
         """With a further piece of prompt at positions `start..`: what lies between was generated."""
         old = self.fitted(start)

@@ -64,20 +64,21 @@ class Call:
     start: int
     n_rows: int
     n_prompt: int
-    _geometries: dict[int, Geometry] = field(default_factory=dict)
+    _geometries: dict[Any, Geometry] = field(default_factory=dict)
     _rows: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def _all(self) -> Geometry:
         return self.generation.geometry.fitted(self.start + self.n_rows)
 
-    def geometry(self, n_keys: int) -> Geometry:
+    def geometry(self, n_keys: int, device: torch.device) -> Geometry:
         """Masks over the keys that a layer sees: all so far, the room of a static cache, or the last ones of a
         window."""
-        if n_keys not in self._geometries:
+        if (n_keys, device) not in self._geometries:
             windowed = n_keys < self.start + self.n_rows
-            self._geometries[n_keys] = self._all.last_keys(n_keys) if windowed else self._all.fitted(n_keys)
-        return self._geometries[n_keys]
+            found = self._all.last_keys(n_keys) if windowed else self._all.fitted(n_keys)
+            self._geometries[n_keys, device] = found.to(device)
+        return self._geometries[n_keys, device]
 
     def rows(self, policy: Rows) -> Tensor:
         """(B, Q) bool: rows of this pass that a policy admits."""
@@ -103,20 +104,23 @@ class Call:
             self._rows[policies] = union.nonzero()[:, 0]
         return self._rows[policies]
 
-    def site(self, index: int, intervention: Intervention, layer: int, n_layers: int, n_keys: int, picked: Any) -> Site:
+    def site(
+        self, index: int, one: Intervention, layer: int, n_layers: int, n_keys: int, picked: Any, device: torch.device
+    ) -> Site:
         """The site of one edit; `picked` selects the rows at hand out of this pass's rows."""
+        rows = self.rows(one.rows)
         return Site(
             layer=layer,
             n_layers=n_layers,
-            geometry=self.geometry(n_keys),
-            rows=self.rows(intervention.rows)[:, picked],
+            geometry=self.geometry(n_keys, device),
+            rows=rows[:, picked.to(rows.device) if isinstance(picked, Tensor) else picked].to(device),
             start=self.start,
             first_key=max(self.start + self.n_rows - n_keys, 0),
             memo=self.generation.memos[index],
         )
 
-    def prompt_site(self, index: int, layer: int, n_layers: int) -> Site:
+    def prompt_site(self, index: int, layer: int, n_layers: int, device: torch.device) -> Site:
         """The site of a look at the prompt's rows, over the keys up to the end of the prompt."""
-        geometry = self._all.fitted(self.start + self.n_prompt)
-        rows = self.rows("all")[:, : self.n_prompt]
+        geometry = self._all.fitted(self.start + self.n_prompt).to(device)
+        rows = self.rows("all")[:, : self.n_prompt].to(device)
         return Site(layer, n_layers, geometry, rows, self.start, 0, self.generation.memos[index])
