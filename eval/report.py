@@ -1,30 +1,95 @@
-"""Tables made from a comparison: for a terminal, and as Markdown. No torch."""
+"""Reports made from a comparison: tables, words that say which differences are real, Markdown, CSV, JSON. No torch.
+
+A difference is called real if its 95 % interval excludes 0 and its p, adjusted for the number of methods compared
+(Holm, for each figure by itself), is below .05. The page (`vlmfix.eval.html`) is made from the same `Study`.
+
+    studies = [study(comparison) for comparison in compare(runs)]
+    words(studies[0]), to_csv(studies), to_json(studies), to_markdown(studies)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.eval.results import Comparison, Row
+from vlmfix.eval import chair, stats, yesno
+from vlmfix.eval.benchmarks import Chair, Group, Pope
+from vlmfix.eval.chair import CaptionScore
+from vlmfix.eval.data import Data
+from vlmfix.eval.results import HEADER, Comparison, Row, Run
 from vlmfix.eval.stats import Difference, Estimate
+from vlmfix.eval.truncation import RESAMPLES, CutCaptions, TruncationControl, cut_captions, truncation_control
+from vlmfix.eval.yesno import AnswerScore
 
 LEGEND = (
     "95 % intervals: bootstrap over pictures. Second lines: paired difference to the untouched model; "
     "* marks an interval that excludes 0."
 )
+LEVEL = 0.05
+BINS = 5
+"""Fifths of a caption, for the position of mentions."""
+EXTRA: Mapping[str, stats.Metric] = {
+    "objects": lambda n: chair.ratio(n["unique_mentions"], n["captions"]),
+    "mentions": lambda n: chair.ratio(n["mentions"], n["captions"]),
+}
+"""Columns of honesty that `chair.METRICS` lacks: different objects, and mentions of objects, per caption."""
+ORDER = (
+    *("CHAIR_S", "CHAIR_I", "CHAIR_I_unique", "recall", "precision", "F1", "objects", "mentions", "words"),
+    "repetition",
+)
+"""In which figures of captions are shown; others follow."""
+MEANING = {
+    "CHAIR_S": "captions that name anything that is not there",
+    "CHAIR_I": "mentions of objects that are not there",
+    "CHAIR_I_unique": "the same, each object once a caption",
+    "recall": "objects in the pictures that are named",
+    "precision": "objects named that are there",
+    "F1": "harmonic mean of precision and recall",
+    "objects": "different objects a caption",
+    "mentions": "mentions of objects a caption",
+    "words": "words a caption",
+    "repetition": "captions that repeat themselves: over a fifth of their 4-grams",
+    "accuracy": "right answers",
+    "TNR": "no where no is right",
+    "yes_ratio": "answers that say yes",
+    "MCC": "Matthews correlation, 0 is guessing",
+}
+YES_NO = {"recall": "yes where yes is right", "precision": "yes that is right"}
+"""Where the meaning is another with questions."""
+LESS_IS_BETTER = frozenset({"CHAIR_S", "CHAIR_I", "CHAIR_I_unique", "repetition"})
+MORE_IS_BETTER = frozenset({"recall", "precision", "F1", "accuracy", "TNR", "MCC"})
+_PLAIN = frozenset({"words", "objects", "mentions", "MCC"})
 
 
 def figure(e: Estimate, factor: float, signed: bool = False) -> str:
     """`55.8 [50.5, 60.3]`, or a dash where undefined."""
     if e.value is None:
         return "–"
-    digits = 1 if factor == 100 or abs(e.value * factor) >= 10 else 2
-    sign = "+" if signed else ""
-    show = lambda x: f"{x * factor:{sign}.{digits}f}".replace("-", "−")  # noqa: E731
-    low, high = (show(e.low), show(e.high)) if e.low is not None and e.high is not None else ("–", "–")
-    return f"{show(e.value)} [{low}, {high}]"
+    return f"{number(e.value, factor, signed, e.value)} {interval(e, factor, signed)}"
+
+
+def interval(e: Estimate, factor: float, signed: bool = False) -> str:
+    """`[50.5, 60.3]`."""
+    return f"[{number(e.low, factor, signed, e.value)}, {number(e.high, factor, signed, e.value)}]"
+
+
+def number(x: float | None, factor: float, signed: bool = False, like: float | None = None) -> str:
+    """`50.5`, with as many digits as suit another number, or a dash where undefined."""
+    if x is None:
+        return "–"
+    digits = 1 if factor == 100 or abs((x if like is None else like) * factor) >= 10 else 2
+    rounded = round(x * factor, digits) or 0.0  # no minus before nothing
+    return f"{rounded:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
 def change(d: Difference, factor: float) -> str:
@@ -79,3 +144,564 @@ def markdown(comparison: Comparison) -> str:
                 lines.append("| difference | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+# From a comparison to what can be said about it
+
+
+@dataclass(frozen=True)
+class Discordant:
+    """Pictures where only one of method and untouched model invents something: what McNemar's test looks at."""
+
+    only_method: int
+    only_base: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One figure of one method against the untouched model, and whether the difference is real."""
+
+    method: str
+    group: str
+    metric: str
+    difference: Difference
+    p: float | None
+    """Of CHAIR_S by McNemar's exact test, of all else by the bootstrap."""
+    p_holm: float | None
+    """Adjusted for the number of methods that have this figure."""
+    methods: int
+    """How many these are."""
+    discordant: Discordant | None = None
+    """Where p is McNemar's."""
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval excludes 0 and the adjusted p is below .05."""
+        return self.difference.clear and self.p_holm is not None and self.p_holm < LEVEL
+
+    @property
+    def better(self) -> bool | None:
+        """Whether the change is for the better; `None` where more is neither good nor bad, or nothing changed."""
+        if not self.difference.value or self.metric not in LESS_IS_BETTER | MORE_IS_BETTER:
+            return None
+        return (self.difference.value < 0) == (self.metric in LESS_IS_BETTER)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A comparison with its answers scored one by one, and what they say. Lists go by the comparison's runs."""
+
+    comparison: Comparison
+    """With the rows of `EXTRA`."""
+    data: Data
+    names: list[str]
+    """Of the methods, no two alike."""
+    groups: list[list[Group]]
+    """Counts per picture."""
+    captions: list[dict[int, CaptionScore]]
+    """By picture; no list where the benchmark asks for no captions."""
+    answers: list[list[AnswerScore]]
+    """Each different question once; no list where the benchmark asks no questions about objects."""
+    verdicts: list[Verdict]
+    curve: CutCaptions | None
+    """The untouched model's captions, cut shorter and shorter."""
+    controls: list[TruncationControl | None]
+    """None for the untouched model, and without one."""
+
+    @property
+    def base(self) -> int | None:
+        """Which run is the untouched model's."""
+        return next((i for i, run in enumerate(self.comparison.runs) if run.untouched), None)
+
+    @property
+    def columns(self) -> dict[str, tuple[str, float]]:
+        """Figures, in the order of a report: name -> unit and factor."""
+        known = list(self.comparison.rows[0].estimates) if self.comparison.rows else []
+        given = self.comparison.benchmark.columns
+        first = [m for m in (ORDER if self.captions else given) if m in known]
+        ordered = first + [m for m in known if m not in first]
+        return {m: given.get(m, ("", 1.0) if m in _PLAIN else ("%", 100.0)) for m in ordered}
+
+    @property
+    def pictures(self) -> int:
+        """Most pictures that a method was asked about."""
+        return max((row.n for row in self.comparison.rows), default=0)
+
+    def rows(self) -> Iterator[tuple[str, list[Row]]]:
+        """Rows of each group of answers, in the order of the runs."""
+        yield from _groups(self.comparison)
+
+    def same_answers(self, i: int) -> bool:
+        """Whether a run answers word for word as the untouched model does."""
+        texts = [{r["id"]: r["text"] for r in self.comparison.runs[k].records} for k in (i, self.base or 0)]
+        return self.base is not None and texts[0] == texts[1]
+
+
+def study(comparison: Comparison, n_resamples: int = stats.RESAMPLES) -> Study:
+    """Score a comparison's answers one by one, and judge its differences."""
+    identity = comparison.runs[0].header["identity"]
+    data, bench = Data.load(identity["data"], identity["limit"]), comparison.benchmark
+    texts = [{r["id"]: r["text"] for r in run.records} for run in comparison.runs]
+    groups = [bench.score(data, answers) for answers in texts]
+    base = next((i for i, run in enumerate(comparison.runs) if run.untouched), None)
+    names = _names(comparison.runs)
+    rows = _with_extra(comparison, groups, base, n_resamples)
+    captions: list[dict[int, CaptionScore]] = []
+    answers: list[list[AnswerScore]] = []
+    if isinstance(bench, Chair):
+        truth, variant = data.truth_for(bench.scoring), bench.scoring
+        scored = [chair.score_captions(list(said.items()), truth, variant=variant) for said in texts]
+        captions = [{score.image_id: score for score in scores} for scores in scored]
+    if isinstance(bench, Pope):
+        answers = [_answers(bench, data, said) for said in texts]
+    curve, controls = _truncation(captions, base, bench.scoring, min(RESAMPLES, n_resamples))
+    return Study(
+        comparison=replace(comparison, rows=rows),
+        data=data,
+        names=names,
+        groups=groups,
+        captions=captions,
+        answers=answers,
+        verdicts=_verdicts(rows, names, groups, base),
+        curve=curve,
+        controls=controls or [None] * len(names),
+    )
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Runs at these paths: run folders, and all those in other folders; untouched models first.
+
+    Raises:
+        ValueError: a path holds no run, or a broken one.
+    """
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(p.parent for p in path.rglob(HEADER)) if path.is_dir() and not (path / HEADER).exists() else []
+        found += inside or [path]
+    runs = {run.folder.resolve(): run for run in map(Run.read, found)}
+    return sorted(runs.values(), key=lambda run: not run.untouched)
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Labels, with the folder's fingerprint where two runs have the same."""
+    often = Counter(run.label for run in runs)
+    marks = [f"{r.label} ({r.header.get('fingerprint') or r.folder.name})" if often[r.label] > 1 else "" for r in runs]
+    twice = Counter(marks)
+    return [
+        run.label if not mark else mark if twice[mark] == 1 else f"{mark} #{i + 1}"
+        for i, (run, mark) in enumerate(zip(runs, marks, strict=True))
+    ]
+
+
+def _with_extra(
+    comparison: Comparison, groups: Sequence[Sequence[Group]], base: int | None, n_resamples: int
+) -> list[Row]:
+    """The comparison's rows, with the figures of `EXTRA` where they can be had."""
+    flat = [(k, group) for found in groups for k, group in enumerate(found)]
+    rows = []
+    for row, (k, group) in zip(comparison.rows, flat, strict=True):
+        extra = {m: f for m, f in EXTRA.items() if "unique_mentions" in group.counts and m not in row.estimates}
+        if not extra:
+            rows.append(row)
+            continue
+        apart = row.differences
+        if apart is not None and base is not None:
+            with_base = groups[base][k]
+            more = stats.differences(group.counts, group.images, with_base.counts, with_base.images, extra, n_resamples)
+            apart = {**apart, **more}
+        found_extra = stats.estimates(group.counts, extra, n_resamples)
+        rows.append(replace(row, estimates={**row.estimates, **found_extra}, differences=apart))
+    return rows
+
+
+def _verdicts(
+    rows: Sequence[Row], names: Sequence[str], groups: Sequence[Sequence[Group]], base: int | None
+) -> list[Verdict]:
+    """One verdict a method, group and figure; Holm's family is the methods that share group and figure."""
+    owners = [(i, k) for i, found in enumerate(groups) for k in range(len(found))]
+    tested = [(row, i, k) for row, (i, k) in zip(rows, owners, strict=True) if row.differences is not None]
+    found = []
+    for group in dict.fromkeys(row.group for row in rows):
+        family = [(row, i, k) for row, i, k in tested if row.group == group]
+        for metric in family[0][0].differences or {} if family else {}:
+            apart = [(row.differences or {})[metric] for row, _, _ in family]
+            discordant = [
+                _discordant(groups[i][k], groups[base][k]) if metric == "CHAIR_S" and base is not None else None
+                for _, i, k in family
+            ]
+            p_values = [
+                d.p if pair is None or d.p is None else stats.mcnemar(pair.only_method, pair.only_base)
+                for d, pair in zip(apart, discordant, strict=True)
+            ]
+            adjusted = stats.holm(p_values)
+            n = sum(p is not None for p in p_values)
+            found += [
+                Verdict(names[i], group, metric, apart[at], p_values[at], adjusted[at], n, discordant[at])
+                for at, (_, i, _) in enumerate(family)
+            ]
+    return found
+
+
+def _discordant(method: Group, base: Group) -> Discordant | None:
+    if "hallucinated_captions" not in method.counts:
+        return None
+    mine, theirs = (dict(zip(g.images, g.counts["hallucinated_captions"] > 0, strict=True)) for g in (method, base))
+    both = [(mine[image], theirs[image]) for image in mine if image in theirs]
+    return Discordant(sum(bool(a > b) for a, b in both), sum(bool(b > a) for a, b in both))
+
+
+def _answers(bench: Pope, data: Data, said: Mapping[str, str]) -> list[AnswerScore]:
+    """Each different question once: the splits share their positives."""
+    once = {bench._id(q): q for q in bench.questions(data) if bench._id(q) in said}
+    return yesno.score_answers(once.values(), {q.id: said[key] for key, q in once.items()}, parser=bench.scoring)
+
+
+def _truncation(
+    captions: Sequence[Mapping[int, CaptionScore]], base: int | None, variant: str, n_resamples: int
+) -> tuple[CutCaptions | None, list[TruncationControl | None]]:
+    """The untouched model's curve, and each method's distance to it on the pictures that both have."""
+    if base is None or not captions or not any(score.truth for score in captions[base].values()):
+        return None, []
+    truth = {image: score.truth for image, score in captions[base].items()}
+    curves: dict[frozenset[int], CutCaptions] = {}
+
+    def curve(images: frozenset[int]) -> CutCaptions:
+        if images not in curves:
+            texts = [(i, s.caption) for i, s in captions[base].items() if i in images]
+            curves[images] = cut_captions(texts, truth, variant=variant)
+        return curves[images]
+
+    controls: list[TruncationControl | None] = []
+    for i, scores in enumerate(captions):
+        common = frozenset(scores.keys() & captions[base].keys())
+        if i == base or not any(scores[image].truth for image in common):
+            controls.append(None)
+        else:
+            resamples = min(n_resamples, 20_000_000 // len(common))  # a table of this many draws fits into memory
+            method = [score for image, score in scores.items() if image in common]
+            controls.append(truncation_control(curve(common), method, resamples=resamples))
+    return curve(frozenset(captions[base])), controls
+
+
+# Figures of the page
+
+
+def by_position(scores: Mapping[int, CaptionScore], n_resamples: int = 2000) -> list[Estimate]:
+    """Share of the mentions that are invented, in each fifth of the caption's words."""
+    named, invented = (np.zeros((len(scores), BINS)) for _ in range(2))
+    for row, score in enumerate(scores.values()):
+        for mention in score.mentions:
+            share = len(score.caption[: mention.start].split()) / max(score.words, 1)
+            at = min(int(share * BINS), BINS - 1)
+            named[row, at] += 1
+            invented[row, at] += mention.node not in score.truth
+    counts = {f"{what}{b}": table[:, b] for what, table in (("n", named), ("h", invented)) for b in range(BINS)}
+    metrics: dict[str, stats.Metric] = {str(b): _quotient(f"h{b}", f"n{b}") for b in range(BINS)}
+    return list(stats.estimates(counts, metrics, n_resamples).values())
+
+
+def _quotient(above: str, below: str) -> stats.Metric:
+    return lambda n: chair.ratio(n[above], n[below])
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often something happened, of how many chances."""
+
+    times: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        """0 where there was no chance."""
+        return self.times / self.of if self.of else 0.0
+
+
+def object_rates(study: Study) -> tuple[dict[str, list[Rate]], dict[str, list[Rate]]]:
+    """For each object, how often each method invents it (of the pictures without it), and misses it (of those with it).
+
+    From questions: how often it says yes where the object is absent, and no (or neither) where it is present. Objects
+    that are wrong most often come first.
+    """
+    invented: list[Counter[str]] = []
+    missed: list[Counter[str]] = []
+    absent: list[Counter[str]] = []
+    present: list[Counter[str]] = []
+    for scores in study.captions:
+        nodes = set().union(*(s.truth | s.objects for s in scores.values()))
+        there = Counter(node for s in scores.values() for node in s.truth)
+        invented.append(Counter(node for s in scores.values() for node in s.objects - s.truth))
+        missed.append(Counter(node for s in scores.values() for node in s.missed))
+        present.append(there)
+        absent.append(Counter({node: len(scores) - there[node] for node in nodes}))
+    for answers in study.answers:
+        kept = [s for s in answers if not s.dropped]
+        no, yes = ([s for s in kept if s.question.label == label] for label in ("no", "yes"))
+        invented.append(Counter(s.question.object for s in no if s.prediction == "yes"))
+        missed.append(Counter(s.question.object for s in yes if not s.correct))
+        absent.append(Counter(s.question.object for s in no))
+        present.append(Counter(s.question.object for s in yes))
+    return _ranked(invented, absent), _ranked(missed, present)
+
+
+def _ranked(times: Sequence[Counter[str]], of: Sequence[Counter[str]]) -> dict[str, list[Rate]]:
+    names = sorted(set().union(*times)) if times else []
+    rates = {name: [Rate(t[name], o[name]) for t, o in zip(times, of, strict=True)] for name in names}
+    return dict(sorted(rates.items(), key=lambda item: (-sum(r.times for r in item[1]), item[0])))
+
+
+def confusion(study: Study) -> dict[str, list[dict[str, int]]]:
+    """Answers of each method by label and reading, for each split; nothing where there are no questions."""
+    found: dict[str, list[dict[str, int]]] = {}
+    for groups in study.groups:
+        for group in groups:
+            if "tp" in group.counts:
+                sums = {name: int(group.counts[name].sum()) for name in ("tp", "fn", "tn", "fp", "unknown", "dropped")}
+                sums["unknown_yes"] = int(group.counts["unknown_yes"].sum())
+                found.setdefault(group.name, []).append(sums)
+    return found
+
+
+# Words
+
+
+def p_text(p: float | None) -> str:
+    """`p = .042`, `p < .001`."""
+    if p is None:
+        return "p unknown"
+    return "p < .001" if p < 0.001 else "p = 1" if p > 0.9995 else f"p = {p:.3f}".replace("0.", ".")
+
+
+def words(study: Study) -> list[str]:
+    """What the figures say, a paragraph for each method; names of methods stand between backticks."""
+    if study.base is None:
+        return ["No run of the untouched model is among these, so there is nothing to tell a difference from."]
+    methods = [i for i, run in enumerate(study.comparison.runs) if not run.untouched]
+    if not methods:
+        return ["Only the untouched model was run; there is nothing to compare it with."]
+    return [_about(study, i) for i in methods]
+
+
+def _about(study: Study, i: int) -> str:
+    name = f"`{study.names[i]}`"
+    if study.same_answers(i):
+        n = len(study.comparison.runs[i].records)
+        return f"{name} answers word for word as the untouched model does, all {n} times: it changes nothing here."
+    shown = [v for v in study.verdicts if v.method == study.names[i] and v.metric in study.comparison.benchmark.columns]
+    kinds: dict[str, Callable[[Verdict], bool]] = {
+        "really better": lambda v: v.better is True,
+        "really worse": lambda v: v.better is False,
+        "really changed": lambda v: v.better is None,
+    }
+    real = [v for v in shown if v.real]
+    parts = [
+        f"{kind} in {_figures(study, [v for v in real if belongs(v)])}"
+        for kind, belongs in kinds.items()
+        if any(map(belongs, real))
+    ]
+    rest = _names_only([v for v in shown if not v.real], shown)
+    if not real:
+        parts = [f"no difference is real ({rest})"]
+    elif rest:
+        parts.append(f"not told apart from the untouched model in {rest}")
+    return f"{name}: {'; '.join(parts)}. {_against_cuts(study, i)}".strip()
+
+
+def _figures(study: Study, verdicts: Sequence[Verdict]) -> str:
+    """`CHAIR_S −11.7 points [−15.8, −8.0]`, or for several splits `accuracy (random −0.1, popular +0.3 points)`."""
+    found = []
+    for metric in dict.fromkeys(v.metric for v in verdicts):
+        unit, factor = study.columns[metric]
+        behind = " points" if unit == "%" else ""
+        mine = [v for v in verdicts if v.metric == metric]
+        told = [figure(v.difference, factor, signed=True).replace(" [", f"{behind} [", 1) for v in mine]
+        if len(mine) == 1 and not mine[0].group:
+            found.append(f"{metric} {told[0]}")
+        else:
+            each = (f"{v.group or 'all'} {text}" for v, text in zip(mine, told, strict=True))
+            found.append(f"{metric} ({', '.join(each)})")
+    return ", ".join(found)
+
+
+def _names_only(verdicts: Sequence[Verdict], of: Sequence[Verdict]) -> str:
+    """`recall, F1`; groups are named where a figure is meant in some of them only: `yes_ratio (popular)`."""
+    found = []
+    for metric in dict.fromkeys(v.metric for v in verdicts):
+        mine, all_of_it = ([v.group for v in some if v.metric == metric] for some in (verdicts, of))
+        found.append(metric if len(mine) == len(all_of_it) else f"{metric} ({', '.join(mine)})")
+    return ", ".join(found)
+
+
+def _against_cuts(study: Study, i: int) -> str:
+    """Whether the method does more than saying less."""
+    control = study.controls[i]
+    if control is None:
+        return ""
+    if control.status == "outside":
+        return "Its recall is below that of every cut of the untouched model's captions: there is no fair comparison."
+    gap = figure(control.chair_s, 100, signed=True).replace(" [", " points [", 1)
+    if control.status == "inside":
+        against = f"captions of the untouched model cut to the same recall (about {control.cut_words or 0:.0f} words)"
+    else:
+        against = "the untouched model's whole captions, whose recall is lower still"
+    if control.below_curve:
+        return f"Set against {against}, CHAIR_S is lower by more than chance ({gap}): it does more than saying less."
+    if control.chair_s.low is not None and control.chair_s.low > 0:
+        return f"Set against {against}, CHAIR_S is higher ({gap}): merely saying less would do better."
+    return f"Set against {against}, CHAIR_S differs by {gap}: no more than saying less would do, as far as can be told."
+
+
+def rule(study: Study) -> str:
+    """What "real" means in the words above."""
+    n = max((v.methods for v in study.verdicts), default=0)
+    over = f"adjusted for {n} methods by Holm" if n > 1 else "one method, so nothing to adjust for"
+    exact = "; CHAIR_S by McNemar's exact test" if any(v.discordant for v in study.verdicts) else ""
+    return f"Real: the 95 % interval excludes 0 and p is below .05 ({over}, each figure by itself{exact})."
+
+
+def resolution(study: Study) -> str:
+    """What so many pictures can tell: the widest interval of a difference, in the benchmark's first figures."""
+    told = []
+    for metric in list(study.comparison.benchmark.columns)[:2]:
+        unit, factor = study.columns[metric]
+        ranges = [v.difference for v in study.verdicts if v.metric == metric]
+        wide = [(d.high - d.low) / 2 for d in ranges if d.low is not None and d.high is not None and d.high > d.low]
+        if wide:
+            told.append(f"±{number(max(wide), factor)}{' points' if unit == '%' else ''} in {metric}")
+    if not told:
+        return ""
+    return (
+        f"With {study.pictures} pictures, differences are known to about {' and '.join(told)}; smaller ones cannot be "
+        "told from chance. Four times the pictures would halve that."
+    )
+
+
+def flags(study: Study) -> list[str]:
+    """What a reader must know before believing a figure; see the notes of the comparison for the rest."""
+    found = [*_unlike(study)]
+    for row, name in _rows_named(study):
+        if row.differences is None or study.base is None:
+            continue
+        whole = next(r for r, n in _rows_named(study) if n == study.names[study.base] and r.group == row.group)
+        repeats, length = row.differences.get("repetition"), row.estimates.get("words")
+        if repeats is not None and repeats.value is not None and repeats.value > 0.01:
+            found.append(f"`{name}` repeats itself in {number(repeats.value, 100, True)} points more of its captions.")
+        plain = whole.estimates.get("words")
+        if length and plain and length.value is not None and plain.value:
+            longer = length.value / plain.value - 1
+            if abs(longer) > 0.3:
+                word = "longer" if longer > 0 else "shorter"
+                found.append(f"`{name}` writes captions {abs(longer):.0%} {word} than the untouched model's.")
+        objects, mentions = row.differences.get("objects"), row.differences.get("mentions")
+        if objects and mentions and (objects.high or 0) < 0 < (mentions.low or 0):
+            found.append(
+                f"`{name}` names fewer objects, but names them more often, which lowers CHAIR_I without a better "
+                "caption: look at CHAIR_I_unique."
+            )
+        left_out = max(d.left_out for d in row.differences.values())
+        if left_out:
+            where = f" ({row.group})" if row.group else ""
+            found.append(f"`{name}`{where}: {left_out} pictures lack one of the two answers and are not compared.")
+    if study.captions:
+        for run, name in zip(study.comparison.runs, study.names, strict=True):
+            cut = sum(r.get("finish") == "length" for r in run.records)
+            if cut > 0.05 * len(run.records):
+                share = cut / len(run.records)
+                found.append(f"`{name}`: the token budget cut {share:.0%} of the captions short.")
+    return found
+
+
+def _rows_named(study: Study) -> list[tuple[Row, str]]:
+    owners = [name for name, found in zip(study.names, study.groups, strict=True) for _ in found]
+    return list(zip(study.comparison.rows, owners, strict=True))
+
+
+def _unlike(study: Study) -> Iterator[str]:
+    """Settings other than the method in which runs differ: such runs should not be compared."""
+    identities = [run.header["identity"] for run in study.comparison.runs]
+    for key in dict.fromkeys(key for identity in identities for key in identity if key != "method"):
+        values = [json.dumps(identity.get(key), sort_keys=True) for identity in identities]
+        if len(set(values)) > 1:
+            each = ", ".join(f"`{name}` {value}" for name, value in zip(study.names, values, strict=True))
+            yield f"Runs differ in more than the method, in {key}: {each}. Differences are not the method's alone."
+
+
+# Files
+
+
+def to_markdown(studies: Sequence[Study]) -> str:
+    """Words, tables and notes of all comparisons."""
+    parts = []
+    for one in studies:
+        bench, notes = one.comparison.benchmark, [*flags(one), *one.comparison.notes]
+        parts += [f"## {bench.title}, model {one.comparison.model}", *words(one)]
+        parts += [" ".join(filter(None, [rule(one), resolution(one)])) if one.verdicts else ""]
+        parts += ["Bold in the tables: the interval excludes 0, before the adjustment." if one.verdicts else ""]
+        parts += [markdown(one.comparison), _controls_markdown(one), "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def _controls_markdown(study: Study) -> str:
+    lines = [
+        f"| `{name}` | {number(c.recall, 100)} | {number(c.cut_chair_s, 100)} | {number(c.cut_words, 1)} "
+        f"| {figure(c.chair_s, 100, True)} | {figure(c.chair_i_unique, 100, True)} | {figure(c.f1, 100, True)} |"
+        for name, c in zip(study.names, study.controls, strict=True)
+        if c is not None
+    ]
+    head = "| against the untouched model cut to the same recall | recall % | its CHAIR_S % | its words N\\* "
+    head += "| CHAIR_S | CHAIR_I_unique | F1 |\n" + "|---" * 7 + "|"
+    return "\n".join([head, *lines]) if lines else ""
+
+
+def to_json(studies: Sequence[Study]) -> str:
+    """Everything that the page shows as figures, and where it came from. Shares are shares, not percent."""
+    return json.dumps([_as_json(one) for one in studies], indent=1) + "\n"
+
+
+def _as_json(study: Study) -> dict[str, Any]:
+    curve = {} if study.curve is None else study.curve.curve
+    controls = zip(study.names, study.controls, strict=True)
+    invented, missed = object_rates(study)
+    return {
+        **study.comparison.to_json(),
+        "methods": study.names,
+        "verdicts": [{**asdict(v), "real": v.real, "better": v.better} for v in study.verdicts],
+        "words": [*words(study), resolution(study)],
+        "flags": flags(study),
+        "truncation": {
+            "curve": [{"cut": cut, **figures} for cut, figures in curve.items()],
+            "methods": {name: {**asdict(c), "below_curve": c.below_curve} for name, c in controls if c is not None},
+        },
+        "invented_by_position": {
+            name: [asdict(e) for e in by_position(scores)]
+            for name, scores in zip(study.names, study.captions, strict=False)
+        },
+        "confusion": confusion(study),
+        "objects_invented": {name: [asdict(rate) for rate in rates] for name, rates in invented.items()},
+        "objects_missed": {name: [asdict(rate) for rate in rates] for name, rates in missed.items()},
+    }
+
+
+CSV_COLUMNS = (
+    *("benchmark", "model", "data", "group", "method", "metric", "pictures", "value", "low", "high"),
+    *("difference", "difference_low", "difference_high", "p", "p_holm", "real"),
+)
+
+
+def to_csv(studies: Sequence[Study]) -> str:
+    """One line a figure: benchmark, group, method, value and difference with intervals. Shares, not percent."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for one in studies:
+        of = {(v.method, v.group, v.metric): v for v in one.verdicts}
+        title, model = one.comparison.benchmark.title, one.comparison.model
+        for row, name in _rows_named(one):
+            for metric in one.columns:
+                e, v = row.estimates[metric], of.get((name, row.group, metric))
+                line = [title, model, one.data.name, row.group, name, metric, row.n, e.value, e.low, e.high]
+                if v is not None:
+                    d = v.difference
+                    line += [d.value, d.low, d.high, v.p, v.p_holm, v.real]
+                writer.writerow(line + [None] * (len(CSV_COLUMNS) - len(line)))
+    return text.getvalue()

@@ -1,13 +1,15 @@
 """Intervals and paired differences: percentile bootstrap over images.
 
 The image is the unit of resampling, since captions or questions of one image are not independent. A metric is a
-function of summed counts, so that each resample recomputes its ratio of sums.
+function of summed counts, so that each resample recomputes its ratio of sums. Yes-or-no outcomes of pictures have an
+exact test beside it (`mcnemar`), and several methods against one baseline are judged together (`holm`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -106,7 +108,7 @@ def differences(
     for name, metric in metrics.items():
         d = np.concatenate([metric(mine) - metric(theirs) for mine, theirs in pairs])
         d = d[np.isfinite(d)]
-        p = min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1)) if len(d) else None
+        p = float(min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))) if len(d) else None
         value = _number(metric(total(a)) - metric(total(b)))
         found[name] = Difference(value, *_limits(d), p, len(common), left_out)
     return found
@@ -116,3 +118,31 @@ def _rows(counts: Counts, images: Sequence[object], wanted: Sequence[object]) ->
     at = {image: i for i, image in enumerate(images)}
     index = [at[image] for image in wanted]
     return {name: column[index] for name, column in counts.items()}
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """McNemar's exact p of two yes-or-no outcomes on the same images: two-sided binomial, 1 where none is discordant.
+
+    Args:
+        only_one: Images where the first has the outcome and the second has not.
+        only_other: Images where it is the other way round.
+
+    Raises:
+        ValueError: a number of images below 0.
+    """
+    if min(only_one, only_other) < 0:
+        raise ValueError(f"expected numbers of images, 0 or more, got {only_one} and {only_other}")
+    n, fewer = only_one + only_other, min(only_one, only_other)
+    ways = accumulate(range(fewer), lambda ways, k: ways * (n - k) // (k + 1), initial=1)  # comb(n, k), k = 0 .. fewer
+    return min(1.0, 2 * sum(ways) / 2**n)  # whole numbers up to here: nothing is rounded, nothing overflows
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment of the p of several comparisons, in order; `None` stays and does not count.
+
+    Calling those below .05 real is wrong about any of them in at most one family out of twenty.
+    """
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    steps = accumulate((p * (len(known) - rank) for rank, (p, _) in enumerate(known)), max)
+    adjusted = {i: min(1.0, step) for (_, i), step in zip(known, steps, strict=True)}
+    return [adjusted.get(i) for i in range(len(p_values))]

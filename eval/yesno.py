@@ -14,21 +14,19 @@ figure's name.
 from __future__ import annotations
 
 import difflib
-import gzip
-import json
 import math
 import os
 import re
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
 
 from vlmfix.eval.chair import f1, ratio
+from vlmfix.eval.reading import read_records, shown
 
 Label = Literal["yes", "no"]
 
@@ -77,73 +75,15 @@ Answers = Mapping[Hashable, str] | Iterable[tuple[Hashable, str]] | Iterable[Ans
 
 # Files
 
-
-def read_records(path: str | os.PathLike[str]) -> list[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a file, each with the place where it starts ("answers.jsonl, line 3").
-
-    Reads JSON lines, one JSON array of objects, and objects written one after the other over several lines; gzipped if
-    the name ends in `.gz`.
-
-    Raises:
-        ValueError: the file is empty, no UTF-8 or no JSON (also a torn last line), holds anything but objects, or an
-            object has a key twice.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as text ({error}); expected UTF-8, gzipped if it ends in .gz."
-        ) from error
-    entries = list(_values(text, path))
-    if len(entries) == 1 and isinstance(entries[0][1], list):
-        entries = [(f"{path}, entry {number}", entry) for number, entry in enumerate(entries[0][1], start=1)]
-    if not entries:
-        raise ValueError(f"{path} is empty; expected JSON objects, such as one per line.")
-    for where, entry in entries:
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} is {_shown(entry)}; expected a JSON object with keys and values.")
-    return entries
-
-
-_BLANK = re.compile(r"[ \t\r\n]*")
-
-
-def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    decoder = json.JSONDecoder(object_pairs_hook=_without_double_keys)
-    at, line, last = _BLANK.match(text).end(), 1, 0  # type: ignore[union-attr]
-    while at < len(text):
-        line, last = line + text.count("\n", last, at), at
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            broken = line + text.count("\n", at, error.pos) if isinstance(error, json.JSONDecodeError) else line
-            raise ValueError(
-                f"{path}, line {broken} is broken ({reason}); expected JSON, mend or delete it."
-            ) from error
-        yield f"{path}, line {line}", value
-        at = _BLANK.match(text, end).end()  # type: ignore[union-attr]
-
-
-def _without_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if doubled := _doubled(key for key, _ in pairs):
-        raise ValueError(f"the key {_shown(doubled[0])} stands twice in one object")
-    return dict(pairs)
-
-
-def _shown(value: object) -> str:
-    """A value for an error message: short, and printable whatever it holds."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+ANSWER_KEYS = ("answer", "text", "response", "model_prediction")
+"""Keys that the text of an answer is looked for under; an entry may have only one of them."""
 
 
 def text_field(record: Mapping[str, Any], where: str, name: str) -> str:
     """The text under a key of a record. Raises ValueError if there is none."""
     value = record.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"{where} has {_shown(value)} under {name!r}; expected text.")
+        raise ValueError(f"{where} has {shown(value)} under {name!r}; expected text.")
     return value
 
 
@@ -151,7 +91,7 @@ def id_field(record: Mapping[str, Any], where: str, *names: str) -> int | str:
     """The id under the first of these keys that a record has. Raises ValueError if it is neither number nor text."""
     value = next((record[name] for name in names if name in record), None)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{where} has {_shown(value)} as {' or '.join(names)}; expected a whole number or text.")
+        raise ValueError(f"{where} has {shown(value)} as {' or '.join(names)}; expected a whole number or text.")
     return value
 
 
@@ -159,7 +99,7 @@ def label_field(record: Mapping[str, Any], where: str, name: str) -> Label:
     """The label under a key of a record. Raises ValueError if it is neither yes nor no."""
     label = _yes_or_no(text_field(record, where, name).strip().lower())
     if label is None:
-        raise ValueError(f"{where} has {_shown(record[name])} under {name!r}; expected yes or no.")
+        raise ValueError(f"{where} has {shown(record[name])} under {name!r}; expected yes or no.")
     return label
 
 
@@ -188,34 +128,41 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     return questions
 
 
-def read_answers(path: str | os.PathLike[str], *, key: str | None = None) -> list[Answer]:
+def read_answers(path: str | os.PathLike[str], *, key: str | None = None, id_keys: Sequence[str] = ()) -> list[Answer]:
     """Answers with the id under `question_id` or `id`, in the formats of `read_records`.
 
-    The text stands under `key`, or if that is None under `answer`, `text` or `response`. Where given, `question` or
-    `prompt` and `image` are kept for the join, and `margin` (log p(yes) - log p(no), natural logarithm), or the
-    probabilities `p_yes` and `p_no`, for `score_margins`.
+    An entry that has all of `id_keys` has their values as its id, joined by slashes. The text stands under `key`, or if
+    that is None under one of `ANSWER_KEYS`. Where given, `question` or `prompt` and `image` are kept for the join, and
+    `margin` (log p(yes) - log p(no), natural logarithm), or the probabilities `p_yes` and `p_no`, for `score_margins`.
 
     Raises:
         ValueError: a line has no id, neither text nor margin, text under several keys, or a value of the wrong kind.
     """
-    return [_read_answer(record, where, key) for where, record in read_records(path)]
+    return [_read_answer(record, where, key, id_keys) for where, record in read_records(path)]
 
 
-def _read_answer(record: Mapping[str, Any], where: str, key: str | None) -> Answer:
-    names = [name for name in ((key,) if key else ("answer", "text", "response")) if name in record]
+def _read_answer(record: Mapping[str, Any], where: str, key: str | None, id_keys: Sequence[str]) -> Answer:
+    names = [name for name in ((key,) if key else ANSWER_KEYS) if name in record]
     margin = _read_margin(record, where)
     if len(names) > 1:
         raise ValueError(f"{where} has {' and '.join(names)}; say which is the answer, as in key={names[0]!r}.")
     if not names and margin is None:
-        raise ValueError(f"{where} has no {key or 'answer, text or response'} and no margin; expected an answer.")
+        wanted = key or f"{', '.join(ANSWER_KEYS[:-1])} or {ANSWER_KEYS[-1]}"
+        raise ValueError(f"{where} has no {wanted} and no margin; expected an answer.")
     image = record.get("image")
     return Answer(
-        id=id_field(record, where, "question_id", "id"),
+        id=_answer_id(record, where, id_keys),
         text=text_field(record, where, names[0]) if names else None,
         margin=margin,
         question=next((record[name] for name in ("question", "prompt") if isinstance(record.get(name), str)), ""),
         image="" if image is None else str(id_field(record, where, "image")),
     )
+
+
+def _answer_id(record: Mapping[str, Any], where: str, id_keys: Sequence[str]) -> int | str:
+    if id_keys and record.keys() >= set(id_keys):
+        return "/".join(str(id_field(record, where, name)) for name in id_keys)
+    return id_field(record, where, "question_id", "id")
 
 
 def _read_margin(record: Mapping[str, Any], where: str) -> float | None:
@@ -235,7 +182,7 @@ def _read_margin(record: Mapping[str, Any], where: str) -> float | None:
 def _number(record: Mapping[str, Any], where: str, name: str) -> float:
     value = record[name]
     if not _is_number(value):
-        raise ValueError(f"{where} has {_shown(value)} under {name!r}; expected a number.")
+        raise ValueError(f"{where} has {shown(value)} under {name!r}; expected a number.")
     return float(value)
 
 
@@ -479,7 +426,7 @@ def check_ids(questions: Iterable[Question]) -> None:
 
 
 def _listed(ids: Sequence[Hashable], what: str, kind: str = "ids") -> str:
-    return f"{len(ids)} {what} ({kind}: {', '.join(map(_shown, ids[:10]))}{', ...' if len(ids) > 10 else ''})"
+    return f"{len(ids)} {what} ({kind}: {', '.join(map(shown, ids[:10]))}{', ...' if len(ids) > 10 else ''})"
 
 
 def _doubled(ids: Iterable[Hashable]) -> list[Hashable]:

@@ -91,18 +91,19 @@ GOOD = '{"image_id": 1, "caption": "A dog."}\n'
         ("", "is empty"),
         (" \n", "is empty"),
         ("[]", "is empty"),
-        (GOOD + '{"image_id": 2, "caption": "A d', r"line 2 starts broken JSON \(Unterminated string"),
+        (GOOD + '{"image_id": 2, "caption": "A d', r"line 2 is broken \(Unterminated string"),
         (
             GOOD + '\n{"image_id": 2,\n "caption" "A"}',
-            r"line 3 starts broken JSON \(Expecting ':' delimiter in line 4\)",
+            r"line 4 is broken \(Expecting ':' delimiter, in what starts in line 3\)",
         ),
-        (GOOD + "nonsense", r"line 2 starts broken JSON \(Expecting value\)"),
-        (GOOD + "7\n", r"line 2 is 7; expected an object"),
-        (GOOD + "[1]\n", r"line 2 is \[1\]; expected an object"),
-        ("[[1]]", r"entry 1 is \[1\]; expected an object"),
-        (b"\xff\xfe" + GOOD.encode(), "is no text"),
-        ("[" * 100_000, "line 1 starts JSON that cannot be read"),
-        ('{"image_id": ' + "9" * 5000 + ', "caption": ""}', "line 1 starts JSON that cannot be read"),
+        (GOOD + "nonsense", r"line 2 is broken \(Expecting value\)"),
+        (GOOD + "7\n", r"line 2 is 7; expected a JSON object"),
+        (GOOD + "[1]\n", r"line 2 is \[1\]; expected a JSON object"),
+        ("[[1]]", r"entry 1 is \[1\]; expected a JSON object"),
+        (b"\xff\xfe" + GOOD.encode(), "cannot be read as text"),
+        ('{"image_id": 1, "caption": "A dog.", "caption": ""}', "line 1 is broken .the key 'caption' stands twice"),
+        ("[" * 100_000, "line 1 is broken"),
+        ('{"image_id": ' + "9" * 5000 + ', "caption": ""}', "line 1 is broken"),
         ('{"image_id": 1}', r"no captions under 'caption', 'text', 'answer', 'output', only 'image_id'; name the key"),
         ('{"caption": ""}', r"does not name its images; expected one of 'image_id', 'image', 'id', 'question_id'"),
         (GOOD + '{"image_id": 2, "caption": null}', r"line 2 has None; expected a text under 'caption'"),
@@ -128,7 +129,7 @@ def test_broken_archive(tmp_path):
     whole = gzip.compress(GOOD.encode())
     for content in (b"plain", whole[:-9], whole[:14] + b"\0\0\0" + whole[17:]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is no text"):
+        with pytest.raises(ValueError, match="cannot be read as text"):
             reading.read_captions(path)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -101,3 +102,27 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_block():
     a, _ = counts("opera/llava-1.5-greedy")
     assert stats.estimates(a, METRICS, 300) == stats.estimates(a, METRICS, 300)
     assert stats.estimates(a, METRICS, 300) != stats.estimates(a, METRICS, 300, seed=1)
+
+
+@pytest.mark.parametrize("key", REFERENCE["paired"])
+def test_mcnemar_is_exact(key):
+    want = REFERENCE["paired"][key]
+    counted = want["only_method_hallucinates"], want["only_base_hallucinates"]
+    assert stats.mcnemar(*counted) == pytest.approx(want["mcnemar_exact_p"], rel=1e-12)
+    assert stats.mcnemar(*counted[::-1]) == stats.mcnemar(*counted)
+
+
+def test_mcnemar_by_hand():
+    assert stats.mcnemar(0, 0) == stats.mcnemar(3, 3) == stats.mcnemar(4, 3) == 1.0
+    assert stats.mcnemar(0, 5) == 2 / 2**5
+    assert stats.mcnemar(1, 9) == 2 * (1 + 10) / 2**10
+    assert stats.mcnemar(7, 20) == 2 * sum(math.comb(27, k) for k in range(8)) / 2**27
+    assert 0 < stats.mcnemar(1900, 2100) < 0.01, "thousands of images neither overflow nor take long"
+    with pytest.raises(ValueError, match="got -1 and 2"):
+        stats.mcnemar(-1, 2)
+
+
+def test_holm_by_hand():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.02, None, 0.02]) == [0.04, None, 0.04], "what was not tested does not count"
+    assert stats.holm([0.7, 0.9]) == [1.0, 1.0] and stats.holm([0.3]) == [0.3] and stats.holm([]) == []

@@ -112,10 +112,17 @@ def test_answer_key(tmp_path):
     assert yesno.read_answers(path, key="said")[0].text == "no"
 
 
+def test_ids_of_several_parts(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"id": 9, "set": "x", "n": 1, "answer": "yes"}, {"id": "y/2", "answer": "no"})
+    assert [answer.id for answer in yesno.read_answers(path, id_keys=("set", "n"))] == ["x/1", "y/2"]
+    with pytest.raises(ValueError, match="has None as n"):
+        yesno.read_answers(write(tmp_path / "a.jsonl", {"n": None, "answer": "yes"}), id_keys=("n",))
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"id": 1}, "no answer, text or response and no margin"),
+        ({"id": 1}, "no answer, text, response or model_prediction and no margin"),
         ({"answer": "yes"}, "has None as question_id or id"),
         ({"id": 1, "answer": ["yes"]}, "under 'answer'; expected text"),
         ({"id": 1, "answer": None}, "has None under 'answer'"),
