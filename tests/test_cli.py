@@ -75,6 +75,10 @@ def test_eval_and_score(tmp_path):
     assert len(folders) == 3
     again = run("score", *folders, "--json")
     assert again.exit_code == 0 and len(json.loads(again.stdout)[0]["rows"]) == 3
+    strict = run("score", *folders, "--variant", "strict")
+    assert strict.exit_code == 0 and "CHAIR (strict), model tiny, 3 pictures" in strict.stdout
+    wrong = run("score", *folders, "--variant", "strikt")
+    assert wrong.exit_code == 1 and "did you mean 'strict'" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -499,7 +499,7 @@ def here(tmp_path, monkeypatch):
         ("a.jsonl --benchmark hallusionbench --split half", "'half' is no set of HallusionBench"),
         ("a.jsonl --benchmark hallusionbench --parser margin", "give a parser, not the margin"),
         ("c.jsonl", "c.jsonl is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"),
-        ("c.jsonl --variant opera --baseline c.jsonl", "variant, baseline: only with --benchmark"),
+        ("c.jsonl --variant opera --baseline c.jsonl", "baseline: only with --benchmark"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_sentence(here, args, message):

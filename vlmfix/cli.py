@@ -252,7 +252,7 @@ def score(
     with sentences():
         from vlmfix.eval.results import RECORDS, Run
 
-        asked |= {"baseline": baseline, "explain": explain}
+        asked |= {"baseline": baseline, "explain": explain, "variant": None, "parser": None}
         if given := [name for name, value in asked.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: only with --benchmark, for files that are no runs of `vlmfix eval`")
         if plain := next((path for path in files if path.is_file() and path.name != RECORDS), None):
@@ -260,39 +260,8 @@ def score(
                 f"{plain} is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"
             )
         runs = [Run.read(path) for path in files]
-    show_comparison(runs, as_json)
-
-
-@app.command()
-def report(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Run folders of `vlmfix eval`, or folders that hold some, such as runs.")
-    ],
-    output: Annotated[Path, typer.Option(help="The page: one HTML file that needs nothing else.")] = Path(
-        "report.html"
-    ),
-    markdown: Annotated[Path | None, typer.Option(help="Also write words and tables as Markdown, here.")] = None,
-    as_csv: Annotated[Path | None, typer.Option("--csv", help="Also write every figure as CSV, here.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON, here.")] = None,
-) -> None:
-    """Make a page to read from finished runs: words, tables, plots, pictures and where it all came from."""
-    with sentences():
-        from vlmfix.eval import html
-        from vlmfix.eval import report as reports
-        from vlmfix.eval.results import compare
-
-        studies = [reports.study(comparison) for comparison in compare(reports.find_runs(runs))]
-        texts = [(output, html.page), (markdown, reports.to_markdown)]
-        texts += [(as_csv, reports.to_csv), (as_json, reports.to_json)]
-        for path, make in texts:
-            if path is None:
-                continue
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(make(studies), "utf-8", errors="replace")
-            except OSError as error:
-                raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-            err.print(f"written: {path}", soft_wrap=True, markup=False)
+    scoring = {name: how for name, how in (("chair", variant), ("pope", parser)) if how is not None}
+    show_comparison(runs, as_json, scoring)
 
 
 def score_files(
@@ -327,13 +296,45 @@ def score_files(
         out().print(external.legend(comparison), markup=False, soft_wrap=True)
 
 
-def show_comparison(runs: Sequence[Any], as_json: bool) -> None:
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders of `vlmfix eval`, or folders that hold some, such as runs.")
+    ],
+    output: Annotated[Path, typer.Option(help="The page: one HTML file that needs nothing else.")] = Path(
+        "report.html"
+    ),
+    markdown: Annotated[Path | None, typer.Option(help="Also write words and tables as Markdown, here.")] = None,
+    as_csv: Annotated[Path | None, typer.Option("--csv", help="Also write every figure as CSV, here.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON, here.")] = None,
+) -> None:
+    """Make a page to read from finished runs: words, tables, plots, pictures and where it all came from."""
+    with sentences():
+        from vlmfix.eval import html
+        from vlmfix.eval import report as reports
+        from vlmfix.eval.results import compare
+
+        studies = [reports.study(comparison) for comparison in compare(reports.find_runs(runs))]
+        texts = [(output, html.page), (markdown, reports.to_markdown)]
+        texts += [(as_csv, reports.to_csv), (as_json, reports.to_json)]
+        for path, make in texts:
+            if path is None:
+                continue
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(make(studies), "utf-8", errors="replace")
+            except OSError as error:
+                raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+            err.print(f"written: {path}", soft_wrap=True, markup=False)
+
+
+def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None) -> None:
     """Print tables, or JSON."""
     with sentences():
         from vlmfix.eval import report
         from vlmfix.eval.results import compare
 
-        comparisons = compare(runs)
+        comparisons = compare(runs, scoring=scoring)
     if as_json:
         sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=False) + "\n")
         return
