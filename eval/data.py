@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlmfix.eval import chair, pope
 
-EMBEDDED = "scenes"
+EMBEDDED = ("scenes", "photos")
 
 
 @dataclass(frozen=True)
@@ -18,24 +18,24 @@ class Data:
     """Annotated pictures."""
 
     name: str
-    """`scenes` for the embedded ones, else the folder as given."""
+    """`scenes` or `photos` for the embedded ones, else the folder."""
     folder: Path
     limit: int | None = None
     """Only the first pictures; for trying out."""
 
     @classmethod
-    def load(cls, name: str = EMBEDDED, limit: int | None = None) -> Data:
-        """The embedded scenes, or a folder. `ValueError` if it lacks what a benchmark reads."""
-        folder = Path(str(files("vlmfix.assets") / "scenes")) if name == EMBEDDED else Path(name).resolve()
+    def load(cls, name: str = "scenes", limit: int | None = None) -> Data:
+        """The embedded scenes or photos, or a folder. `ValueError` if it lacks what a benchmark reads."""
+        folder = Path(str(files("vlmfix.assets") / name)) if name in EMBEDDED else Path(name).resolve()
         for needed in ("instances.json", "images"):
             if not (folder / needed).exists():
                 raise ValueError(
-                    f"data {name!r}: {folder / needed} does not exist; expected {EMBEDDED!r} or a folder with images/, "
-                    f"instances.json and, for CHAIR, captions.json in COCO format"
+                    f"data {name!r}: {folder / needed} does not exist; expected {' or '.join(EMBEDDED)}, or a folder "
+                    f"with images/, instances.json and, for CHAIR, captions.json in COCO format"
                 )
         if limit is not None and limit < 1:
             raise ValueError(f"limit: expected a number of pictures above 0, got {limit}")
-        return cls(name if name == EMBEDDED else str(folder), folder, limit)
+        return cls(name if name in EMBEDDED else str(folder), folder, limit)
 
     @cached_property
     def images(self) -> dict[int, Path]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import vlmfix
 from vlmfix.eval import report
@@ -234,3 +235,19 @@ def test_the_same_answers_scored_in_another_way(runs):
         compare(runs, 10, {"chair": "rorbach"})
     with pytest.raises(ValueError, match="did you mean 'negword'"):
         compare(runs, 10, {"pope": "negwords"})
+
+
+def test_real_photos_go_through_end_to_end(tiny, tmp_path):
+    """Photos of all sizes; the tiny model's answers are nonsense, the plumbing is real."""
+    data = Data.load("photos")
+    assert len({Image.open(p).size for p in data.images.values()}) > 3
+    found = [
+        answer_all(*tiny, parse(method), benchmark(name), data, tmp_path, batch_size=8)
+        for name in ("chair", "pope")
+        for method in ("none", "vhr")
+    ]
+    chair, pope = compare(found, 200)
+    assert chair.rows[0].n == len(data.images) and all(row.n > 0 for row in pope.rows)
+    assert 0 <= chair.rows[1].estimates["recall"].value < 0.5 and chair.rows[1].differences["CHAIR_S"].n == len(
+        data.images
+    )

@@ -153,7 +153,7 @@ def evaluate(
     benchmark: Annotated[str, typer.Option(help="chair, pope, or both.")] = "chair,pope",
     method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "none,var,vhr",
     data: Annotated[
-        str, typer.Option(help="scenes (embedded), or a folder with images/, instances.json, captions.json.")
+        str, typer.Option(help="scenes or photos (embedded), or a folder with images/, instances.json, captions.json.")
     ] = "scenes",
     output: Annotated[Path, typer.Option(help="Folder for answers and results.")] = Path("runs"),
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
