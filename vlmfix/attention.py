@@ -107,6 +107,8 @@ def edit_rows(
         return
     admitted = torch.stack([site.rows for site in sites.values()]).any(0)
     changed = (a != stock).any(-1) & admitted[:, None]  # (B, H, R)
+    if changed.device.type == "cpu" and not changed.any():  # elsewhere, asking would wait for the device
+        return
     new = (a.reshape(*group, n_keys) @ value.float()).view(b, h, n, value.shape[-1]).transpose(1, 2)
     out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
 
