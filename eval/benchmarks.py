@@ -107,21 +107,22 @@ class Pope(Benchmark):
         return pope.build_questions(data.objects, k=self.asking["positives_per_image"], seed=self.asking["seed"])
 
     @staticmethod
-    def _id(question: pope.Question) -> str:
-        return f"{question.image}|{question.text}"  # positives are the same in all splits: asked once
+    def item_id(question: pope.Question) -> str:
+        """The item that asks a question: positives are the same in all splits, and asked once."""
+        return f"{question.image}|{question.text}"
 
     def items(self, data: Data) -> list[Item]:
         """Each different question once."""
         folder = data.folder / "images"
-        found = {self._id(q): Item(self._id(q), str(folder / q.image), q.text) for q in self.questions(data)}
+        found = {self.item_id(q): Item(self.item_id(q), str(folder / q.image), q.text) for q in self.questions(data)}
         return list(found.values())
 
     def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
         """Counts per picture and split."""
         groups, questions = [], self.questions(data)
         for split in pope.SPLITS:
-            asked = [q for q in questions if q.split == split and self._id(q) in answers]
-            scores = pope.score_answers(asked, {q.id: answers[self._id(q)] for q in asked}, parser=self.scoring)
+            asked = [q for q in questions if q.split == split and self.item_id(q) in answers]
+            scores = pope.score_answers(asked, {q.id: answers[self.item_id(q)] for q in asked}, parser=self.scoring)
             groups.append(Group(split, pope.clusters(scores), pope.counts(scores)))
         return groups
 

@@ -352,7 +352,7 @@ def _discordant(method: Group, base: Group) -> Discordant | None:
 
 def _answers(bench: Pope, data: Data, said: Mapping[str, str]) -> list[AnswerScore]:
     """Each different question once: the splits share their positives."""
-    once = {bench._id(q): q for q in bench.questions(data) if bench._id(q) in said}
+    once = {bench.item_id(q): q for q in bench.questions(data) if bench.item_id(q) in said}
     return yesno.score_answers(once.values(), {q.id: said[key] for key, q in once.items()}, parser=bench.scoring)
 
 

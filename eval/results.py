@@ -71,18 +71,23 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / HEADER} is no header of a run ({type(error).__name__}: {error})") from error
         records, whole = read_lines(folder / RECORDS)
+        run = cls(folder, header, records)
         if whole < os.path.getsize(folder / RECORDS):
-            again = header.get("environment", {}).get("command", "vlmfix eval")
             raise BrokenFile(
                 f"{folder / RECORDS} ends in a line that was cut off; {len(records)} answers before it are whole: run "
-                f"`{again}` again to finish it, or delete the last line"
+                f"`{run.command}` again to finish it, or delete the last line"
             )
-        return cls(folder, header, records)
+        return run
 
     @property
     def label(self) -> str:
         """The method, as it was asked for."""
         return self.header["label"]
+
+    @property
+    def command(self) -> str:
+        """The command that resumes it."""
+        return self.header.get("environment", {}).get("command", "vlmfix eval")
 
     @property
     def untouched(self) -> bool:
@@ -170,8 +175,7 @@ def _row(bench: Benchmark, label: str, group: Group, base: Group | None, n_resam
 def _notes(run: Run, n_items: int) -> list[str]:
     notes = []
     if len(run.records) < n_items:
-        command = run.header.get("environment", {}).get("command", "vlmfix eval")
-        notes.append(f"{run.label}: {len(run.records)} of {n_items} answers so far; `{command}` finishes it")
+        notes.append(f"{run.label}: {len(run.records)} of {n_items} answers so far; `{run.command}` finishes it")
     cut = sum(r.get("finish") == "length" for r in run.records)
     if cut and run.header["identity"]["benchmark"] == "chair":
         budget = run.header["identity"]["max_new_tokens"]

@@ -8,7 +8,7 @@ without the image, is not here yet; the paper's tables use both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmfix.intervention import Intervention, Site
@@ -44,7 +44,7 @@ class PAI(Intervention):
 
     def controls(self) -> tuple[Intervention, ...]:
         """Image tokens pushed down instead."""
-        return (PAI(alpha=-self.alpha, skip_first=self.skip_first),)
+        return (replace(self, alpha=-self.alpha),)
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to raise."""

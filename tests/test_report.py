@@ -70,7 +70,7 @@ def pope_answers(wrong):
     """Right answers, but for the questions where `wrong(question)`."""
     bench = benchmark("pope")
     other = {"yes": "No", "no": "Yes"}
-    return {bench._id(q): other[q.label] if wrong(q) else q.label.title() for q in bench.questions(DATA)}
+    return {bench.item_id(q): other[q.label] if wrong(q) else q.label.title() for q in bench.questions(DATA)}
 
 
 @pytest.fixture(scope="module")

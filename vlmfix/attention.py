@@ -96,7 +96,7 @@ def edit_rows(
         s = mask_scores(s, attention_mask, hidden, picked)
     a = stock = s.softmax(-1)
     sites = {i: call.site(i, e, view.layer, view.n_layers, n_keys, picked, s.device) for i, e in view.edits}
-    if any("scores" in e.stages() for _, e in view.edits):
+    if any(e.overrides("scores") for _, e in view.edits):
         edited = s
         for i, e in view.edits:
             edited = e.scores(edited, sites[i])

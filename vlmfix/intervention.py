@@ -9,7 +9,7 @@ import difflib
 import importlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -309,7 +309,6 @@ __all__ = [
     "make",
     "method_class",
     "parse",
-    "replace",
     "spec_of",
     "split_methods",
 ]
