@@ -7,17 +7,25 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlmfix.hooks.beam import Beam
+    from vlmfix.hooks.contrast import Contrast
     from vlmfix.hooks.pai import PAI
+    from vlmfix.hooks.truncate import Truncate
     from vlmfix.hooks.var import VAR
+    from vlmfix.hooks.vcd import VCD
     from vlmfix.hooks.vhr import VHR
 
 REGISTRY = {
+    "beam": "vlmfix.hooks.beam:Beam",
+    "contrast": "vlmfix.hooks.contrast:Contrast",
     "pai": "vlmfix.hooks.pai:PAI",
+    "truncate": "vlmfix.hooks.truncate:Truncate",
     "var": "vlmfix.hooks.var:VAR",
+    "vcd": "vlmfix.hooks.vcd:VCD",
     "vhr": "vlmfix.hooks.vhr:VHR",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["PAI", "REGISTRY", "VAR", "VHR"]
+__all__ = ["PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate"]
 
 
 def __getattr__(name: str) -> object:

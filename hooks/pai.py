@@ -2,35 +2,81 @@
 
 Liu, Zheng, Chen, "Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs",
 ECCV 2024, arXiv 2407.21771; official code LALBJ/PAI. In every head, the score of each image token is raised by
-`alpha` times its own size, for the row that predicts the next token. The method's second half, guidance by a pass
-without the image, is not here yet; the paper's tables use both.
+`alpha` times its own size, for the row that predicts the next token. Guidance, the method's second half, takes off the
+logits what the model would say without the image; the paper's tables use both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.intervention import Intervention, Site
+from vlmfix.hooks.contrast import Contrast
+from vlmfix.intervention import Intervention, Rows, Site, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vlmfix.state import Prompt
+
 
 @dataclass(frozen=True)
 class PAI(Intervention):
-    """The attention edit of PAI. Acts on attention scores of the last prompt row and of every new token."""
+    """Paying more attention to image. Acts on attention scores of the last prompt row and of every new token, and, with
+    `gamma`, on the logits of every new token."""
 
     name: ClassVar[str] = "pai"
     summary: ClassVar[str] = "raises the attention scores of image tokens"
     paper: ClassVar[str] = "Liu et al., ECCV 2024, arXiv 2407.21771"
-    cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
+    cost: ClassVar[str] = (
+        "no extra pass; attention of one row per token again in float32. With gamma: a second stream without the image"
+    )
+    expect: ClassVar[str] = (
+        "captions: fewer inventions at the price of repetition; yes/no: little. The size of alpha belongs to LLaVA-1.5"
+    )
 
     alpha: float = 0.5
     """s += alpha |s| on image tokens. 0.5 for captions in later papers' runs (code); the authors' README has 0.2.
     Depends on the size of scores: with normed queries and keys (Qwen3-VL, Gemma 3) published values mean nothing."""
     skip_first: int = 2
     """The first layers are left alone (code)."""
+    gamma: float | None = None
+    """Strength of the guidance, out = c + (gamma - 1)(c - u); 1.1 in published runs (code). `None`: none."""
+    variant: Literal["paper", "release"] = "paper"
+    """`release`: with guidance, the released code leaves the prefill's attention alone, so that one-word answers never
+    see the attention edit."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.variant not in ("paper", "release"):
+            raise ValueError(f"variant: expected paper or release, got {self.variant!r}")
+        if self.gamma is not None:
+            Contrast(gamma=self.gamma)
+
+    def acts_at(self, stage: str) -> bool:
+        """Without guidance there is no second stream."""
+        return super().acts_at(stage) and (self.gamma is not None or stage not in ("begin", "logits"))
+
+    @property
+    def whole_prompt(self) -> bool:  # type: ignore[override]
+        """The second stream needs the whole prompt at once."""
+        return self.gamma is not None
+
+    @property
+    def rows(self) -> Rows:
+        """Rows whose scores are raised."""
+        return "generated" if self.variant == "release" and self.gamma is not None else "last"
+
+    def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
+        """Prepare the stream without the image."""
+        self._guidance().begin(prompt, memo)
+
+    def logits(self, scores: Tensor, step: Step) -> Tensor:
+        """Give c + (gamma - 1)(c - u) on plausible tokens."""
+        return self._guidance().logits(scores, step)
+
+    def _guidance(self) -> Contrast:
+        return Contrast(gamma=self.gamma)  # type: ignore[arg-type]
 
     def at_layers(self, n_layers: int) -> range:
         """Edited layers."""

@@ -40,6 +40,9 @@ class VAR(Intervention):
     summary: ClassVar[str] = "moves attention from sink tokens to the rest of the image"
     paper: ClassVar[str] = "Kang et al., ICLR 2025, arXiv 2503.03321"
     cost: ClassVar[str] = "no extra pass; attention of the rows after the image again in float32"
+    expect: ClassVar[str] = (
+        "yes/no and captions of models with visual sinks; idle, and says so, where calibration finds none"
+    )
 
     p: float = None  # type: ignore[assignment]
     """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""

@@ -80,6 +80,9 @@ class VHR(Intervention):
     summary: ClassVar[str] = "amplifies the heads that change when the image is there"
     paper: ClassVar[str] = "He et al., ACL 2025, arXiv 2412.13949"
     cost: ClassVar[str] = "one extra prefill over the text tokens; nothing per token"
+    expect: ClassVar[str] = (
+        "captions: fewer inventions, lower recall. Look at its controls: on the embedded model any heads do as well"
+    )
     whole_prompt: ClassVar[bool] = True
 
     alpha: float = 2.0

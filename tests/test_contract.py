@@ -11,14 +11,18 @@ import torch
 
 import vlmfix
 from tests.models import ARCHITECTURES, picture_prompt, plant_sinks
-from vlmfix.hooks import PAI, REGISTRY, VAR, VHR
-from vlmfix.intervention import Intervention, as_interventions, from_json
+from vlmfix.hooks import PAI, REGISTRY, VAR, VCD, VHR, Contrast
+from vlmfix.intervention import ASK_STAGES, Intervention, as_interventions, from_json, method_class
 
 INTERVENTIONS = {
+    "contrast": Contrast(gamma=2.0, beta=0.01),
     "pai": PAI(alpha=2.0, skip_first=1),
     "var": VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1),
+    "vcd": VCD(t=999, beta=0.01),
     "vhr": VHR(layers=(1, 2, 3)),
 }
+GUIDES = {name for name, one in INTERVENTIONS.items() if "logits" in one.stages() and one.acts_at("logits")}
+"""Methods that act where the next token is chosen: a plain forward pass does not show them."""
 CASES = [(m, a, k) for m in INTERVENTIONS for a in ARCHITECTURES for k in ("sdpa", "eager")]
 
 
@@ -47,6 +51,11 @@ def logits(model, prompt):
     return model(**prompt).logits
 
 
+def chosen_by(model, prompt):
+    """Scores from which the first two tokens are chosen, (2, B, V)."""
+    return torch.stack(answer(model, prompt, max_new_tokens=2, output_scores=True, return_dict_in_generate=True).scores)
+
+
 def answer(model, prompt, **settings):
     special = [
         58,
@@ -58,7 +67,8 @@ def answer(model, prompt, **settings):
 
 
 def test_every_method_is_under_contract():
-    assert set(INTERVENTIONS) == set(REGISTRY)
+    in_ask = {name for name in REGISTRY if set(ASK_STAGES) & set(method_class(name).stages())}
+    assert set(INTERVENTIONS) == set(REGISTRY) - in_ask, "methods that act in ask: tests/test_ask_stages.py"
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -90,17 +100,17 @@ def test_nothing_changes_nothing(architecture, attn):
 def test_bites_and_comes_off(method, architecture, attn):
     model = build(architecture, attn)
     prompt = picture_prompt(model, 2, lengths=[3, 6])
-    before, plain, said = footprint(model), logits(model, prompt), answer(model, prompt)
+    before, plain, said = footprint(model), chosen_by(model, prompt), answer(model, prompt)
     vlmfix.wrap(model, INTERVENTIONS[method])
-    once, edited = footprint(model), logits(model, prompt)
+    once, edited = footprint(model), chosen_by(model, prompt)
     assert not torch.equal(edited, plain)
     assert all(s["acted"] for s in vlmfix.report(model)[0]["samples"])
     vlmfix.wrap(model, INTERVENTIONS[method])
     assert footprint(model) == once, "wrapping with the same changes nothing"
-    assert torch.equal(logits(model, prompt), edited), "two passes in a row are equal"
+    assert torch.equal(chosen_by(model, prompt), edited), "two generations in a row are equal"
     vlmfix.unwrap(model)
     assert footprint(model) == before
-    assert torch.equal(logits(model, prompt), plain) and torch.equal(answer(model, prompt), said)
+    assert torch.equal(chosen_by(model, prompt), plain) and torch.equal(answer(model, prompt), said)
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)
@@ -121,9 +131,9 @@ def test_with_cache_equals_without(method, architecture, attn):
         scores = {}
         for use_cache in (True, False):
             out = answer(
-                model, prompt, use_cache=use_cache, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
+                model, prompt, use_cache=use_cache, max_new_tokens=6, output_scores=True, return_dict_in_generate=True
             )
-            scores[use_cache] = torch.stack(out.logits)
+            scores[use_cache] = torch.stack(out.scores)
     torch.testing.assert_close(scores[True], scores[False], rtol=1e-3, atol=1e-4)
 
 
@@ -134,7 +144,7 @@ def test_batch_with_left_padding_equals_singles(method, architecture, attn):
     together = picture_prompt(model, 4, lengths=lengths)
     n_pixels = together["pixel_values"].shape[0] // 4
     with INTERVENTIONS[method](model):
-        batch = answer(model, together, output_logits=True, return_dict_in_generate=True, max_new_tokens=5)
+        batch = answer(model, together, output_scores=True, return_dict_in_generate=True, max_new_tokens=5)
         chosen = vlmfix.report(model)[0]["samples"]
         width = together["input_ids"].shape[1]
         for b in range(4):
@@ -148,10 +158,10 @@ def test_batch_with_left_padding_equals_singles(method, architecture, attn):
             for k in ("image_sizes", "image_grid_thw"):
                 if k in together:
                     single[k] = together[k][b : b + 1]
-            alone = answer(model, single, output_logits=True, return_dict_in_generate=True, max_new_tokens=5)
+            alone = answer(model, single, output_scores=True, return_dict_in_generate=True, max_new_tokens=5)
             assert torch.equal(alone.sequences[0, -5:], batch.sequences[b, width:])
             torch.testing.assert_close(
-                torch.stack(alone.logits)[:, 0], torch.stack(batch.logits)[:, b], rtol=1e-3, atol=1e-4
+                torch.stack(alone.scores)[:, 0], torch.stack(batch.scores)[:, b], rtol=1e-3, atol=1e-4
             )
             (own,) = vlmfix.report(model)[0]["samples"]
             for layer, found in own.get("layers", {}).items():
@@ -186,9 +196,9 @@ def test_several_images(method, architecture):
             seen.append(site.geometry)
             return o
 
-    plain = logits(model, prompt)
+    plain = chosen_by(model, prompt)
     with INTERVENTIONS[method](model):
-        assert not torch.equal(logits(model, prompt), plain)
+        assert not torch.equal(chosen_by(model, prompt), plain)
     with Look()(model):
         logits(model, prompt)
     g, ids = seen[0], prompt["input_ids"]
@@ -475,6 +485,10 @@ def test_static_cache_and_assisted_generation(method):
     with INTERVENTIONS[method](model):
         said = answer(model, prompt)
         assert torch.equal(answer(model, prompt, cache_implementation="static", disable_compile=True), said)
+        if method in GUIDES:
+            with pytest.raises(ValueError, match="assisted generation is not supported"):
+                answer(model, prompt, prompt_lookup_num_tokens=3)
+            return
         assert torch.equal(answer(model, prompt, prompt_lookup_num_tokens=3), said)
     del assistant
 
@@ -484,11 +498,12 @@ def test_half_precision(dtype):
     model = build("llava").to(dtype)
     prompt = picture_prompt(model, 2, lengths=[3, 6])
     prompt["pixel_values"] = prompt["pixel_values"].to(dtype)
-    plain = logits(model, prompt)
+    plain = chosen_by(model, prompt)
     for method in INTERVENTIONS.values():
         with method(model):
-            edited = logits(model, prompt)
-        assert edited.dtype == dtype and torch.isfinite(edited).all() and not torch.equal(edited, plain)
+            edited = chosen_by(model, prompt)
+            assert logits(model, prompt).dtype == dtype
+        assert not edited.isnan().any() and not torch.equal(edited, plain)
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)
@@ -510,9 +525,9 @@ def test_layers_on_another_device():
     from vlmfix.state import Call, Generation
 
     ones = torch.ones(1, 6, dtype=torch.bool)
-    generation = Generation(Geometry(ones.clone(), ones, ones), [{}])
+    generation = Generation(Geometry(ones.clone(), ones, ones), [{}], frozenset({0}))
     for call in (Call(generation, 0, 6, 6), Call(generation, 6, 1, 0)):
-        site = call.site(0, VAR(dims=(1,)), 2, 4, call.start + call.n_rows, slice(None), torch.device("meta"))
+        site = call.site(0, "last", 2, 4, call.start + call.n_rows, slice(None), torch.device("meta"))
         assert (
             site.rows.device.type == site.geometry.image.device.type == site.geometry.instruction.device.type == "meta"
         )

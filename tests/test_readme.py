@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from vlmfix.cli import app
 from vlmfix.eval import report
 from vlmfix.eval.results import Run, compare
 from vlmfix.hooks import REGISTRY
@@ -30,10 +32,6 @@ def test_python_blocks_run(monkeypatch, capsys):
 
 
 def test_commands_exist():
-    from typer.testing import CliRunner
-
-    from vlmfix.cli import app
-
     for line in re.findall(r"^vlmfix (.*)", README, re.MULTILINE):
         command, *rest = shlex.split(line, comments=True)
         shown = CliRunner().invoke(app, [command, "--help"]).stdout
@@ -51,10 +49,11 @@ def test_the_file_tree_is_true():
     assert all(f"  {name} " in tree for name in files), "every module of the core is in the tree"
 
 
-def test_every_method_has_its_row():
-    for name in REGISTRY:
-        cls = method_class(name)
-        assert f"| `{name}` | {', '.join(cls.stages())} | {cls.summary} |" in README
+def test_table_of_methods():
+    table = CliRunner().invoke(app, ["methods", "--markdown"]).stdout
+    block = README.partition("<!-- methods: vlmfix methods --markdown -->\n")[2].partition("<!-- end of methods -->")[0]
+    assert block == table and table.count("\n") == 2 + len(REGISTRY)
+    assert all(method_class(name).expect for name in REGISTRY)
 
 
 def figures(text):

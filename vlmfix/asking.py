@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlmfix.attachment import attached, describe, report
+from vlmfix.attachment import Attachment, attached, describe, report
 
 Picture = str | Path | Image.Image
 
@@ -44,6 +46,11 @@ class Record:
     """Settings given to `generate`."""
     did: list[dict[str, Any]] = field(default_factory=list)
     """What each intervention did to this answer, in short (`acted` ...)."""
+    passes: float = 0.0
+    """Forward passes of the text decoder that the answer took, those of methods included; a pass over a batch counts
+    once for each sequence in it."""
+    tokens: float = 0.0
+    """Rows that went through the text decoder in these passes, padding included."""
     id: str | None = None
     """Name of the question within an evaluation."""
 
@@ -105,6 +112,119 @@ def ask(
     return ask_batch(model, processor, [(image, prompt)], max_new_tokens=max_new_tokens, seed=seed, **generate)[0]
 
 
+@dataclass(frozen=True)
+class Looked:
+    """One look of an intervention at a question: what the model was given, what it said, and what was seen."""
+
+    inputs: dict[str, Any]
+    """The processor's output, on the model's device."""
+    token_ids: list[int]
+    """Generated tokens, the end token included."""
+    text: str
+    memo: dict[str, Any]
+    """What the intervention's stages left in `site.memo`."""
+    geometry: Any
+    """`Geometry` of the prompt."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Asks the model on the way to an answer, for `Intervention.refine`: greedily, with one intervention in force."""
+
+    model: Any
+    processor: Any
+    index: int
+    """Of the intervention among those that the model is wrapped with."""
+
+    @property
+    def kept(self) -> dict[Any, Any]:
+        """The intervention's own shelf, which lasts as long as the model stays wrapped with it."""
+        return attached(self.model).kept[self.index]  # type: ignore[union-attr]
+
+    def __call__(self, images: Sequence[Image.Image], prompt: str, max_new_tokens: int) -> Looked:
+        """One look."""
+        found: Attachment = attached(self.model)  # type: ignore[assignment]
+        run = Answering.of(self.model, self.processor, [(list(images), prompt)], {"max_new_tokens": max_new_tokens})
+        with found.only({self.index}):
+            (tokens,) = run.generate()
+            last: Any = found.last()
+        return Looked(run.inputs, tokens, run.text(tokens), last.memos[self.index], last.geometry)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A batch of questions about to be answered, as `Intervention.decode` gets it."""
+
+    model: Any
+    processor: Any
+    questions: list[tuple[list[Image.Image], str]]
+    """Pictures (RGB) and prompt of each."""
+    inputs: dict[str, Any]
+    """The processor's output for the batch, padded on the left, on the model's device."""
+    settings: dict[str, Any]
+    """Of `generate`."""
+    seed: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        processor: Any,
+        questions: list[tuple[list[Image.Image], str]],
+        settings: dict[str, Any],
+        seed: int | None = None,
+    ) -> Answering:
+        """Build the inputs. Greedy unless told otherwise."""
+        texts = [chat(processor, prompt, len(images)) for images, prompt in questions]
+        pictures = [images for images, _ in questions]
+        inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
+        inputs = dict(inputs.to(model.device, dtype=model.dtype))
+        return cls(model, processor, questions, inputs, {"do_sample": False, **settings}, seed)
+
+    def generate(self, inputs: dict[str, Any] | None = None, **changes: Any) -> list[list[int]]:
+        """New tokens of each sequence, the end token included. `changes` go before the settings; `inputs` may be a part
+        of the batch, or hold more tokens than the prompt (`prompt_end`, to wrapped models, says where the prompt
+        ends)."""
+        settings = {**self.settings, **changes}
+        quiet = {} if settings["do_sample"] else {"temperature": None, "top_p": None, "top_k": None}
+        inputs = self.inputs if inputs is None else inputs
+        sequences = self.model.generate(**inputs, **quiet, **settings)
+        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return [tokens[: self.end(tokens)] for tokens in answers]
+
+    def end(self, tokens: Sequence[int]) -> int | None:
+        """Length of an answer up to its end token; `None` if it has none."""
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends) if isinstance(ends, list) else {ends}
+        return next((n + 1 for n, token in enumerate(tokens) if token in ends), None)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The words of an answer."""
+        return self.processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+class _Meter:
+    """Counts the sequences and rows that go through the text decoder in this thread."""
+
+    def __init__(self, model: Any) -> None:
+        self.thread, self.passes, self.tokens = threading.get_ident(), 0, 0
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        self.handle = decoder.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args]
+        shape = next((x.shape for x in rows if isinstance(x, torch.Tensor)), None)
+        if shape is not None and threading.get_ident() == self.thread:
+            self.passes += shape[0]
+            self.tokens += shape[0] * shape[1]
+
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
 @torch.inference_mode()
 def ask_batch(
     model: Any,
@@ -117,7 +237,7 @@ def ask_batch(
 ) -> list[Record]:
     """`ask` for several (image, prompt) pairs at once, padded on the left; answers come in the order of the
     questions."""
-    pictures, texts, names = [], [], []
+    opened, names = [], []
     for image, prompt in questions:
         several = [image] if isinstance(image, (str, Path, Image.Image)) else list(image or ())
         if not several:
@@ -126,50 +246,70 @@ def ask_batch(
             )
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt: expected some text, got {prompt!r}")
-        opened = [open_picture(one) for one in several]
-        pictures.append(opened)
-        names.append(
-            [
-                str(s) if isinstance(s, (str, Path)) else f"{o.width}x{o.height}"
-                for s, o in zip(several, opened, strict=True)
-            ]
-        )
-        texts.append(chat(processor, prompt, len(several)))
-    inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
-    inputs = inputs.to(model.device, dtype=model.dtype)
+        pictures = [open_picture(one) for one in several]
+        opened.append((pictures, prompt))
+        named = zip(several, pictures, strict=True)
+        names.append([str(s) if isinstance(s, (str, Path)) else f"{p.width}x{p.height}" for s, p in named])
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
-    quiet = {} if settings["do_sample"] else {"temperature": None, "top_p": None, "top_k": None}
     if seed is not None:
         torch.manual_seed(seed)
+    found = attached(model)
     began = time.perf_counter()
-    sequences = model.generate(**inputs, **quiet, **settings)
+    with _Meter(model) as meter, nullcontext() if found is None else found.asking():
+        refined, facts = _refine(model, processor, opened)
+        run = Answering.of(model, processor, refined, settings, seed)
+        answers = _decode(run, facts)
     seconds = (time.perf_counter() - began) / len(questions)
     if seed is not None:
         settings["seed"] = seed
-    answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    found = attached(model)
     method = [] if found is None else [describe(e) for e in found.entries]
     did = [r["samples"] for r in report(model)]
     records = []
-    for i, (_, prompt) in enumerate(questions):
-        stop = next((n + 1 for n, token in enumerate(answers[i]) if token in ends), None)
-        tokens = answers[i][:stop]
+    for i, tokens in enumerate(answers):
+        done = [{k: v for k, v in s[i].items() if k != "layers"} if i < len(s) else {"acted": False} for s in did]
         records.append(
             Record(
                 model=model.config._name_or_path,
                 image=names[i],
-                image_sha256=[hashlib.sha256(p.tobytes()).hexdigest() for p in pictures[i]],
-                prompt=prompt,
+                image_sha256=[hashlib.sha256(p.tobytes()).hexdigest() for p in opened[i][0]],
+                prompt=opened[i][1],
                 method=method,
-                text=processor.decode(tokens, skip_special_tokens=True).strip(),
+                text=run.text(tokens),
                 token_ids=tokens,
-                finish="length" if stop is None else "stop",
+                finish="length" if run.end(tokens) is None else "stop",
                 seconds=seconds,
                 batch_size=len(questions),
                 generation=settings,
-                did=[{k: v for k, v in s[i].items() if k != "layers"} if i < len(s) else {"acted": False} for s in did],
+                did=[{**one, **facts[i].get(k, {})} for k, one in enumerate(done)],
+                passes=meter.passes / len(questions),
+                tokens=meter.tokens / len(questions),
             )
         )
     return records
+
+
+def _refine(
+    model: Any, processor: Any, questions: list[tuple[list[Image.Image], str]]
+) -> tuple[list[tuple[list[Image.Image], str]], list[dict[int, dict[str, Any]]]]:
+    """Pictures to answer from, after the interventions that refine, and what these say of it."""
+    found = attached(model)
+    facts: list[dict[int, dict[str, Any]]] = [{} for _ in questions]
+    refiners = [] if found is None else [(i, e) for i, e in found.active() if e.acts_at("refine")]
+    refined = []
+    for (images, prompt), said in zip(questions, facts, strict=True):
+        for i, one in refiners:
+            images, said[i] = one.refine(Look(model, processor, i), images, prompt)  # noqa: PLW2901
+        refined.append((images, prompt))
+    return refined, facts
+
+
+def _decode(run: Answering, facts: list[dict[int, dict[str, Any]]]) -> list[list[int]]:
+    """The answers, by `generate` or by the intervention that decodes in its own way."""
+    found = attached(run.model)
+    for i, one in [] if found is None else found.active():
+        if one.acts_at("decode"):
+            answers, said = one.decode(run)
+            for mine, more in zip(facts, said, strict=True):
+                mine[i] = {**mine.get(i, {}), **more}
+            return answers
+    return run.generate()

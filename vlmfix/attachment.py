@@ -13,14 +13,25 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlmfix import attention
 from vlmfix.anatomy import Anatomy, anatomy
 from vlmfix.geometry import Geometry
-from vlmfix.intervention import ATTENTION_STAGES, Idle, Intervention, Interventions, as_interventions
-from vlmfix.state import Call, Generation, Prompt
+from vlmfix.intervention import (
+    ASK_STAGES,
+    ATTENTION_STAGES,
+    Idle,
+    Intervention,
+    Interventions,
+    Step,
+    as_interventions,
+)
+from vlmfix.state import Call, Generation, Prompt, Stream
 
 ATTRIBUTE = "_vlmfix"
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Settings of `generate` that let something else propose tokens."""
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -36,7 +47,8 @@ def wrap(model: nn.Module, interventions: Interventions, processor: Any = None) 
     nothing. `processor` (or a tokenizer) lets methods that calibrate themselves read real text instead of random
     tokens. The model's own `generate`, `pipeline` and `save_pretrained` go on working; `unwrap` takes everything off.
     `generate` and the forward pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens
-    cannot be told from `input_ids`.
+    cannot be told from `input_ids`; `generate` also `prompt_end`, where the prompt already holds some of the answer:
+    the number of columns that are prompt.
 
     Raises `ValueError` for unknown methods and unfit settings, `TypeError` for a model that cannot be wrapped.
     """
@@ -100,9 +112,11 @@ class Entry:
 class _Scope:
     """One call of `generate`."""
 
-    def __init__(self, prompt_end: int | None, image_mask: Tensor | None):
+    def __init__(self, inputs: dict[str, Any], prompt_end: int | None, image_mask: Tensor | None, n_beams: int):
+        self.inputs = inputs
         self.prompt_end = prompt_end
         self.image_mask = image_mask
+        self.n_beams = n_beams
         self.generation: Generation | None = None
         self.position = 0
 
@@ -114,6 +128,8 @@ class _Local(threading.local):
     call: Call | None = None
     capture: tuple[Tensor, dict[int, Tensor]] | None = None
     last: Generation | None = None
+    force: frozenset[int] | None = None
+    asking: bool = False
 
 
 class Attachment:
@@ -132,6 +148,11 @@ class Attachment:
             except Idle as idle:
                 warnings.warn(f"{one.name or type(one).__name__} will not act on this model: {idle}", stacklevel=4)
                 self.entries.append(Entry(one, None, {"idle": str(idle)}))
+        deciders = [one.name for _, one in self.active() if one.acts_at("decode")]
+        if len(deciders) > 1:
+            raise ValueError(f"{' and '.join(deciders)} each decode in their own way; use one of them")
+        for i, one in self.active():
+            one.composes([other for j, other in self.active() if j != i])
         self._warned: set[int] = set()
         self._handles: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
@@ -141,10 +162,12 @@ class Attachment:
         self._local = _Local()
         self._generations: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
         self._last: Generation | None = None
+        self.kept: list[dict[Any, Any]] = [{} for _ in self.requested]
+        """What each intervention keeps from one question to the next, for as long as it is on."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a wrapped model stay wrapped, but take no running generation along."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_generations", "_last")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_local", "_generations", "_last", "kept")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -152,8 +175,34 @@ class Attachment:
 
     # ---- on and off -------------------------------------------------------------------------------------------------
 
-    def _active(self) -> list[tuple[int, Intervention]]:
+    def active(self) -> list[tuple[int, Intervention]]:
+        """Interventions that are not idle, by their place among those requested."""
         return [(i, e.active) for i, e in enumerate(self.entries) if e.active is not None]
+
+    def force(self) -> frozenset[int]:
+        """Interventions in force in this thread: those told by `only`, else all but those that look beforehand."""
+        if self._local.force is not None:
+            return self._local.force
+        return frozenset(i for i, one in self.active() if not one.acts_at("refine"))
+
+    @contextmanager
+    def only(self, force: Iterable[int]) -> Iterator[None]:
+        """In this thread, these interventions alone are in force for a while; none of them: the plain model."""
+        before, self._local.force = self._local.force, frozenset(force)
+        call, self._local.call = self._local.call, None
+        try:
+            yield
+        finally:
+            self._local.force, self._local.call = before, call
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """`ask` is at work in this thread and sees to the stages that are its own."""
+        before, self._local.asking = self._local.asking, True
+        try:
+            yield
+        finally:
+            self._local.asking = before
 
     def attach(self) -> None:
         """Put hooks and config views on; nothing stays behind if that fails half-way."""
@@ -166,7 +215,7 @@ class Attachment:
     def _attach(self) -> None:
         n = len(self.anatomy.layers)
         by_layer: list[list[tuple[int, Intervention]]] = [[] for _ in range(n)]
-        for i, one in self._active():
+        for i, one in self.active():
             for layer in one.at_layers(n):
                 by_layer[layer].append((i, one))
         hooks: list[Any] = [
@@ -175,16 +224,16 @@ class Attachment:
         ]
         self._handles = hooks
         for layer, (parts, edits) in enumerate(zip(self.anatomy.layers, by_layer, strict=True)):
-            edit_heads = [(i, e) for i, e in edits if e.overrides("heads")]
-            if edit_heads or any(e.overrides("begin") for _, e in edits):
+            edit_heads = [(i, e) for i, e in edits if e.acts_at("heads")]
+            if edit_heads or any(e.acts_at("begin") for _, e in edits):
                 hook = _HeadHook(self, layer, edit_heads)
                 hooks.append(parts.out_proj.register_forward_pre_hook(hook))
-            see_input = [(i, e) for i, e in edits if e.overrides("layer_input")]
+            see_input = [(i, e) for i, e in edits if e.acts_at("layer_input")]
             if see_input:
                 hooks.append(
                     parts.module.register_forward_pre_hook(_InputHook(self, layer, see_input), with_kwargs=True)
                 )
-            edit_rows = [(i, e) for i, e in edits if any(e.overrides(stage) for stage in ATTENTION_STAGES)]
+            edit_rows = [(i, e) for i, e in edits if any(e.acts_at(stage) for stage in ATTENTION_STAGES)]
             if edit_rows:
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
@@ -213,15 +262,26 @@ class Attachment:
         """The forward pass that this thread is in, or `None`: then the model runs untouched."""
         return self._local.call
 
-    def generate(self, *args: Any, image_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, image_mask: Tensor | None = None, prompt_end: int | None = None, **kwargs: Any
+    ) -> Any:
         """The model's own `generate`; knows where the prompt ends, and warns if a method never acted."""
         ids = kwargs.get("inputs_embeds", args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            end: int | None = mask.shape[1]
-        else:
-            end = ids.shape[1] if isinstance(ids, Tensor) else None
-        outer, self._local.scope = self._local.scope, _Scope(end, image_mask)
+        if prompt_end is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            prompt_end = mask.shape[1]
+        elif prompt_end is None and isinstance(ids, Tensor):
+            prompt_end = ids.shape[1]
+        config = kwargs.get("generation_config") or self.model.generation_config
+        setting = {name: kwargs.get(name) or getattr(config, name, None) for name in (*ASSISTED, "num_beams")}
+        n_beams, assisted = setting.pop("num_beams") or 1, any(v not in (None, False) for v in setting.values())
+        self._check_decoding(n_beams, assisted)
+        guides = [(i, e) for i, e in self._in_force() if e.acts_at("logits")]
+        if guides:
+            given = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([*given, _LogitsStage(self, guides)])
+        inputs = {k: v for k, v in {"input_ids": args[0] if args else None, **kwargs}.items() if isinstance(v, Tensor)}
+        outer, self._local.scope = self._local.scope, _Scope(inputs, prompt_end, image_mask, n_beams)
         try:
             out = self._generate(*args, **kwargs)
             self._warn_idle(self._local.scope.generation)
@@ -229,18 +289,32 @@ class Attachment:
         finally:
             self._local.scope, self._local.call = outer, None
 
+    def _check_decoding(self, n_beams: int, assisted: bool) -> None:
+        for i, one in self._in_force():
+            if one.token_by_token and n_beams > 1:
+                raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
+            if assisted and (one.token_by_token or one.acts_at("logits")):
+                raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
+            if not self._local.asking and i not in self._warned and any(one.acts_at(stage) for stage in ASK_STAGES):
+                self._warned.add(i)
+                warnings.warn(f"{one.name} acts in vlmfix.ask only, not in a plain generate", stacklevel=4)
+
     def _warn_idle(self, generation: Generation | None) -> None:
-        for i, one in self._active():
-            if generation is None or i in self._warned:
+        for i, one in self.active():
+            if generation is None or i in self._warned or i not in generation.force:
                 continue
             samples = one.report(generation.memos[i])
             if samples and not any(s["acted"] for s in samples):
                 self._warned.add(i)
                 warnings.warn(f"{one.name} did nothing in a whole generation: {one.idle_hint()}", stacklevel=4)
 
+    def last(self) -> Generation | None:
+        """The last generation of this thread, or anyone's if this thread had none."""
+        return self._local.last or self._last
+
     def report(self) -> list[dict[str, Any]]:
         """See `vlmfix.report`: this thread's last generation, or anyone's if this thread had none."""
-        last, found = self._local.last or self._last, []
+        last, found = self.last(), []
         for i, e in enumerate(self.entries):
             samples = [] if e.active is None or last is None else e.active.report(last.memos[i])
             found.append({**describe(e), "samples": samples})
@@ -252,7 +326,8 @@ class Attachment:
         """Find out what this forward pass is, and start a generation if it is a prefill."""
         local, scope = self._local, self._local.scope
         local.call = None
-        if local.capture is not None:
+        if local.capture is not None or not (force := self.force()):
+            kwargs.pop("image_mask", None)
             return args, kwargs
         named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         image_mask = kwargs.pop("image_mask", None)
@@ -271,7 +346,8 @@ class Attachment:
         n_prompt = min(max(end - start, 0), n_rows)
         new = generation is None
         if generation is None:
-            generation = Generation(Geometry.empty(rows.shape[0], rows.device), [{} for _ in self.entries])
+            memos: list[dict[str, Any]] = [{} for _ in self.entries]
+            generation = Generation(Geometry.empty(rows.shape[0], rows.device), memos, force)
         if n_prompt and generation.geometry.n != start + n_prompt:
             self._extend(generation, named, rows, start, n_prompt, image_mask)
         if new:
@@ -339,13 +415,25 @@ class Attachment:
             )
         generation.geometry = generation.geometry.extended(start, image, valid)
 
+    def _in_force(self) -> list[tuple[int, Intervention]]:
+        force = self.force()
+        return [(i, one) for i, one in self.active() if i in force]
+
     def _need_whole_prompt(self) -> None:
-        for _, one in self._active():
+        for _, one in self._in_force():
             if one.whole_prompt:
                 raise ValueError(f"{one.name} needs the whole prompt in one pass; leave out prefill_chunk_size")
 
     def _begin(self, generation: Generation, named: dict[str, Any], n: int) -> None:
         """Let interventions prepare: passes of their own run here, before the first pass, and untouched."""
+        scope, rows = self._local.scope, generation.geometry.image.shape[0]
+        named = {k: v for k, v in named.items() if v is not None}
+
+        def stream(inputs: dict[str, Any]) -> Stream:
+            keep = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+            generation.streams.append(Stream(self._run_stream, {**inputs, **keep}, rows))
+            return generation.streams[-1]
+
         prompt = Prompt(
             generation.geometry,
             embeddings=lambda: self._embeddings(named, n),
@@ -354,9 +442,20 @@ class Attachment:
             ),
             image_pass=lambda: self.model(**{**named, "past_key_values": None, "use_cache": False}),
             capture=self._capture,
+            model=self.model,
+            inputs=named if scope is None else scope.inputs,
+            prefill=named,
+            stream=stream,
         )
-        for i, one in self._active():
-            one.begin(prompt, generation.memos[i])
+        for i, one in self._in_force():
+            if one.acts_at("begin"):
+                one.begin(prompt, generation.memos[i])
+
+    @torch.no_grad()
+    def _run_stream(self, inputs: dict[str, Any]) -> Any:
+        """The untouched model on a second stream."""
+        with self.only(()):
+            return self.model(**inputs)
 
     def _embeddings(self, named: dict[str, Any], n: int) -> Tensor:
         if named.get("inputs_embeds") is not None:
@@ -377,6 +476,25 @@ class Attachment:
             self._local.capture = None
 
 
+class _LogitsStage(LogitsProcessor):
+    """What `generate` calls with the scores of the next token."""
+
+    def __init__(self, attachment: Attachment, edits: list[tuple[int, Intervention]]):
+        self.attachment, self.edits = attachment, edits
+        self.start: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scope = self.attachment._local.scope
+        if scope is None or scope.generation is None:
+            return scores
+        if self.start is None:
+            self.start = input_ids.shape[1]
+        scope.generation.follow(input_ids, scope.n_beams, self.attachment.anatomy.image_token_ids)
+        for i, one in self.edits:
+            scores = one.logits(scores, Step(input_ids.shape[1] - self.start, scope.generation.memos[i]))
+        return scores
+
+
 class _HeadHook:
     """Forward pre-hook on one output projection: the heads stage."""
 
@@ -394,7 +512,9 @@ class _HeadHook:
         if call is None or not self.edits:
             return None
         for i, one in self.edits:
-            site = call.site(i, one, self.layer, len(a.layers), call.start + call.n_rows, slice(None), o.device)
+            if i not in call.generation.force:
+                continue
+            site = call.site(i, one.rows, self.layer, len(a.layers), call.start + call.n_rows, slice(None), o.device)
             o = one.heads(o, site)
         return (o.reshape(x.shape), *args[1:])
 
@@ -411,6 +531,8 @@ class _InputHook:
             return
         x = args[0] if args else kwargs["hidden_states"]
         for i, one in self.edits:
+            if i not in call.generation.force:
+                continue
             site = call.prompt_site(i, self.layer, len(self.attachment.anatomy.layers), x.device)
             one.layer_input(x[:, : call.n_prompt], site)
 

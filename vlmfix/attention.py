@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from vlmfix.intervention import Intervention
+from vlmfix.intervention import Intervention, Rows, Site
 from vlmfix.state import Call
 
 NAME = "vlmfix"
+PIECE = 256
+"""Rows that are done at a time: bounds the memory of methods that edit or survey all rows of a long prompt."""
 Edits = list[tuple[int, Intervention]]
 
 
@@ -81,36 +83,51 @@ def edit_rows(
 
     Work and memory are rows x keys; rows, heads and samples that no edit changed keep the kernel's output bit for bit.
     """
-    index = call.row_index(frozenset(e.rows for _, e in view.edits))
-    if index is not None and index.numel() == 0:
+    edits = [(i, e) for i, e in view.edits if i in call.generation.force]
+    index = call.row_index(frozenset(e.rows for _, e in edits)) if edits else torch.empty(0)
+    surveys = [(i, e) for i, e in edits if e.acts_at("survey")]
+    if index is not None and index.numel() == 0 and not surveys:
         return
-    picked: Any = slice(None) if index is None else index.to(query.device)
     b, h, n_queries, d = query.shape
     hk, n_keys = key.shape[1:3]
-    q = query[:, :, picked].float()
-    n = q.shape[2]
-    group = (b, hk, h // hk * n)  # query heads of one key head side by side: keys and values are never repeated
-    s = (q.reshape(*group, d) @ key.float().transpose(-1, -2)).view(b, h, n, n_keys) * (scaling or d**-0.5)
-    hidden = hidden_keys(attention_mask, call, n_queries, n_keys, picked, s.device)
-    if hidden is not None:
-        s = mask_scores(s, attention_mask, hidden, picked)
-    a = stock = s.softmax(-1)
-    sites = {i: call.site(i, e, view.layer, view.n_layers, n_keys, picked, s.device) for i, e in view.edits}
-    if any(e.overrides("scores") for _, e in view.edits):
-        edited = s
-        for i, e in view.edits:
-            edited = e.scores(edited, sites[i])
-        a = s.where(hidden, edited).softmax(-1) if hidden is not None else edited.softmax(-1)
-    for i, e in view.edits:
-        a = e.weights(a, sites[i])
-    if a is stock:
-        return
-    admitted = torch.stack([site.rows for site in sites.values()]).any(0)
-    changed = (a != stock).any(-1) & admitted[:, None]  # (B, H, R)
-    if changed.device.type == "cpu" and not changed.any():  # elsewhere, asking would wait for the device
-        return
-    new = (a.reshape(*group, n_keys) @ value.float()).view(b, h, n, value.shape[-1]).transpose(1, 2)
-    out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
+    keys, values = key.float().transpose(-1, -2), value.float()
+
+    def scores(picked: Any) -> tuple[Tensor, Tensor | None]:
+        q = query[:, :, picked].float()
+        n = q.shape[2]  # query heads of one key head side by side: keys and values are never repeated
+        s = (q.reshape(b, hk, h // hk * n, d) @ keys).view(b, h, n, n_keys) * (scaling or d**-0.5)
+        hidden = hidden_keys(attention_mask, call, n_queries, n_keys, picked, s.device)
+        return (s if hidden is None else mask_scores(s, attention_mask, hidden, picked)), hidden
+
+    def site(i: int, policy: Rows, picked: Any) -> Site:
+        return call.site(i, policy, view.layer, view.n_layers, n_keys, picked, query.device)
+
+    if surveys:
+        for piece in torch.arange(n_queries, device=query.device).split(PIECE):
+            a = scores(piece)[0].softmax(-1)
+            for i, e in surveys:
+                e.survey(a, site(i, "all", piece))
+    picks: Any = [slice(None)] if index is None else index.to(query.device).split(PIECE)
+    for picked in picks:
+        s, hidden = scores(picked)
+        a = stock = s.softmax(-1)
+        sites = {i: site(i, e.rows, picked) for i, e in edits}
+        if any(e.acts_at("scores") for _, e in edits):
+            edited = s
+            for i, e in edits:
+                edited = e.scores(edited, sites[i])
+            a = stock if edited is s else (edited if hidden is None else s.where(hidden, edited)).softmax(-1)
+        for i, e in edits:
+            a = e.weights(a, sites[i])
+        if a is stock:
+            continue
+        admitted = torch.stack([each.rows for each in sites.values()]).any(0)
+        changed = (a != stock).any(-1) & admitted[:, None]  # (B, H, R)
+        if changed.device.type == "cpu" and not changed.any():  # elsewhere, asking would wait for the device
+            continue
+        n = a.shape[2]
+        new = (a.reshape(b, hk, h // hk * n, n_keys) @ values).view(b, h, n, value.shape[-1]).transpose(1, 2)
+        out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
 
 
 def hidden_keys(mask: Any, call: Call, n_queries: int, n_keys: int, picked: Any, device: torch.device) -> Tensor | None:

@@ -349,12 +349,15 @@ def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] 
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the interventions: name, stages, what they cost and need, paper."""
+def methods(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, such as the README's.")] = False,
+) -> None:
+    """List the interventions: name, stages, what they do and cost, what to expect, paper."""
     from vlmfix.hooks import REGISTRY
     from vlmfix.intervention import method_class
 
-    classes, texts = [method_class(name) for name in REGISTRY], ("summary", "cost", "paper")
+    classes, texts = [method_class(name) for name in REGISTRY], ("summary", "expect", "cost", "paper")
     if as_json:
         rows = [
             {**c().to_json(), **{k: getattr(c, k) for k in texts}, "stages": c.stages(), "needs": c.needs()}
@@ -362,9 +365,15 @@ def methods(as_json: Json = False) -> None:
         ]
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    table = Table("name", "what it does", "stages", "cost", "needs", "paper", show_lines=True)
-    for c in classes:
-        table.add_row(c.name, c.summary, ", ".join(c.stages()), c.cost, ", ".join(c.needs()), c.paper)
+    head = ("name", "stages", "what it does", "what to expect", "cost", "paper")
+    cells = [(c.name, ", ".join(c.stages()), *(getattr(c, k) for k in texts)) for c in classes]
+    if markdown:
+        lines = [head, ("---",) * len(head), *((f"`{name}`", *rest) for name, *rest in cells)]
+        sys.stdout.writelines("| " + " | ".join(line) + " |\n" for line in lines)
+        return
+    table = Table(*head, show_lines=True)
+    for row in cells:
+        table.add_row(*row)
     out().print(table)
 
 

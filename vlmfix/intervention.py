@@ -13,15 +13,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from vlmfix.anatomy import Anatomy
+    from vlmfix.asking import Answering, Look
     from vlmfix.geometry import Geometry
     from vlmfix.state import Prompt
 
-Rows = Literal["last", "after_last_image", "text", "all"]
-STAGES = ("scores", "weights", "heads")
-ATTENTION_STAGES = ("scores", "weights")
+Rows = Literal["last", "after_last_image", "text", "all", "generated"]
+STAGES = ("refine", "scores", "weights", "heads", "logits", "decode")
+"""In the order in which they happen. `refine` and `decode` belong to `ask`, the others to the model's passes."""
+ATTENTION_STAGES = ("survey", "scores", "weights")
+ASK_STAGES = ("refine", "decode")
 
 
 class Idle(Exception):
@@ -49,6 +53,16 @@ class Site:
     """This intervention's own state of this generation: born at the prefill, gone afterwards."""
 
 
+@dataclass
+class Step:
+    """The choice of one token inside `generate`: where the `logits` stage happens."""
+
+    index: int
+    """0 for the first token of the answer."""
+    memo: dict[str, Any]
+    """As in `Site`. A `Stream` that `begin` put here has already got all tokens chosen so far."""
+
+
 @dataclass(frozen=True)
 class Intervention:
     """A training-free edit of a model's forward pass. Fields are the method's settings; a stage is a method to
@@ -56,9 +70,12 @@ class Intervention:
 
     | stage | gets and returns | where |
     |---|---|---|
+    | `refine`  | pictures of a question | before they become inputs; in `ask` only |
     | `scores`  | (B, H, R, K) float32, before softmax | rows named by `rows` |
     | `weights` | (B, H, R, K) float32, after softmax | rows named by `rows` |
     | `heads`   | (B, Q, H, d) head outputs before the output projection, the model's dtype | all rows |
+    | `logits`  | (B, V) float32 scores of the next token | every new token; in `generate` only |
+    | `decode`  | a batch of questions; returns answers | in the place of `generate`; in `ask` only |
 
     Stages return their input untouched where they change nothing: rows that come back unchanged keep the original
     kernel's output bit for bit.
@@ -72,11 +89,16 @@ class Intervention:
     """Where it was published."""
     cost: ClassVar[str] = ""
     """What it costs over the untouched model."""
+    expect: ClassVar[str] = ""
+    """What to expect of it, and for which task: one honest line."""
     rows: ClassVar[Any] = "last"
     """Prompt rows that the attention stages edit, one of `Rows`; rows of generated tokens always belong. A subclass may
     make it a field."""
     whole_prompt: ClassVar[bool] = False
     """True: the prompt must go through the model in one piece (no chunked prefill)."""
+    token_by_token: ClassVar[bool] = False
+    """True: what it remembers belongs to one answer's tokens in their order, so beams and assisted generation are
+    refused."""
 
     def at_layers(self, n_layers: int) -> Iterable[int]:
         """Decoder layers whose stages run, of a model with `n_layers` layers."""
@@ -93,8 +115,28 @@ class Intervention:
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Run before the first pass of a generation, with the whole prompt."""
 
+    def composes(self, others: Sequence[Intervention]) -> None:
+        """Raise a `ValueError` that says why, if this method cannot be in force together with `others`."""
+
+    def refine(self, look: Look, images: list[Image], prompt: str) -> tuple[list[Image], dict[str, Any]]:
+        """Give the pictures to answer from, and what a record should say of it (`acted` among it).
+
+        `look` asks the model on the way, with this intervention's other stages in force and nobody else's; outside
+        its looks the other stages of an intervention that refines are not in force.
+        """
+        return images, {}
+
+    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        """Answer a batch of questions in another way than one call of `generate`: token ids, and what a record should
+        say (`acted` among it), per question. `run.generate` is the model with all interventions in force."""
+        return run.generate(), []
+
     def layer_input(self, x: Tensor, site: Site) -> None:
         """See the input of a layer, (B, Q, D), for the prompt's rows: `site.start` is the position of the first."""
+
+    def survey(self, a: Tensor, site: Site) -> None:
+        """See the attention weights (B, H, R, K), float32, of all rows of a pass, before any row of that layer is
+        edited. They come in pieces of rows, in order; `site.rows` tells padding."""
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """Edit attention scores."""
@@ -107,6 +149,11 @@ class Intervention:
     def heads(self, o: Tensor, site: Site) -> Tensor:
         """Edit head outputs."""
         return o
+
+    def logits(self, scores: Tensor, step: Step) -> Tensor:
+        """Edit the scores of the next token: logits, or log-probabilities in beam search; after the model's own
+        repetition and length rules, before temperature and the like."""
+        return scores
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the
@@ -137,6 +184,10 @@ class Intervention:
         """Whether this class has its own version of a stage or of `begin`, `layer_input`, ..."""
         return getattr(cls, method) is not getattr(Intervention, method)
 
+    def acts_at(self, stage: str) -> bool:
+        """Whether a stage (or `begin`, `layer_input`, `survey`) has work to do with these settings."""
+        return self.overrides(stage)
+
     @classmethod
     def stages(cls) -> tuple[str, ...]:
         """Stages that this method edits."""
@@ -144,8 +195,12 @@ class Intervention:
 
     @classmethod
     def needs(cls) -> tuple[str, ...]:
-        """What else it needs from the model: layer inputs, a pass before the first."""
-        wants = {"layer_input": "layer inputs", "begin": "a pass before the first"}
+        """What else it needs from the model: layer inputs, all rows of attention, a pass before the first."""
+        wants = {
+            "layer_input": "layer inputs",
+            "survey": "attention of all rows once",
+            "begin": "a pass before the first",
+        }
         return tuple(text for method, text in wants.items() if cls.overrides(method))
 
     def to_json(self) -> dict[str, Any]:
@@ -304,6 +359,7 @@ __all__ = [
     "Intervention",
     "Interventions",
     "Site",
+    "Step",
     "as_interventions",
     "from_json",
     "make",

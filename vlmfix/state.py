@@ -8,10 +8,57 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmfix.geometry import Geometry
-from vlmfix.intervention import Intervention, Rows, Site
+from vlmfix.intervention import Rows, Site
+
+
+class Stream:
+    """A second input that runs beside the first, with a cache of its own: it gets the tokens that are chosen for the
+    answer, and gives logits for the next one. No intervention touches it.
+
+    `run` calls the untouched model; `inputs` is what it gets at the prefill, with `attention_mask` (B, T). `rows` is
+    the batch of the first stream: a multiple of B where beams share a sample.
+    """
+
+    def __init__(self, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], rows: int):
+        self._run, self._inputs, self._rows = run, inputs, rows
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """(rows, V) float32, of the next token."""
+        if self._logits is None:
+            self._mask, self._positions = self._inputs["attention_mask"], self._inputs.get("position_ids")
+            self._logits, n = self._advance(self._inputs), self._rows // len(self._mask)
+            if n > 1:
+                self._cache.batch_repeat_interleave(n)
+                self._logits, self._mask = (x.repeat_interleave(n, dim=0) for x in (self._logits, self._mask))
+                if self._positions is not None:
+                    self._positions = self._positions.repeat_interleave(n, dim=-2)
+        return self._logits
+
+    def follow(self, tokens: Tensor, parents: Tensor | None) -> None:
+        """Take the tokens (rows, n) that were chosen since; row b goes on from what was row `parents[b]`."""
+        assert self.logits is not None  # the prompt comes first
+        if parents is not None:
+            self._cache.reorder_cache(parents)
+            self._mask = self._mask[parents]
+            self._positions = None if self._positions is None else self._positions.index_select(-2, parents)
+        self._mask = torch.cat([self._mask, torch.ones_like(tokens).to(self._mask)], dim=1)
+        inputs = {"input_ids": tokens, "attention_mask": self._mask, "past_key_values": self._cache}
+        if (
+            self._positions is not None
+        ):  # (B, T), or (3 or 4, B, T) in M-RoPE models, whose own record is not to be lost
+            ahead = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            self._positions = inputs["position_ids"] = self._positions[..., -1:] + ahead
+        self._logits = self._advance(inputs)
+
+    def _advance(self, inputs: dict[str, Any]) -> Tensor:
+        out = self._run({**inputs, "use_cache": True})
+        self._cache = out.past_key_values
+        return out.logits[:, -1].float()
 
 
 @dataclass
@@ -21,6 +68,26 @@ class Generation:
     geometry: Geometry
     """Up to the end of the last piece of prompt; keys after that were generated."""
     memos: list[dict[str, Any]]
+    force: frozenset[int]
+    """Which of the wrapped interventions are in force."""
+    streams: list[Stream] = field(default_factory=list)
+    seen: Tensor | None = None
+    """(B, T) token ids that the streams have got, prompt included."""
+
+    def follow(self, ids: Tensor, n_beams: int, image_ids: Iterable[int]) -> None:
+        """Pass the tokens of `ids` (B, T) that are new on to the streams. `n_beams` rows in a row share a sample."""
+        if self.seen is not None and self.streams and ids.shape[1] > self.seen.shape[1]:
+            n, parents = self.seen.shape[1], None
+            if n_beams > 1:  # equal sequences of one sample have equal caches, so any match is right
+                sample = torch.arange(len(ids), device=ids.device) // n_beams
+                same = (ids[:, None, :n] == self.seen).all(-1) & (sample[:, None] == sample)
+                parents = same.to(torch.int8).argmax(1)
+            new = ids[:, n:]
+            if new.shape[1] > 1 and any(bool((new == token).any()) for token in image_ids):
+                raise ValueError("a further turn with a picture cannot go on from the cache of a turn with guidance")
+            for stream in self.streams:
+                stream.follow(new, parents)
+        self.seen = ids
 
 
 @dataclass(frozen=True)
@@ -37,18 +104,52 @@ class Prompt:
     """Runs the plain model on the whole prompt, image included."""
     capture: Callable[[Callable[[], Any], Tensor, Iterable[int]], dict[int, Tensor]]
     """Collects the head outputs of a pass at given positions (B,), per layer."""
+    model: nn.Module
+    inputs: dict[str, Any]
+    """What the model was given: `input_ids`, `pixel_values` ...; one row per sample, beams not yet told apart."""
+    prefill: dict[str, Any]
+    """What the forward pass got of it: one row per beam, pictures perhaps encoded already."""
+    stream: Callable[[dict[str, Any]], Stream]
+    """A second stream that starts from these inputs."""
+
+    def _image_free(self) -> tuple[Tensor, Tensor]:
+        """(B, T') positions of the tokens that are no image tokens, moved together to the right, and their mask."""
+        keep = self.geometry.prompt & ~self.geometry.image
+        length = int(keep.sum(1).max())
+        order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -length:]
+        return order, keep.gather(1, order)
+
+    def image_free_stream(self) -> Stream:
+        """A second stream in which all image tokens are deleted; the other tokens close up."""
+        order, mask = self._image_free()
+        inputs: dict[str, Any] = {"attention_mask": mask.long()}
+        positions = self.prefill.get("position_ids")
+        if positions is not None:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).expand(*positions.shape[:-1], -1)
+        ids = self.prefill.get("input_ids")
+        if ids is not None:
+            return self.stream({"input_ids": ids.gather(1, order), **inputs})
+        x = self.embeddings()
+        return self.stream({"inputs_embeds": x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])), **inputs})
+
+    def stream_with(self, **changes: Any) -> Stream:
+        """A second stream that differs from the first in these inputs only (`pixel_values=...`)."""
+        rows: Tensor = self.inputs["input_ids" if "input_ids" in self.inputs else "inputs_embeds"]
+        mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+        inputs, positions = {"attention_mask": mask, **self.inputs, **changes}, self.prefill.get("position_ids")
+        if positions is not None:
+            inputs["position_ids"] = positions[..., :: positions.shape[-2] // len(rows), :]
+        return self.stream(inputs)
 
     def image_free_heads(self, layers: Iterable[int]) -> dict[int, Tensor]:
         """Head outputs (B, H, d) at the last position, per layer, of a pass in which all image tokens are deleted.
 
         The other tokens close up; the pass goes through the plain text decoder, with no intervention in force.
         """
-        keep = self.geometry.prompt & ~self.geometry.image
-        length = int(keep.sum(1).max())
-        order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -length:]  # kept tokens to the right, in their order
+        order, mask = self._image_free()
         x = self.embeddings()
-        x, mask = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])), keep.gather(1, order)
-        last = torch.full_like(order[:, 0], length - 1)
+        x = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+        last = torch.full_like(order[:, 0], order.shape[1] - 1)
         return self.capture(lambda: self.text_pass(x, mask), last, layers)
 
     def heads(self, layers: Iterable[int]) -> dict[int, Tensor]:
@@ -90,7 +191,8 @@ class Call:
                 if policy == "last":
                     prompt = torch.zeros_like(g.image).scatter(1, g.last_prompt[:, None], True) & g.prompt
                 else:
-                    prompt = {"after_last_image": g.instruction, "text": g.prompt & ~g.image, "all": g.prompt}[policy]
+                    kinds = {"after_last_image": g.instruction, "text": g.prompt & ~g.image, "all": g.prompt}
+                    prompt = kinds[policy] if policy != "generated" else torch.zeros_like(g.image)
                 mask = (prompt | g.generated)[:, self.start :]
             self._rows[policy] = mask
         return self._rows[policy]
@@ -105,10 +207,17 @@ class Call:
         return self._rows[policies]
 
     def site(
-        self, index: int, one: Intervention, layer: int, n_layers: int, n_keys: int, picked: Any, device: torch.device
+        self,
+        index: int,
+        policy: Rows,
+        layer: int,
+        n_layers: int,
+        n_keys: int,
+        picked: Any,
+        device: torch.device,
     ) -> Site:
-        """The site of one edit; `picked` selects the rows at hand out of this pass's rows."""
-        rows = self.rows(one.rows)
+        """The site of one edit; `picked` selects the rows at hand out of this pass's rows, `policy` those to edit."""
+        rows = self.rows(policy)
         return Site(
             layer=layer,
             n_layers=n_layers,

@@ -1,0 +1,106 @@
+"""Image-free contrast: prefer the tokens that the image makes likelier.
+
+A second stream reads the same prompt without its image tokens and gets the same answer; what it would say by itself is
+taken off the logits. This is the guidance of PAI (Liu et al., ECCV 2024, arXiv 2407.21771; official code LALBJ/PAI)
+alone, and, with a weight that grows along the answer, M3ID (Favero et al., "Multi-Modal Hallucination Control by Visual
+Information Grounding", CVPR 2024, arXiv 2403.14003; no official code, known to us through ports).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vlmfix.intervention import Intervention, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmfix.state import Prompt
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pai": {"weight": "constant", "t0": 0},
+    "m3id": {"weight": "growing", "t0": 1},
+    "ritual": {"weight": "growing", "t0": 0},
+}
+
+
+def contrasted(scores: Tensor, other: Tensor, weight: float, beta: float) -> Tensor:
+    """Log-probabilities (B, V) of c + weight (c - u), with c, u the log-softmax of both streams' (B, V) logits.
+
+    Tokens with c < max c + log(beta), which the main stream finds implausible, get none. Written so, the rules of VCD
+    (weight = alpha), PAI (weight = gamma - 1) and M3ID are one.
+    """
+    c, u = scores.float().log_softmax(-1), other.log_softmax(-1)
+    plausible = c >= c.amax(-1, keepdim=True) + math.log(beta)
+    return (c + weight * (c - u)).masked_fill(~plausible, -math.inf).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Contrast(Intervention):
+    """Contrast with a stream that does not see the image. Acts on the logits of every new token."""
+
+    name: ClassVar[str] = "contrast"
+    summary: ClassVar[str] = "takes off the logits what the model would say without the image"
+    paper: ClassVar[str] = "guidance of PAI, arXiv 2407.21771; variant m3id: Favero et al., CVPR 2024, arXiv 2403.14003"
+    cost: ClassVar[str] = "a second stream without the image: a short prefill, and one more pass per token"
+    expect: ClassVar[str] = "captions: fewer inventions at equal recall; yes/no: moves the rate of yes"
+    whole_prompt: ClassVar[bool] = True
+
+    gamma: float = 1.1
+    """Strength of PAI's rule, out = c + (gamma - 1)(c - u); 1.1 in the published runs (code). 1: nothing is done."""
+    beta: float = 0.1
+    """Tokens less likely than `beta` times the likeliest are ruled out, 0 < beta <= 1 (code)."""
+    lam: float = 0.02
+    """`lambda` of M3ID: out = c + (exp(lambda t) - 1)(c - u) at token t (ports)."""
+    variant: Literal["pai", "m3id", "ritual"] = "pai"
+    """Fills the two settings below: PAI's guidance, or M3ID with t from 1 (port in AvisC) or from 0 (in RITUAL)."""
+    weight: Literal["constant", "growing"] = None  # type: ignore[assignment]
+    """`constant`: gamma - 1 (PAI); `growing`: exp(lambda t) - 1 (M3ID). `None`: the variant's."""
+    t0: int = None  # type: ignore[assignment]
+    """Number of the first token in M3ID's rule; with 0 it stays as it is but for `beta`. `None`: the variant's."""
+
+    def __post_init__(self) -> None:
+        """Fill the variant's values and check ranges."""
+        self._fill(VARIANTS)
+        if self.gamma <= 0 or self.lam < 0 or self.t0 < 0:
+            raise ValueError(
+                f"expected gamma > 0, lam >= 0 and t0 >= 0, got gamma={self.gamma}, lam={self.lam}, t0={self.t0}"
+            )
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta: expected a number above 0 and up to 1, got {self.beta!r}")
+        if self.weight not in ("constant", "growing"):
+            raise ValueError(f"weight: expected constant or growing, got {self.weight!r}")
+
+    def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
+        """Prepare the second stream; it starts when the first token is chosen."""
+        memo["seen"] = prompt.geometry.image.any(1)
+        if bool(memo["seen"].any()) and not (self.weight == "constant" and self.gamma == 1):
+            memo["blind"] = prompt.image_free_stream()
+
+    def logits(self, scores: Tensor, step: Step) -> Tensor:
+        """Give c + w (c - u) on plausible tokens; samples without an image are left alone."""
+        if "blind" not in step.memo:
+            return scores
+        growing = math.exp(min(self.lam * (step.index + self.t0), 20.0)) - 1
+        weight = self.gamma - 1 if self.weight == "constant" else growing
+        out = contrasted(scores, step.memo["blind"].logits, weight, self.beta)
+        return out.where(step.memo["seen"][:, None], scores)
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """The plausibility rule alone, and the contrast turned round."""
+        alone = replace(self, gamma=1.0 + 1e-9) if self.weight == "constant" else replace(self, lam=0.0)
+        return (
+            (alone, replace(self, gamma=2 - self.gamma))
+            if 1 < self.gamma < 2 and self.weight == "constant"
+            else (alone,)
+        )
+
+    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+        """Per sample: `acted`, whether there was an image to do without."""
+        return [{"acted": n and "blind" in memo} for n in memo["seen"].tolist()] if "seen" in memo else []
+
+    def idle_hint(self) -> str:
+        """The first suspect is the prompt."""
+        return "the prompts held no image tokens, or gamma is 1."

@@ -1,0 +1,45 @@
+"""Cut captions, a baseline: the untouched model's answer up to a number of words.
+
+Shorter captions invent less, since models invent late. A method that does no better than this at equal recall has only
+made captions shorter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vlmfix.intervention import Intervention
+
+if TYPE_CHECKING:
+    from vlmfix.asking import Answering
+
+
+@dataclass(frozen=True)
+class Truncate(Intervention):
+    """Cuts each answer after a number of words."""
+
+    name: ClassVar[str] = "truncate"
+    summary: ClassVar[str] = "baseline: cuts answers to a number of words"
+    paper: ClassVar[str] = "our control"
+    cost: ClassVar[str] = "nothing"
+    expect: ClassVar[str] = "captions: fewer inventions and lower recall; what a method must beat"
+
+    words: int = 60
+    """Words that are kept, separated by white space."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.words < 1:
+            raise ValueError(f"words: expected 1 or more, got {self.words!r}")
+
+    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        """The longest beginning of each answer that has no more words."""
+        from bisect import bisect_right
+
+        answers, said = run.generate(), []
+        for i, tokens in enumerate(answers):
+            n = bisect_right(range(1, len(tokens) + 1), self.words, key=lambda k: len(run.text(tokens[:k]).split()))
+            answers[i] = tokens[:n]
+            said.append({"acted": n < len(tokens)})
+        return answers, said
