@@ -40,12 +40,11 @@ class Stream:
         return self._logits
 
     def follow(self, tokens: Tensor, parents: Tensor | None) -> None:
-        """Take the tokens (rows, n) that were chosen since; row b goes on from what was row `parents[b]`."""
+        """Take the tokens (rows, n) that were chosen since; row b goes on from what was row `parents[b]`, of the same
+        sample."""
         assert self.logits is not None  # the prompt comes first
         if parents is not None:
             self._cache.reorder_cache(parents)
-            self._mask = self._mask[parents]
-            self._positions = None if self._positions is None else self._positions.index_select(-2, parents)
         self._mask = torch.cat([self._mask, torch.ones_like(tokens).to(self._mask)], dim=1)
         inputs = {"input_ids": tokens, "attention_mask": self._mask, "past_key_values": self._cache}
         if (
