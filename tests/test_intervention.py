@@ -93,3 +93,30 @@ def test_a_users_own_intervention():
     with one(model):
         assert not plain.equal(model(**prompt).logits)
     assert plain.equal(model(**prompt).logits)
+
+
+def test_the_template_works_as_it_stands():
+    """What people copy keeps the contract's first two points, and moves attention as its docstring says."""
+    import torch
+
+    from tests.models import llava, picture_prompt
+    from tests.test_contract import footprint, logits
+    from vlmfix.geometry import Geometry
+    from vlmfix.hooks.template import Template
+    from vlmfix.intervention import Site
+
+    image = torch.tensor([[False, True, True, False], [False] * 4])
+    site = Site(2, 4, Geometry(image, image | True, image | True), torch.ones(2, 1, dtype=torch.bool), 0, 0, {})
+    a = torch.tensor([0.4, 0.2, 0.1, 0.3]).expand(2, 1, 1, 4)
+    out = Template(gain=2.0).weights(a, site)
+    torch.testing.assert_close(out[0, 0, 0], torch.tensor([0.4, 0.4, 0.2, 0.3]) / 1.3)
+    assert torch.equal(out[1], a[1])
+    model = llava()
+    prompt = picture_prompt(model, 2, lengths=[3, 6])
+    plain = logits(model, prompt)
+    before = footprint(model)
+    with Template()(model):
+        assert not torch.equal(logits(model, prompt), plain)
+    assert footprint(model) == before and torch.equal(logits(model, prompt), plain)
+    with pytest.raises(ValueError, match="gain: expected a number above 0, got 0"):
+        Template(gain=0)

@@ -27,8 +27,9 @@ def test_python_blocks_run(monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     said = capsys.readouterr().out.splitlines()
-    assert len(blocks) == 2 and said[0].startswith("The image features a person and a cake")
+    assert len(blocks) == 3 and said[0].startswith("The image features a person and a cake")
     assert float(said[1].split()[0]) > 0 and "visual_sinks" in said[1]
+    assert said[2] in ("Yes", "No", "Yes.", "No.")
 
 
 def test_commands_exist():

@@ -1,0 +1,56 @@
+"""NAME, what the letters stand for: what it does to the model, in a dozen words.
+
+Authors, "Title", venue, arXiv number; official code owner/repository. Then in plain words: what is wrong with the
+model, what the method does about it, and when. Copy this file to `hooks/<name>.py`, keep the stages that you edit,
+delete the rest, and add a line to `REGISTRY` in `hooks/__init__.py`. As it stands it multiplies the attention on image
+tokens get.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vlmfix.intervention import Intervention, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Template(Intervention):
+    """Full name. Where it acts: attention weights of the last prompt row and of every new token."""
+
+    name: ClassVar[str] = "template"
+    summary: ClassVar[str] = "multiplies the attention that image tokens get"
+    paper: ClassVar[str] = "Authors, venue, arXiv number"
+    cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
+    expect: ClassVar[str] = "for which task, and what came out with its controls"
+
+    gain: float = 1.5
+    """The paper's symbol and default, what it means, its unit, and where the value is from (paper, code, ours)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges: one sentence that says what was expected and what was got."""
+        if self.gain <= 0:
+            raise ValueError(f"gain: expected a number above 0, got {self.gain!r}")
+
+    def at_layers(self, n_layers: int) -> range:
+        """Edited layers."""
+        return range(2, n_layers)
+
+    def weights(self, a: Tensor, site: Site) -> Tensor:
+        """a_j *= gain for image keys j, then the row is divided by its sum. Masks over batch and heads, no loops."""
+        image = site.geometry.image[:, None, None]  # (B, 1, 1, K)
+        rows = site.rows[:, None, :, None] & image.any(-1, keepdim=True)  # (B, 1, R, 1)
+        edited = a.where(~image, self.gain * a)
+        site.memo["acted"] = image.flatten(1).any(1)
+        return (edited / edited.sum(-1, keepdim=True)).where(rows, a)
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """The same push turned round."""
+        return (replace(self, gain=1 / self.gain),)
+
+    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+        """Per sample: `acted`, whether there was an image to look at."""
+        return [{"acted": acted} for acted in memo["acted"].tolist()] if "acted" in memo else []
