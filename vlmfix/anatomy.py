@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+from vlmfix.intervention import ATTENTION_STAGES, STAGES
+
+ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
 OUT_PROJ_NAMES = ("o_proj", "out_proj", "dense", "wo", "c_proj", "proj")
-IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+IMAGE_TOKEN_FIELDS = (
+    "image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index",
+)  # fmt: skip
+PICTURE_ARGUMENTS = ("pixel_values", "image_patches", "flattened_patches")
+IMAGE_MASK_ARGUMENTS = ("image_embeds_position_mask",)
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One decoder layer: the module, its attention module and the output projection that joins the heads."""
+    """One decoder layer. In hybrid decoders, layers without softmax attention (linear attention, convolution,
+    state space, plain MLP) have no attention and no heads to edit."""
 
     module: nn.Module
-    attention: nn.Module
-    out_proj: nn.Module
+    attention: nn.Module | None = None
+    out_proj: nn.Module | None = None
+    """The output projection that joins the heads."""
+    n_heads: int = 0
+    """Query heads H of this layer (grouped keys do not matter)."""
+    head_dim: int = 0
+    """d = inputs of the output projection / H; not hidden size / H, and with latent attention not the keys' size."""
 
 
 @dataclass(frozen=True)
@@ -31,38 +46,26 @@ class Anatomy:
     decoder: nn.Module
     """The text decoder: takes `inputs_embeds`, returns hidden states."""
     layers: tuple[DecoderLayer, ...]
-    n_heads: int
-    """Query heads H (grouped keys do not matter)."""
-    head_dim: int
-    """d = inputs of the output projection / H; not hidden size / H."""
     hidden_size: int
     """D, width of the residual stream."""
     vocab_size: int
     image_token_ids: tuple[int, ...]
     """Placeholder ids of image and video tokens in `input_ids`; empty if the model has none."""
+    image_mask_argument: str | None
+    """Argument of the model's forward pass that tells which tokens are image tokens, where there is one."""
     bos_token_id: int | None
+    stages: tuple[str, ...]
+    """Stages that can be edited: attention stages only where attention goes through transformers' interface."""
 
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have heads to edit: all, but in hybrid decoders."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.attention is not None)
 
-def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
-
-
-def _layers(decoder: nn.Module) -> tuple[DecoderLayer, ...]:
-    for child in decoder.children():
-        if not (isinstance(child, nn.ModuleList) and len(child)):
-            continue
-        found = []
-        for layer in child:
-            attention = _child(layer, ATTENTION_NAMES)
-            out_proj = None if attention is None else _child(attention, OUT_PROJ_NAMES)
-            if attention is not None and out_proj is not None:
-                found.append(DecoderLayer(layer, attention, out_proj))
-        if len(found) == len(child):
-            return tuple(found)
-    raise TypeError(
-        f"cannot find the attention layers of {type(decoder).__name__}: looked for a ModuleList whose layers have one "
-        f"of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
-    )
+    @property
+    def n_heads(self) -> int:
+        """Most query heads H of a layer; nearly all models have as many in each."""
+        return max(layer.n_heads for layer in self.layers)
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -73,30 +76,90 @@ def anatomy(model: nn.Module) -> Anatomy:
             f"expected a transformers vision-language model such as LlavaForConditionalGeneration, got "
             f"{type(model).__name__}; load one with vlmfix.load(name)"
         )
+    name = type(model).__name__
+    if not hasattr(model, "prepare_inputs_for_generation") or not model.can_generate():  # type: ignore[operator]
+        raise TypeError(f"{name} does not generate text token by token")
     if getattr(config, "is_encoder_decoder", False):
+        raise TypeError(f"{name} is an encoder-decoder; vlmfix supports models with a text decoder only")
+    arguments = inspect.signature(model.forward).parameters
+    if not any(argument in arguments for argument in PICTURE_ARGUMENTS):
+        raise TypeError(f"{name} takes no pictures")
+    found = model.get_decoder()  # type: ignore[operator]
+    crossing = next((n for n, _ in found.named_modules() if "cross" in n.rpartition(".")[2]), None)
+    if crossing is not None:
         raise TypeError(
-            f"{type(model).__name__} is an encoder-decoder; vlmfix supports models with a text decoder only"
+            f"{name} reads the picture through cross-attention ({crossing}), so no token of its decoder is an image token"
         )
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
     text = config.get_text_config(decoder=True)
-    layers = _layers(decoder)
-    n_heads = text.num_attention_heads
-    width = getattr(layers[0].out_proj, "in_features", None)
-    if width is None or width % n_heads:
-        raise TypeError(
-            f"cannot find the head size of {type(decoder).__name__}: its output projection takes {width} features, "
-            f"which is no multiple of {n_heads} heads"
-        )
-    ids = (getattr(config, field, None) for field in IMAGE_TOKEN_FIELDS)
+    decoder, layers = _layers(found, text)
+    ids = tuple(dict.fromkeys(i for i in _fields(config, IMAGE_TOKEN_FIELDS) if isinstance(i, int)))
+    mask_argument = next((a for a in IMAGE_MASK_ARGUMENTS if a in arguments), None)
     return Anatomy(
         model_type=config.model_type,
         text_type=text.model_type,
         decoder=decoder,
         layers=layers,
-        n_heads=n_heads,
-        head_dim=width // n_heads,
-        hidden_size=text.hidden_size,
+        hidden_size=next(_fields(text, ("hidden_size", "embed_dim", "d_model"))),
         vocab_size=text.vocab_size,
-        image_token_ids=tuple(dict.fromkeys(i for i in ids if isinstance(i, int))),
+        image_token_ids=ids,
+        image_mask_argument=mask_argument,
         bos_token_id=getattr(text, "bos_token_id", None),
+        stages=STAGES if all(map(_through_interface, layers)) else tuple(s for s in STAGES if s not in ATTENTION_STAGES),
     )
+
+
+def _fields(config: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """Values of a config, of those names that it has."""
+    return (getattr(config, name) for name in names if getattr(config, name, None) is not None)
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
+
+
+def _layers(found: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
+    """The decoder and its layers; some models call a whole language model with its head their decoder."""
+    for name, decoder in found.named_modules():
+        if any(word in name for word in ("vision", "visual", "image")):
+            continue
+        for child in decoder.children():
+            if isinstance(child, nn.ModuleList) and len(child):
+                layers = tuple(_layer(module, text) for module in child)
+                if any(layer.attention is not None for layer in layers):
+                    return decoder, layers
+    raise TypeError(
+        f"cannot find the attention layers of {type(found).__name__}: looked for a ModuleList with layers that have one "
+        f"of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
+    )
+
+
+def _layer(module: nn.Module, text: Any) -> DecoderLayer:
+    attention = _child(module, ATTENTION_NAMES)
+    out_proj = None if attention is None else _child(attention, OUT_PROJ_NAMES)
+    if attention is None or out_proj is None or not _is_softmax(attention):
+        return DecoderLayer(module)
+    width = getattr(out_proj, "in_features", None)
+    n_heads = next(_fields(attention, ("num_heads", "num_attention_heads", "n_heads")), None)
+    head_dim = next(_fields(attention, ("v_head_dim", "head_dim")), None)
+    if head_dim is None:
+        n_heads = n_heads or text.num_attention_heads
+        head_dim = None if width is None else width // n_heads
+    if not (width and head_dim) or width % head_dim or (n_heads and width != n_heads * head_dim):
+        raise TypeError(
+            f"cannot find the head size of {type(attention).__name__}: its output projection takes {width} features, "
+            f"which are not {n_heads} heads of {head_dim}"
+        )
+    return DecoderLayer(module, attention, out_proj, width // head_dim, head_dim)
+
+
+def _is_softmax(attention: nn.Module) -> bool:
+    """Whether a module is attention with queries and keys, and not one of its linear or recurrent replacements."""
+    return not any(word in type(attention).__name__.lower() for word in ("linear", "delta", "mamba", "conv"))
+
+
+def _through_interface(layer: DecoderLayer) -> bool:
+    """Whether a layer's attention asks transformers' attention interface, which its own config names, for a kernel."""
+    if layer.attention is None:
+        return True
+    functions = (inspect.unwrap(f) for f in vars(type(layer.attention)).values() if inspect.isfunction(f))
+    return hasattr(layer.attention, "config") and any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in functions)

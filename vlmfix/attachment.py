@@ -217,7 +217,8 @@ class Attachment:
         by_layer: list[list[tuple[int, Intervention]]] = [[] for _ in range(n)]
         for i, one in self.active():
             for layer in one.at_layers(n):
-                by_layer[layer].append((i, one))
+                if self.anatomy.layers[layer].attention is not None:
+                    by_layer[layer].append((i, one))
         hooks: list[Any] = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, always_call=True),
@@ -225,7 +226,7 @@ class Attachment:
         self._handles = hooks
         for layer, (parts, edits) in enumerate(zip(self.anatomy.layers, by_layer, strict=True)):
             edit_heads = [(i, e) for i, e in edits if e.acts_at("heads")]
-            if edit_heads or any(e.acts_at("begin") for _, e in edits):
+            if parts.out_proj is not None and (edit_heads or any(e.acts_at("begin") for _, e in edits)):
                 hook = _HeadHook(self, layer, edit_heads)
                 hooks.append(parts.out_proj.register_forward_pre_hook(hook))
             see_input = [(i, e) for i, e in edits if e.acts_at("layer_input")]
@@ -234,7 +235,7 @@ class Attachment:
                     parts.module.register_forward_pre_hook(_InputHook(self, layer, see_input), with_kwargs=True)
                 )
             edit_rows = [(i, e) for i, e in edits if any(e.acts_at(stage) for stage in ATTENTION_STAGES)]
-            if edit_rows:
+            if edit_rows and parts.attention is not None:
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
                 attention.attach(parts.attention, view)
@@ -471,7 +472,7 @@ class Attachment:
         try:
             with torch.no_grad():
                 run()
-            return {layer: found[layer] for layer in layers}
+            return {layer: found[layer] for layer in layers if layer in found}
         finally:
             self._local.capture = None
 
@@ -504,7 +505,8 @@ class _HeadHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         a, local = self.attachment.anatomy, self.attachment._local
         x = args[0]
-        o = x.reshape(*x.shape[:-1], a.n_heads, a.head_dim)
+        parts = a.layers[self.layer]
+        o = x.reshape(*x.shape[:-1], parts.n_heads, parts.head_dim)
         if local.capture is not None:
             positions, found = local.capture
             found[self.layer] = o[torch.arange(len(o), device=o.device), positions.to(o.device)]
