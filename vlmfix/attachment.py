@@ -236,6 +236,11 @@ class Attachment:
                 )
             edit_rows = [(i, e) for i, e in edits if any(e.acts_at(stage) for stage in ATTENTION_STAGES)]
             if edit_rows and parts.attention is not None:
+                if "weights" not in self.anatomy.stages:
+                    raise TypeError(
+                        f"attention of {type(parts.attention).__name__} cannot be edited, since it does not go through "
+                        f"transformers' attention interface; use a method that edits head outputs or logits"
+                    )
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
                 attention.attach(parts.attention, view)

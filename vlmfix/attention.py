@@ -59,25 +59,86 @@ def edited_attention(
     out, weights = view.kernel()(view.original, query, key, value, attention_mask, **kwargs)
     call = view.current()
     if call is not None:
-        unsupported = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
-        if unsupported:
-            raise TypeError(
-                f"attention with {', '.join(unsupported)} cannot be edited yet; use a method that edits head outputs"
-            )
-        edit_rows(view, call, out, query, key, value, attention_mask, kwargs.get("scaling"))
+        edit_rows(view, call, out, Scores(view, call, query, key, attention_mask, kwargs), value)
     return out, weights
 
 
-def edit_rows(
-    view: AttentionView,
-    call: Call,
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None,
-) -> None:
+class Scores:
+    """Attention scores of one layer's pass, done again for some rows at a time: rows x keys, in float32.
+
+    `extra` is what the attention module tells its kernel: `scaling`, `softcap`, `position_bias` (B, H, Q, K), attention
+    sinks as parameters (`s_aux` (H,), or `sinks` (B, H, Q, 1)), `sliding_window`, `is_causal`.
+    """
+
+    def __init__(self, view: AttentionView, call: Call, query: Tensor, key: Tensor, mask: Any, extra: dict[str, Any]):
+        self.call, self.query, self.mask, self.extra = call, query, mask, extra
+        self.n_queries, self.n_keys = query.shape[2], key.shape[2]
+        self.group = query.shape[1] // key.shape[1]
+        self._keys = key.float().transpose(-1, -2)
+        causal = extra.get("is_causal")
+        self.causal = getattr(view.original, "is_causal", True) if causal is None else causal
+
+    def rows(self, picked: Any) -> tuple[Tensor, Tensor | None]:
+        """(B, H, R, K) scores as the kernel sees them, and where a row may not look; `None`: nowhere."""
+        q = self.query[:, :, picked].float()
+        s = by_key_head(q, self.group) @ self._keys
+        s = s.view(*q.shape[:3], self.n_keys) * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
+        if (cap := self.extra.get("softcap")) is not None:
+            s = cap * (s / cap).tanh()
+        if (bias := self.extra.get("position_bias")) is not None:
+            s = s + bias[:, :, picked, : self.n_keys].float()
+        hidden = self._hidden(picked, s.device)
+        if hidden is None:
+            return s, None
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
+            return s + self.mask[:, :, picked, : self.n_keys].float(), hidden
+        return s.masked_fill(hidden, torch.finfo(s.dtype).min), hidden
+
+    def softmax(self, s: Tensor, picked: Any) -> Tensor:
+        """Weights of scores. Where the model has sinks as parameters, they take their share: rows sum to less than 1."""
+        if (sink := self.extra.get("s_aux")) is not None:
+            sink = sink.view(1, -1, 1, 1)
+        elif (sink := self.extra.get("sinks")) is not None:
+            sink = sink[:, :, picked]
+        if sink is None:
+            return s.softmax(-1)
+        return torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1).softmax(-1)[..., :-1]
+
+    def _hidden(self, picked: Any, device: torch.device) -> Tensor | None:
+        """True where a row may not look, broadcastable to (B, H, R, K); `None` if every row sees every key."""
+        mask, call, n_queries, n_keys = self.mask, self.call, self.n_queries, self.n_keys
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            rows = mask[:, :, picked, :n_keys]
+            return ~rows if rows.dtype == torch.bool else rows <= torch.finfo(rows.dtype).min / 2
+        query, key = torch.arange(n_queries, device=device)[picked, None], torch.arange(n_keys, device=device)
+        if hasattr(mask, "mask_mod"):  # flex attention: a function of batch, head, query and key
+            sample = torch.arange(self.query.shape[0], device=device)[:, None, None, None]
+            return ~mask.mask_mod(sample, torch.zeros_like(sample), query[None, None], key[None, None, None])
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise TypeError(
+                f"attention masks of type {type(mask).__name__} are not supported; load the model with sdpa or eager"
+            )
+        hidden = None if mask is None else ~mask[:, None, None, -n_keys:].bool()
+        position = query + min(call.start, n_keys - n_queries)
+        limits = []
+        if self.causal and not (n_queries == 1 and n_keys <= call.start + 1):
+            limits.append(key > position)
+        window = self.extra.get("sliding_window")
+        if window is not None and window < n_keys:
+            limits.append(key <= position - window)
+        for limit in limits:
+            hidden = limit[None, None] if hidden is None else hidden | limit
+        return hidden
+
+
+def by_key_head(x: Tensor, group: int) -> Tensor:
+    """(B, H, R, n) as (B, Hk, group * R, n): query heads of one key head side by side, so that keys and values are
+    never repeated."""
+    b, h, r, n = x.shape
+    return x.reshape(b, h // group, group * r, n)
+
+
+def edit_rows(view: AttentionView, call: Call, out: Tensor, scores: Scores, value: Tensor) -> None:
     """Recompute the rows that an intervention may edit, in float32, and write those that it changed into `out` (B, Q,
     H, d).
 
@@ -88,35 +149,27 @@ def edit_rows(
     surveys = [(i, e) for i, e in edits if e.acts_at("survey")]
     if index is not None and index.numel() == 0 and not surveys:
         return
-    b, h, n_queries, d = query.shape
-    hk, n_keys = key.shape[1:3]
-    keys, values = key.float().transpose(-1, -2), value.float()
-
-    def scores(picked: Any) -> tuple[Tensor, Tensor | None]:
-        q = query[:, :, picked].float()
-        n = q.shape[2]  # query heads of one key head side by side: keys and values are never repeated
-        s = (q.reshape(b, hk, h // hk * n, d) @ keys).view(b, h, n, n_keys) * (scaling or d**-0.5)
-        hidden = hidden_keys(attention_mask, call, n_queries, n_keys, picked, s.device)
-        return (s if hidden is None else mask_scores(s, attention_mask, hidden, picked)), hidden
+    device, values = value.device, value.float()
 
     def site(i: int, policy: Rows, picked: Any) -> Site:
-        return call.site(i, policy, view.layer, view.n_layers, n_keys, picked, query.device)
+        return call.site(i, policy, view.layer, view.n_layers, scores.n_keys, picked, device)
 
     if surveys:
-        for piece in torch.arange(n_queries, device=query.device).split(PIECE):
-            a = scores(piece)[0].softmax(-1)
+        for piece in torch.arange(scores.n_queries, device=device).split(PIECE):
+            a = scores.softmax(scores.rows(piece)[0], piece)
             for i, e in surveys:
                 e.survey(a, site(i, "all", piece))
-    picks: Any = [slice(None)] if index is None else index.to(query.device).split(PIECE)
+    picks: Any = [slice(None)] if index is None else index.to(device).split(PIECE)
     for picked in picks:
-        s, hidden = scores(picked)
-        a = stock = s.softmax(-1)
+        s, hidden = scores.rows(picked)
+        a = stock = scores.softmax(s, picked)
         sites = {i: site(i, e.rows, picked) for i, e in edits}
         if any(e.acts_at("scores") for _, e in edits):
             edited = s
             for i, e in edits:
                 edited = e.scores(edited, sites[i])
-            a = stock if edited is s else (edited if hidden is None else s.where(hidden, edited)).softmax(-1)
+            if edited is not s:
+                a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
         for i, e in edits:
             a = e.weights(a, sites[i])
         if a is stock:
@@ -125,30 +178,5 @@ def edit_rows(
         changed = (a != stock).any(-1) & admitted[:, None]  # (B, H, R)
         if changed.device.type == "cpu" and not changed.any():  # elsewhere, asking would wait for the device
             continue
-        n = a.shape[2]
-        new = (a.reshape(b, hk, h // hk * n, n_keys) @ values).view(b, h, n, value.shape[-1]).transpose(1, 2)
+        new = (by_key_head(a, scores.group) @ values).view(*a.shape[:3], value.shape[-1]).transpose(1, 2)
         out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
-
-
-def hidden_keys(mask: Any, call: Call, n_queries: int, n_keys: int, picked: Any, device: torch.device) -> Tensor | None:
-    """True where a row may not look, broadcastable to (B, H, R, K); `None` if every row sees every key."""
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        rows = mask[:, :, picked, :n_keys]
-        return ~rows if rows.dtype == torch.bool else rows <= torch.finfo(rows.dtype).min / 2
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise TypeError(
-            f"attention masks of type {type(mask).__name__} are not supported; load the model with sdpa or eager"
-        )
-    padding = None if mask is None else ~mask[:, None, None, -n_keys:].bool()
-    if n_queries == 1 and n_keys <= call.start + 1:
-        return padding
-    position = torch.arange(n_queries, device=device)[picked, None] + min(call.start, n_keys - n_queries)
-    future = (torch.arange(n_keys, device=device) > position)[None, None]
-    return future if padding is None else future | padding
-
-
-def mask_scores(s: Tensor, mask: Any, hidden: Tensor, picked: Any) -> Tensor:
-    """Scores as the kernel sees them: a mask of numbers is added, anything else hides keys."""
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype != torch.bool:
-        return s + mask[:, :, picked, : s.shape[-1]].float()
-    return s.masked_fill(hidden, torch.finfo(s.dtype).min)
