@@ -13,3 +13,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def _seeded():
     """The same random numbers in every test, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-models", action="store_true", help="run the contract over every model type")
+
+
+def pytest_generate_tests(metafunc):
+    if "model_type" in metafunc.fixturenames:
+        from tests import zoo
+
+        types = zoo.SUPPORTED if metafunc.config.getoption("--all-models") else zoo.SLICE
+        metafunc.parametrize("model_type", types, scope="module")

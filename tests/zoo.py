@@ -165,107 +165,167 @@ def tiny(model_type, attn="sdpa", seed=0):
     return model.eval()
 
 
-def _vision(config):
-    return getattr(config, "vision_config", None) or getattr(config, "vq_config", None) or config
+def _recipes(model, grid):
+    """Ways to write down one picture, most special first: functions of a generator that give model inputs.
+
+    `grid` is the number of patches down and across, where a model takes pictures of any size.
+    """
+    arguments = set(inspect.signature(model.forward).parameters)
+    vision = getattr(model.config, "vision_config", None) or model.config
+    p, side = getattr(vision, "patch_size", PATCH), getattr(vision, "image_size", None) or SIDE
+    p, side = (x if isinstance(x, int) else x[0] for x in (p, side))
+    h, w = grid
+    n = h * w
+    thw = {"image_grid_thw": torch.tensor([[1, h, w]])}
+    hw = torch.tensor([[h, w]])
+
+    def recipe(*shape, **more):
+        return lambda g: {"pixel_values": torch.randn(*shape, generator=g), **more}
+
+    if "image_grid_thw" in arguments:
+        if "image_merge_sizes" in arguments:
+            thw["image_merge_sizes"] = torch.tensor([2])
+        for shape in ((n, 6 * p * p), (n, 3 * p * p), (n, 3, p, p), (1, n, 3, p, p)):
+            yield recipe(*shape, **thw)
+        yield recipe(4 * n, 3 * p * p, **thw)
+    if "image_grid_hw" in arguments:
+        yield recipe(n, 3 * p * p, image_grid_hw=hw)
+    if "image_position_ids" in arguments:
+        at = torch.cartesian_prod(torch.arange(h), torch.arange(w))[None]
+        yield recipe(1, n, 3 * p * p, image_position_ids=at)
+    if "spatial_shapes" in arguments:
+        yield recipe(1, n, 3 * p * p, spatial_shapes=hw, pixel_attention_mask=torch.ones(1, n, dtype=torch.long))
+    if "target_sizes" in arguments:
+        yield recipe(1, 3, p, n * p, target_sizes=hw.int())
+    if "image_token_pooling" in arguments:
+        pooling = {"image_token_pooling": torch.arange(16).view(4, 4), "image_grids": torch.tensor([[2, 2, 0, 0]])}
+        yield recipe(1, 16, 3 * p * p, **pooling, image_num_crops=torch.tensor([1]))
+    if "tile_fine_mask" in arguments:
+        yield recipe(1, 1, 3, side, side, pixel_attention_mask=torch.ones(1, 1, dtype=torch.bool))
+    if "high_res_pixel_values" in arguments:
+        large = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        yield recipe(1, 3, side, side, high_res_pixel_values=large)
+    ones, more = torch.ones(1, 3, dtype=torch.long), {}
+    if "qformer_input_ids" in arguments:
+        more = {"qformer_input_ids": ones, "qformer_attention_mask": ones}
+    if "image_sizes" in inspect.signature(getattr(model, "get_image_features", model.forward)).parameters:
+        more = {"image_sizes": torch.tensor([[side, side]])}
+    yield recipe(1, 3, side, side, **more)
+    yield recipe(1, 1, 3, side, side, **more)
+    if more:
+        yield recipe(1, 5, 3, side, side, image_sizes=torch.tensor([[side, 2 * side]]))  # tiles and an overview
+    yield recipe(1, 3, 64, 64, **more)
 
 
-def _noise(*shape):
-    return lambda generator: torch.randn(*shape, generator=generator)
-
-
-def recipes(model):
-    """Ways to write down one picture, most special first: each a function of a generator that gives model inputs."""
-    names, vision = set(inspect.signature(model.forward).parameters), _vision(model.config)
-    p = getattr(vision, "patch_size", PATCH)
-    p = p if isinstance(p, int) else p[0]
-    side = getattr(vision, "image_size", None) or SIDE
-    side = side if isinstance(side, int) else side[0]
-    frames = getattr(vision, "temporal_patch_size", 1)
-    ones = lambda *shape: torch.ones(*shape, dtype=torch.long)  # noqa: E731
-    if "image_grid_thw" in names:
-        n, grid = 24, {"image_grid_thw": torch.tensor([[1, 4, 6]])}
-        if "image_merge_sizes" in names:
-            grid["image_merge_sizes"] = torch.tensor([2])
-        if model.config.model_type == "inkling2":
-            yield lambda g: {"pixel_values": torch.randn(n * 4, 3 * p * p, generator=g), "image_grid_thw": torch.tensor([[1, 2, 3]])}
-        for shape in ((n, 3 * frames * p * p), (n, 3, p, p), (n, 3 * p * p), (n, 3 * 2 * p * p), (1, n, 3, p, p), (n * 4, 3 * p * p)):
-            yield lambda g, shape=shape: {"pixel_values": torch.randn(*shape, generator=g), **grid}
-    if "image_grid_hw" in names:
-        yield lambda g: {"pixel_values": torch.randn(24, 3 * p * p, generator=g), "image_grid_hw": torch.tensor([[4, 6]])}
-    if "image_position_ids" in names:
-        at = torch.tensor([[[x, y] for y in range(4) for x in range(4)]])
-        yield lambda g: {"pixel_values": torch.randn(1, 16, 3 * p * p, generator=g), "image_position_ids": at}
-    if "spatial_shapes" in names:
-        yield lambda g: {"pixel_values": torch.randn(1, 16, 3 * p * p, generator=g), "spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": ones(1, 16)}
-    if "target_sizes" in names:
-        yield lambda g: {"pixel_values": torch.randn(1, 3, p, 16 * p, generator=g), "target_sizes": torch.tensor([[4, 4]], dtype=torch.int32)}
-    if "image_token_pooling" in names:
-        yield lambda g: {"pixel_values": torch.randn(1, 16, 3 * p * p, generator=g), "image_token_pooling": torch.arange(16).view(4, 4), "image_grids": torch.tensor([[2, 2, 0, 0]]), "image_num_crops": torch.tensor([1])}
-    if "tile_fine_mask" in names:
-        yield lambda g: {"pixel_values": torch.randn(1, 1, 3, side, side, generator=g), "pixel_attention_mask": ones(1, 1).bool()}
-    if "high_res_pixel_values" in names:
-        yield lambda g: {"pixel_values": torch.randn(1, 3, side, side, generator=g), "high_res_pixel_values": torch.randn(1, 3, 64, 64, generator=g)}
-    get = getattr(model, "get_image_features", model.forward)
-    sized = "image_sizes" in inspect.signature(get).parameters
-    sizes = {"image_sizes": torch.tensor([[side, side]])} if sized else {}
-    if "qformer_input_ids" in names:
-        sizes = {"qformer_input_ids": ones(1, 3), "qformer_attention_mask": ones(1, 3)}
-    for shape in ((1, 3, side, side), (1, 2, 3, side, side), (1, 5, 3, side, side)):
-        tall = {"image_sizes": torch.tensor([[side, 2 * side]])} if shape[1] != 3 and "image_sizes" in sizes else {}
-        yield lambda g, shape=shape, tall=tall: {"pixel_values": torch.randn(*shape, generator=g), **sizes, **tall}
-    for size in (64, 16):
-        yield lambda g, size=size: {"pixel_values": torch.randn(1, 3, size, size, generator=g), **sizes}
-
-
-def inputs_of(model, n, picture, token):
-    ids = [1, 5, 6, *marks(model)[0], *[token] * n, *marks(model)[1], 7, 8, 9]
-    ids = torch.tensor([ids])
-    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **picture}
-    names = set(inspect.signature(model.forward).parameters)
-    if "mm_token_type_ids" in names:
-        out["mm_token_type_ids"] = (ids == token).int()
-    if "token_type_ids" in names:
-        out["token_type_ids"] = (ids == token).int()
-    return out
-
-
-def marks(model):
-    start, end = (getattr(model.config, f"vision_{k}_token_id", None) for k in ("start", "end"))
-    return ([] if start is None else [start]), ([] if end is None else [end])
-
-
-def image_token(model):
-    return next((t for f in ("image_token_id", "image_token_index") if isinstance(t := getattr(model.config, f, None), int)), None)
-
-
-@torch.no_grad()
-def find(model, limit=40):
-    """The recipe that the model takes, and how many image tokens a picture has: found by trying."""
-    token, why = image_token(model), []
-    for i, recipe in enumerate(recipes(model)):
-        picture = recipe(torch.Generator().manual_seed(0))
-        n = count(model, picture)
-        for n in ([n] if n else []) + list(range(1, limit)):
-            try:
-                model(**inputs_of(model, n, picture, token))
-                return i, n
-            except Exception as e:
-                tb = traceback.extract_tb(e.__traceback__)[-1]
-                why.append(f"{i},{n}: {type(e).__name__} {str(e)[:150]!r} @{tb.filename.split('/')[-1]}:{tb.lineno}")
-                if not re.search("token|match|shape", str(e)): break
-                m = re.search(r"features:? (\d+)", str(e))
-    raise RuntimeError("\n     ".join(dict.fromkeys(why[:1]+why[-3:])))
-
-
-def count(model, picture):
-    """Image tokens of one picture, as the model's own vision side makes them."""
-    get = getattr(model, "get_image_features", None) or getattr(model.model, "get_image_features", None)
-    if get is None:
-        return None
+def _n_tokens(model, picture):
+    """Image tokens of one picture: what the model's own vision side makes of it. `None` if it cannot take it."""
+    get = getattr(model, "get_image_features", None) or model.model.get_image_features
     try:
         out = get(**picture)
     except Exception:
         return None
-    out = getattr(out, "pooler_output", None) if getattr(out, "pooler_output", None) is not None else getattr(out, "last_hidden_state", out)
-    parts = out if isinstance(out, (list, tuple)) else [out]
+    features = next(
+        f for f in (getattr(out, "pooler_output", None), getattr(out, "last_hidden_state", None), out) if f is not None
+    )
+    parts = features if isinstance(features, (list, tuple)) else [features]
     return sum(p.reshape(-1, p.shape[-1]).shape[0] for p in parts) if torch.is_tensor(parts[0]) else None
+
+
+def image_token(model):
+    """The placeholder id of images."""
+    fields = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
+    return next(t for f in fields if isinstance(t := getattr(model.config, f, None), int))
+
+
+def _marks(model):
+    config = model.config
+    start, end = (getattr(config, f"vision_{k}_token_id", getattr(config, f"image_{k}_token_id", None)) for k in ("start", "end"))
+    return ([] if start is None else [start]), ([] if end is None else [end])
+
+
+_FOUND = {}
+
+
+@torch.no_grad()
+def _find(model, grid):
+    """The recipe that a model takes, and the number of image tokens of its picture: found by trying."""
+    for i, recipe in enumerate(_recipes(model, grid)):
+        inputs = recipe(torch.Generator().manual_seed(0))
+        n = _n_tokens(model, inputs)
+        for n in range(1, 40) if n is None else [n]:
+            try:
+                model(**_write(model, [[5, (inputs, n), 6]]))
+                return i, n
+            except Exception as error:
+                if not re.search("token|match|features", str(error)):
+                    break
+    raise RuntimeError(f"no recipe fits the pictures of {model.config.model_type}")
+
+
+def picture(model, generator, grid=(4, 8)):
+    """Inputs for one random picture, and the number of its image tokens."""
+    kind = (model.config.model_type, model.config.get_text_config().model_type, grid)
+    if kind not in _FOUND:
+        _FOUND[kind] = _find(model, grid)
+    i, n = _FOUND[kind]
+    return list(_recipes(model, grid))[i](generator), n
+
+
+JOINED = {"minicpmv4_6": {"pixel_values": 3}, "minicpmv4_7": {"pixel_values": 3}, "minicpm_ocr": {"pixel_values": 3}}
+"""Where pictures are joined along another dimension than the first."""
+BY_SAMPLE = ("idefics2", "idefics3", "smolvlm", "granite_docling")
+"""Where pixel values have a dimension for samples and one for the pictures of a sample."""
+
+
+def _write(model, samples, pad="left"):
+    """Model inputs from samples, lists of token ids and pictures `(inputs, number of image tokens)`."""
+    token, (start, end), kind = image_token(model), _marks(model), model.config.model_type
+    rows, pictures = [], []
+    for sample in samples:
+        row, own = [], []
+        for part in sample:
+            if isinstance(part, int):
+                row.append(part)
+            else:
+                own.append(part[0])
+                row += [*start, *[token] * part[1], *end]
+        rows.append(row)
+        pictures += [{k: torch.cat([x[k] for x in own], dim=1) for k in own[0]}] if own and kind in BY_SAMPLE else own
+    width = max(map(len, rows))
+    fill = [[0] * (width - len(row)) for row in rows]
+    ids = torch.tensor([f + row if pad == "left" else row + f for f, row in zip(fill, rows, strict=True)])
+    mask = torch.tensor([f + [1] * len(row) if pad == "left" else [1] * len(row) + f for f, row in zip(fill, rows, strict=True)])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    for key in pictures[0] if pictures else ():
+        inputs[key] = torch.cat([x[key] for x in pictures], dim=JOINED.get(kind, {}).get(key, 0))
+    arguments = inspect.signature(model.forward).parameters
+    return inputs | {k: (ids == token).int() for k in ("mm_token_type_ids", "token_type_ids") if k in arguments}
+
+
+def prompt(model, layouts, pad="left", first=0):
+    """Inputs of a batch of samples, written as layouts: `t` a random text token, `I` a picture, `J` a smaller one.
+
+    What a sample holds depends on its number alone, counted from `first`, not on the batch that it is in.
+    """
+    samples = []
+    for b, layout in enumerate(layouts, first):
+        g = torch.Generator().manual_seed(b)
+        sizes = {"I": (4, 8), "J": (4, 4)}
+        samples.append(
+            [picture(model, g, sizes[c]) if c in sizes else int(torch.randint(10, 100, (), generator=g)) for c in layout]
+        )
+    return _write(model, samples, pad)
+
+SUPPORTED = tuple(
+    "aria aya_vision blip-2 cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl "
+    "deepseek_vl_hybrid dots3_note ernie4_5_vl_moe exaone4_5 fast_vlm gemma3 gemma4 gemma4_unified glm46v glm4v "
+    "glm4v_moe glm5_next glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 "
+    "idefics2 idefics3 instructblip internvl janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next "
+    "llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 molmo2 "
+    "muse_glimmer muse_spark nemotron_h_omni ovis2 paddleocr_vl paligemma perception_lm pp_chart2table qianfan_ocr "
+    "qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp "
+    "shieldgemma2 smolvlm step3p7 unlimited_ocr video_llama_3 video_llava vipllava".split()
+)
+"""Types whose tiny models pass the whole contract."""
+SLICE = ("gemma3", "kimi_k25", "qwen3_5", "qwen3_vl")
+"""Those that the default tests run: windows and bidirectional images, latent attention, a hybrid with gates, M-RoPE."""

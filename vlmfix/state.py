@@ -33,7 +33,7 @@ class Stream:
             self._mask, self._positions = self._inputs["attention_mask"], self._inputs.get("position_ids")
             self._logits, n = self._advance(self._inputs), self._rows // len(self._mask)
             if n > 1:
-                self._cache.batch_repeat_interleave(n)
+                self._cache.reorder_cache(torch.arange(len(self._mask), device=self._mask.device).repeat_interleave(n))
                 self._logits, self._mask = (x.repeat_interleave(n, dim=0) for x in (self._logits, self._mask))
                 if self._positions is not None:
                     self._positions = self._positions.repeat_interleave(n, dim=-2)

@@ -1,0 +1,144 @@
+"""The contract over every model type that transformers maps to image-text-to-text: architecture x method.
+
+A few types run by default; `--all-models` (`make test-models`) runs all of them.
+"""
+
+import functools
+import threading
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import vlmfix
+from tests import zoo
+from tests.test_contract import INTERVENTIONS, footprint
+from vlmfix.hooks import VAR, VHR
+from vlmfix.intervention import Intervention
+
+METHODS = INTERVENTIONS | {
+    "var": VAR(dims=(7,), tau=1.0, rho=0.0, min_visual_mass=0.0, skip_first=0, skip_last=False, require_visual_sink=False),
+    "vhr": VHR(layers=(0, 1, 2, 3)),
+}
+"""Settings that bite on random models: here a third of all tokens are sinks."""
+
+
+@pytest.fixture
+def model(model_type):
+    found = _model_of(model_type)
+    yield found
+    vlmfix.unwrap(found)
+
+
+@functools.lru_cache(maxsize=1)
+def _model_of(model_type, attn="sdpa"):
+    model = zoo.tiny(model_type, attn)
+    logits(model, zoo.prompt(model, ["ttIt"]))  # transformers itself adds hooks to a model on its first pass
+    return model
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def answer(model, inputs, n=4, **settings):
+    """Token ids (B, n) and the scores they were chosen from, (n, B, V)."""
+    out = model.generate(
+        **inputs, max_new_tokens=n, do_sample=False, suppress_tokens=list(range(140, zoo.VOCAB)), output_scores=True,
+        return_dict_in_generate=True, **settings,
+    )  # fmt: skip
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.scores)
+
+
+def same(a, b, tolerance=2e-3):
+    """Equal up to rounding."""
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_nothing_changes_nothing(model):
+    inputs = zoo.prompt(model, ["tttIttt", "ttIttttt"])
+    before, plain = footprint(model), logits(model, inputs)
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watch(Intervention):
+        rows = "all"
+
+        def weights(self, a, site):
+            assert a.shape[2] == site.rows.shape[1] and a.shape[3] == site.geometry.n
+            seen.append(site)
+            return a.clone()
+
+        def heads(self, o, site):
+            return o * 1
+
+    with Watch()(model):
+        assert torch.equal(logits(model, inputs), plain), "looking at everything and changing nothing"
+    assert footprint(model) == before
+    image = inputs["input_ids"] == zoo.image_token(model)
+    assert seen and all(torch.equal(site.geometry.image, image) for site in seen)
+
+
+def test_recomputed_rows_are_the_models_own(model):
+    """Weights that are changed by nothing but rounding give the model's own logits: scores, masks and gates are right."""
+    inputs = zoo.prompt(model, ["tttIttt", "ttIttttt"])
+    want = answer(model, inputs, 3)[1]
+
+    @dataclass(frozen=True)
+    class Again(Intervention):
+        rows = "all"
+
+        def weights(self, a, site):
+            return a * (1 + 1e-6)
+
+    with Again()(model):
+        same(answer(model, inputs, 3)[1], want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(model, method):
+    one = METHODS[method]
+    layouts = ["tttIttt", "ttIttttttt", "Ittttttt"]
+    inputs = zoo.prompt(model, layouts)
+    before, (said, plain) = footprint(model), answer(model, inputs)
+
+    vlmfix.wrap(model, one)
+    once, (edited_said, edited) = footprint(model), answer(model, inputs)
+    assert not torch.equal(edited[0], plain[0]), "it bites"
+    assert all(s["acted"] for s in vlmfix.report(model)[0]["samples"])
+    vlmfix.wrap(model, one)
+    assert footprint(model) == once, "wrapping with the same changes nothing"
+    assert torch.equal(answer(model, inputs)[1], edited), "two generations in a row are equal"
+    same(answer(model, inputs, use_cache=False)[1], edited)
+
+    for b, layout in enumerate(layouts):
+        alone_said, alone = answer(model, zoo.prompt(model, [layout], first=b))
+        assert torch.equal(alone_said[0], edited_said[b]), f"sample {b} alone and in a batch"
+        same(alone[:, 0], edited[:, b])
+
+    if not one.token_by_token:
+        beams = [answer(model, inputs, 3, num_beams=2, use_cache=cache)[0] for cache in (True, False)]
+        assert torch.equal(*beams)
+
+    vlmfix.unwrap(model)
+    assert footprint(model) == before
+    again = answer(model, inputs)
+    assert torch.equal(again[0], said) and torch.equal(again[1], plain), "off without a trace"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_threads(model, method):
+    prompts = [zoo.prompt(model, [layout], first=i) for i, layout in enumerate(("tttIttt", "tIttttttt"))]
+    with METHODS[method](model):
+        one_by_one, found = [answer(model, p, 6)[1] for p in prompts], [None, None]
+        gate = threading.Barrier(2)
+
+        def run(i):
+            gate.wait()
+            found[i] = answer(model, prompts[i], 6)[1]
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+    assert all(torch.equal(a, b) for a, b in zip(found, one_by_one, strict=True))
