@@ -42,9 +42,13 @@ def noise_like(pixels: Tensor, inputs: dict[str, Any], seed: int, frames: int) -
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
 
+    target = inputs.get("target_sizes")
+    if target is not None:  # (1, C, p, patches * p): pictures one after the other
+        widths = [int(n) * pixels.shape[2] for n in target.prod(-1)]
+        return torch.cat([draw(1, *pixels.shape[1:3], n) for n in widths], dim=-1)
     if pixels.dim() > 2:
         return draw(1, *pixels.shape[1:])
-    grids = inputs.get("image_grid_thw")
+    grids = inputs.get("image_grid_thw", inputs.get("image_grid_hw"))
     if grids is None:
         raise TypeError(
             f"VCD cannot tell images apart in pixel values of shape {tuple(pixels.shape)} without their grid"

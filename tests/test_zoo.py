@@ -48,7 +48,7 @@ def answer(model, inputs, n=4, **settings):
         **inputs, max_new_tokens=n, do_sample=False, suppress_tokens=list(range(140, zoo.VOCAB)), output_scores=True,
         return_dict_in_generate=True, **settings,
     )  # fmt: skip
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.scores)
+    return out.sequences[:, -len(out.scores) :], torch.stack(out.scores)
 
 
 def same(a, b, tolerance=2e-3):

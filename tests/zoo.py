@@ -295,11 +295,13 @@ def _write(model, samples, pad="left"):
     fill = [[0] * (width - len(row)) for row in rows]
     ids = torch.tensor([f + row if pad == "left" else row + f for f, row in zip(fill, rows, strict=True)])
     mask = torch.tensor([f + [1] * len(row) if pad == "left" else [1] * len(row) + f for f, row in zip(fill, rows, strict=True)])
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs, arguments = {"input_ids": ids, "attention_mask": mask}, inspect.signature(model.forward).parameters
+    for i, own in enumerate(pictures if "image_token_pooling" in arguments else []):
+        own["image_token_pooling"] = own["image_token_pooling"] + 16 * i  # patches are numbered through the batch
     for key in pictures[0] if pictures else ():
         inputs[key] = torch.cat([x[key] for x in pictures], dim=JOINED.get(kind, {}).get(key, 0))
-    arguments = inspect.signature(model.forward).parameters
-    return inputs | {k: (ids == token).int() for k in ("mm_token_type_ids", "token_type_ids") if k in arguments}
+    kinds = (ids == token).int() * (kind != "paligemma")  # there, 0 marks the prefix: all of a prompt
+    return inputs | {k: kinds for k in ("mm_token_type_ids", "token_type_ids") if k in arguments}
 
 
 def prompt(model, layouts, pad="left", first=0):

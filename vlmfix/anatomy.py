@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmfix.intervention import ATTENTION_STAGES, STAGES
+from vlmfix.intervention import ATTENTION_STAGES, STAGES, Intervention
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
 OUT_PROJ_NAMES = ("o_proj", "out_proj", "dense", "wo", "c_proj", "proj")
@@ -18,6 +18,8 @@ IMAGE_TOKEN_FIELDS = (
 )  # fmt: skip
 PICTURE_ARGUMENTS = ("pixel_values", "image_patches", "flattened_patches")
 IMAGE_MASK_ARGUMENTS = ("image_embeds_position_mask",)
+GENERATOR_NAMES = ("language_model", "text_model")
+STREAM_FIELDS = ("hc_mult", "hc_count", "altup_num_inputs")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Anatomy:
     """Of the whole model, as transformers names it (`llava`, `qwen2_5_vl` ...)."""
     text_type: str
     """Of the language model inside (`llama`, `qwen2_5_vl_text` ...)."""
+    generator: nn.Module
+    """Whose passes make the answer: the model, or the language model inside to which its own `generate` hands over."""
     decoder: nn.Module
     """The text decoder: takes `inputs_embeds`, returns hidden states."""
     layers: tuple[DecoderLayer, ...]
@@ -56,6 +60,20 @@ class Anatomy:
     bos_token_id: int | None
     stages: tuple[str, ...]
     """Stages that can be edited: attention stages only where attention goes through transformers' interface."""
+    n_streams: int
+    """Residual streams per token: 1, but with hyper-connections. With more, no single layer input can be shown."""
+
+    def must_have(self, one: Intervention) -> None:
+        """Raise a `TypeError` that says why, if an intervention needs a stage that this model does not have."""
+        if any(one.acts_at(stage) for stage in ATTENTION_STAGES) and "weights" not in self.stages:
+            raise TypeError(
+                f"{one.name} edits attention, which in {self.text_type} does not go through transformers' attention "
+                f"interface; use a method that edits head outputs or logits"
+            )
+        if one.acts_at("layer_input") and self.n_streams > 1:
+            raise TypeError(
+                f"{one.name} looks at layer inputs, but {self.text_type} has {self.n_streams} residual streams per token"
+            )
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -97,6 +115,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         model_type=config.model_type,
         text_type=text.model_type,
+        generator=_generator(model),
         decoder=decoder,
         layers=layers,
         hidden_size=next(_fields(text, ("hidden_size", "embed_dim", "d_model"))),
@@ -105,7 +124,14 @@ def anatomy(model: nn.Module) -> Anatomy:
         image_mask_argument=mask_argument,
         bos_token_id=getattr(text, "bos_token_id", None),
         stages=STAGES if all(map(_through_interface, layers)) else tuple(s for s in STAGES if s not in ATTENTION_STAGES),
+        n_streams=next(_fields(text, STREAM_FIELDS), 1),
     )
+
+
+def _generator(model: nn.Module) -> nn.Module:
+    names = inspect.unwrap(type(model).generate).__code__.co_names  # type: ignore[attr-defined]
+    inside = (getattr(model, name, None) for name in GENERATOR_NAMES if name in names)
+    return next((module for module in inside if hasattr(module, "generate")), model)
 
 
 def _fields(config: Any, names: tuple[str, ...]) -> Iterator[Any]:

@@ -8,15 +8,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from vlmfix import attention
-from vlmfix.anatomy import Anatomy, anatomy
+from vlmfix.anatomy import PICTURE_ARGUMENTS, Anatomy, anatomy
 from vlmfix.geometry import Geometry
 from vlmfix.intervention import (
     ASK_STAGES,
@@ -30,6 +31,8 @@ from vlmfix.intervention import (
 from vlmfix.state import Call, Generation, Prompt, Stream
 
 ATTRIBUTE = "_vlmfix"
+LOSES_PROCESSORS = ("janus",)
+"""Models whose own `generate` drops logits processors when it writes text; what it calls then does not."""
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Settings of `generate` that let something else propose tokens."""
 
@@ -126,6 +129,7 @@ class _Local(threading.local):
 
     scope: _Scope | None = None
     call: Call | None = None
+    owner: nn.Module | None = None
     capture: tuple[Tensor, dict[int, Tensor]] | None = None
     last: Generation | None = None
     force: frozenset[int] | None = None
@@ -152,11 +156,14 @@ class Attachment:
         if len(deciders) > 1:
             raise ValueError(f"{' and '.join(deciders)} each decode in their own way; use one of them")
         for i, one in self.active():
+            self.anatomy.must_have(one)
             one.composes([other for j, other in self.active() if j != i])
         self._warned: set[int] = set()
         self._handles: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._generate_parameters = list(inspect.signature(type(model).generate).parameters)[1:]
+        modules = dict.fromkeys((model, self.anatomy.generator))
+        self._parameters = [list(inspect.signature(module.forward).parameters) for module in modules]
 
     def _forget(self) -> None:
         self._local = _Local()
@@ -219,11 +226,11 @@ class Attachment:
             for layer in one.at_layers(n):
                 if self.anatomy.layers[layer].attention is not None:
                     by_layer[layer].append((i, one))
-        hooks: list[Any] = [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.model.register_forward_hook(self._after, always_call=True),
-        ]
+        hooks: list[Any] = []
         self._handles = hooks
+        for module in dict.fromkeys((self.model, self.anatomy.generator)):
+            hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._after, always_call=True))
         for layer, (parts, edits) in enumerate(zip(self.anatomy.layers, by_layer, strict=True)):
             edit_heads = [(i, e) for i, e in edits if e.acts_at("heads")]
             if parts.out_proj is not None and (edit_heads or any(e.acts_at("begin") for _, e in edits)):
@@ -236,11 +243,6 @@ class Attachment:
                 )
             edit_rows = [(i, e) for i, e in edits if any(e.acts_at(stage) for stage in ATTENTION_STAGES)]
             if edit_rows and parts.attention is not None:
-                if "weights" not in self.anatomy.stages:
-                    raise TypeError(
-                        f"attention of {type(parts.attention).__name__} cannot be edited, since it does not go through "
-                        f"transformers' attention interface; use a method that edits head outputs or logits"
-                    )
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
                 attention.attach(parts.attention, view)
@@ -272,8 +274,11 @@ class Attachment:
         self, *args: Any, image_mask: Tensor | None = None, prompt_end: int | None = None, **kwargs: Any
     ) -> Any:
         """The model's own `generate`; knows where the prompt ends, and warns if a method never acted."""
-        ids = kwargs.get("inputs_embeds", args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
-        mask = kwargs.get("attention_mask")
+        given = {**dict(zip(self._generate_parameters, args, strict=False)), **kwargs}
+        if isinstance(given.get("inputs"), Tensor):
+            given["input_ids"] = given.pop("inputs")
+        ids = given.get("inputs_embeds", given.get("input_ids"))
+        mask = given.get("attention_mask")
         if prompt_end is None and isinstance(mask, Tensor) and mask.dim() == 2:
             prompt_end = mask.shape[1]
         elif prompt_end is None and isinstance(ids, Tensor):
@@ -284,12 +289,17 @@ class Attachment:
         self._check_decoding(n_beams, assisted)
         guides = [(i, e) for i, e in self._in_force() if e.acts_at("logits")]
         if guides:
-            given = kwargs.get("logits_processor") or []
-            kwargs["logits_processor"] = LogitsProcessorList([*given, _LogitsStage(self, guides)])
-        inputs = {k: v for k, v in {"input_ids": args[0] if args else None, **kwargs}.items() if isinstance(v, Tensor)}
+            processors = kwargs.get("logits_processor") or []
+            kwargs["logits_processor"] = LogitsProcessorList([*processors, _LogitsStage(self, guides)])
+        inputs = {k: v for k, v in given.items() if isinstance(v, Tensor)}
+        if image_mask is None and self.anatomy.generator is not self.model:  # whose inputs are embeddings
+            image_mask = self._image_mask(given, inputs.get("input_ids"))
         outer, self._local.scope = self._local.scope, _Scope(inputs, prompt_end, image_mask, n_beams)
+        run = self._generate
+        if guides and self.anatomy.model_type in LOSES_PROCESSORS and kwargs.pop("generation_mode", "text") == "text":
+            run = partial(GenerationMixin.generate, self.model)
         try:
-            out = self._generate(*args, **kwargs)
+            out = run(*args, **kwargs)
             self._warn_idle(self._local.scope.generation)
             return out
         finally:
@@ -331,11 +341,13 @@ class Attachment:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Find out what this forward pass is, and start a generation if it is a prefill."""
         local, scope = self._local, self._local.scope
-        local.call = None
+        if module is not self.model and local.call is not None:
+            return args, kwargs  # a part of a pass that is known already
+        local.call, local.owner = None, module
         if local.capture is not None or not (force := self.force()):
             kwargs.pop("image_mask", None)
             return args, kwargs
-        named = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        named = {**dict(zip(self._parameters[module is not self.model], args, strict=False)), **kwargs}
         image_mask = kwargs.pop("image_mask", None)
         embeds, ids, cache = (named.get(k) for k in ("inputs_embeds", "input_ids", "past_key_values"))
         rows = embeds if embeds is not None else ids
@@ -359,13 +371,15 @@ class Attachment:
         if new:
             if start or end > n_prompt:
                 self._need_whole_prompt()
-            self._begin(generation, named, n_prompt)
+            self._begin(generation, module, named, n_prompt)
         if scope is not None:
             scope.generation, scope.position = generation, start + n_rows
         local.call = Call(generation, start, n_rows, n_prompt)
         return args, kwargs
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is not self._local.owner:
+            return  # a part of a pass
         call, self._local.call = self._local.call, None
         if call is None or output is None:
             return
@@ -405,10 +419,8 @@ class Attachment:
             if given.dim() != 2 or batch % given.shape[0] or given.shape[1] < start + n:
                 raise ValueError(f"image_mask: expected bool of shape {(batch, start + n)}, got {tuple(given.shape)}")
             image = given.repeat_interleave(batch // given.shape[0], dim=0)[:, start : start + n]
-        elif named.get("inputs_embeds") is None and ids is not None and self.anatomy.image_token_ids:
-            image = torch.zeros_like(ids[:, :n], dtype=torch.bool)
-            for token in self.anatomy.image_token_ids:
-                image |= ids[:, :n] == token
+        elif (mask := self._image_mask(named, ids if named.get("inputs_embeds") is None else None)) is not None:
+            image = mask[:, :n]
         else:
             raise ValueError(
                 "cannot tell which tokens are image tokens, since the prompt has no placeholder ids; "
@@ -421,6 +433,15 @@ class Attachment:
             )
         generation.geometry = generation.geometry.extended(start, image, valid)
 
+    def _image_mask(self, named: dict[str, Any], ids: Tensor | None) -> Tensor | None:
+        """(B, T) bool: image tokens, by their ids or as the caller tells the model itself; `None` if nothing says it."""
+        told = named.get(self.anatomy.image_mask_argument or "")
+        if told is not None:
+            return told.bool()
+        if ids is None or not self.anatomy.image_token_ids:
+            return None
+        return torch.isin(ids, torch.tensor(self.anatomy.image_token_ids, device=ids.device))
+
     def _in_force(self) -> list[tuple[int, Intervention]]:
         force = self.force()
         return [(i, one) for i, one in self.active() if i in force]
@@ -430,14 +451,14 @@ class Attachment:
             if one.whole_prompt:
                 raise ValueError(f"{one.name} needs the whole prompt in one pass; leave out prefill_chunk_size")
 
-    def _begin(self, generation: Generation, named: dict[str, Any], n: int) -> None:
+    def _begin(self, generation: Generation, module: nn.Module, named: dict[str, Any], n: int) -> None:
         """Let interventions prepare: passes of their own run here, before the first pass, and untouched."""
         scope, rows = self._local.scope, generation.geometry.image.shape[0]
         named = {k: v for k, v in named.items() if v is not None}
 
         def stream(inputs: dict[str, Any]) -> Stream:
-            keep = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
-            generation.streams.append(Stream(self._run_stream, {**inputs, **keep}, rows))
+            inputs["past_key_values"] = DynamicCache(config=self.model.config.get_text_config(decoder=True))  # type: ignore
+            generation.streams.append(Stream(self._run_stream, inputs, rows))
             return generation.streams[-1]
 
         prompt = Prompt(
@@ -446,7 +467,7 @@ class Attachment:
             text_pass=lambda x, mask: self.anatomy.decoder(
                 inputs_embeds=x, attention_mask=mask.long(), use_cache=False
             ),
-            image_pass=lambda: self.model(**{**named, "past_key_values": None, "use_cache": False}),
+            image_pass=lambda: module(**{**named, "past_key_values": None, "use_cache": False}),
             capture=self._capture,
             model=self.model,
             inputs=named if scope is None else scope.inputs,
@@ -460,8 +481,10 @@ class Attachment:
     @torch.no_grad()
     def _run_stream(self, inputs: dict[str, Any]) -> Any:
         """The untouched model on a second stream."""
+        seeing = any(inputs.get(argument) is not None for argument in PICTURE_ARGUMENTS)
+        module, parameters = (self.model, self._parameters[0]) if seeing else (self.anatomy.generator, self._parameters[-1])
         with self.only(()):
-            return self.model(**inputs)
+            return module(**inputs, **({"logits_to_keep": 1} if "logits_to_keep" in parameters else {}))
 
     def _embeddings(self, named: dict[str, Any], n: int) -> Tensor:
         if named.get("inputs_embeds") is not None:

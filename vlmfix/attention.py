@@ -91,7 +91,7 @@ class Scores:
         if hidden is None:
             return s, None
         if isinstance(self.mask, Tensor) and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
-            return s + self.mask[:, :, picked, : self.n_keys].float(), hidden
+            s = s + self.mask[:, :, picked, : self.n_keys].float()
         return s.masked_fill(hidden, torch.finfo(s.dtype).min), hidden
 
     def softmax(self, s: Tensor, picked: Any) -> Tensor:

@@ -56,7 +56,7 @@ class Stream:
 
     def _advance(self, inputs: dict[str, Any]) -> Tensor:
         out = self._run({**inputs, "use_cache": True})
-        self._cache = out.past_key_values
+        self._cache = inputs["past_key_values"]
         return out.logits[:, -1].float()
 
 
