@@ -464,8 +464,8 @@ class Attachment:
         prompt = Prompt(
             generation.geometry,
             embeddings=lambda: self._embeddings(named, n),
-            text_pass=lambda x, mask: self.anatomy.decoder(
-                inputs_embeds=x, attention_mask=mask.long(), use_cache=False
+            text_pass=lambda x, mask, kinds: (module if kinds else self.anatomy.decoder)(
+                inputs_embeds=x, attention_mask=mask.long(), use_cache=False, **kinds
             ),
             image_pass=lambda: module(**{**named, "past_key_values": None, "use_cache": False}),
             capture=self._capture,

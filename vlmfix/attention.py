@@ -39,11 +39,27 @@ class AttentionView:
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.original.config._attn_implementation, eager)
 
 
+class _Name(str):
+    """The name of an attention implementation under which `edited_attention` is found, though it reads and compares
+    like the original one: some models ask for it by name to know what mask to make."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(NAME)
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == NAME
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def attach(module: nn.Module, view: AttentionView) -> None:
     """Give one attention module its own config view; the decoder's config, and so the masks, stay as they were."""
     AttentionInterface.register(NAME, edited_attention)
     config = copy.copy(module.config)
-    config.__dict__["_attn_implementation_internal"] = NAME
+    config.__dict__["_attn_implementation_internal"] = _Name(config._attn_implementation)
     config.__dict__["vlmfix_view"] = view
     module.config = config
 

@@ -97,8 +97,8 @@ class Prompt:
     """Masks over the T tokens."""
     embeddings: Callable[[], Tensor]
     """Gives the (B, T, D) text embeddings; under image tokens they mean nothing."""
-    text_pass: Callable[[Tensor, Tensor], Any]
-    """Runs the plain text decoder on embeddings (B, T', D) and a mask (B, T')."""
+    text_pass: Callable[[Tensor, Tensor, dict[str, Tensor]], Any]
+    """Runs the plain model on embeddings (B, T', D) of text, a mask (B, T') and what `_kinds` says of the tokens."""
     image_pass: Callable[[], Any]
     """Runs the plain model on the whole prompt, image included."""
     capture: Callable[[Callable[[], Any], Tensor, Iterable[int]], dict[int, Tensor]]
@@ -118,10 +118,15 @@ class Prompt:
         order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -length:]
         return order, keep.gather(1, order)
 
+    def _kinds(self, order: Tensor) -> dict[str, Tensor]:
+        """`token_type_ids` of the tokens that are left, where a model goes by them: prefixes that see both ways."""
+        kinds = self.prefill.get("token_type_ids")
+        return {} if kinds is None else {"token_type_ids": kinds.gather(1, order)}
+
     def image_free_stream(self) -> Stream:
         """A second stream in which all image tokens are deleted; the other tokens close up."""
         order, mask = self._image_free()
-        inputs: dict[str, Any] = {"attention_mask": mask.long()}
+        inputs: dict[str, Any] = {"attention_mask": mask.long(), **self._kinds(order)}
         positions = self.prefill.get("position_ids")
         if positions is not None:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).expand(*positions.shape[:-1], -1)
@@ -149,7 +154,7 @@ class Prompt:
         x = self.embeddings()
         x = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
         last = torch.full_like(order[:, 0], order.shape[1] - 1)
-        return self.capture(lambda: self.text_pass(x, mask), last, layers)
+        return self.capture(lambda: self.text_pass(x, mask, self._kinds(order)), last, layers)
 
     def heads(self, layers: Iterable[int]) -> dict[int, Tensor]:
         """Head outputs (B, H, d) at the last prompt position, per layer, of a plain pass over the whole prompt."""
