@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmfix.eval import amber, chair, dash, hallusion, mme, pope, reading, stats, truncation, variants, yesno
-from vlmfix.eval.report import change, figure
+from vlmfix.eval.report import beyond, change, figure
 from vlmfix.eval.stats import Difference, Estimate, Metric
 from vlmfix.eval.truncation import TruncationControl
 
@@ -129,9 +129,6 @@ class Part:
     asked: frozenset[object] = frozenset()
     """Ids and labels of the questions; only answers to the same ones compare. Empty for captions."""
 
-
-MARGIN = "margin"
-"""In place of a parser: answers are read from the first token's margin."""
 
 Score = Callable[[Sequence[Any], Sequence[yesno.Answer], str], Sequence[Any]]
 """Questions, answers and parser -> scores."""
@@ -301,32 +298,8 @@ def _chair(options: Options) -> Setup:
         read=read,
         parts=lambda scores: [Part("", len(scores), None, chair.clusters(scores), chair.counts(scores))],
         notes=list(filter(None, (line, bare))),
-        control=partial(_control, truth=truth, vocabulary=vocabulary, variant=variant),
+        control=lambda base: truncation.Against(base, truth, vocabulary, variant).control,
     )
-
-
-def _control(
-    base: Sequence[chair.CaptionScore],
-    truth: chair.GroundTruth,
-    vocabulary: chair.Vocabulary | None,
-    variant: str,
-) -> Control:
-    """Truncation control on the images that a method and the base have in common."""
-
-    @cache
-    def cut(images: frozenset[int]) -> truncation.CutCaptions:
-        captions = [(score.image_id, score.caption) for score in base if score.image_id in images]
-        return truncation.cut_captions(captions, truth, vocabulary, variant)
-
-    def control(scores: Sequence[chair.CaptionScore]) -> TruncationControl | None:
-        common = frozenset(chair.clusters(base)) & frozenset(chair.clusters(scores))
-        if not any(truth[image] for image in common):
-            return None
-        fewer = 20_000_000 // len(common)  # a table of this many draws fits into memory
-        method = [score for score in scores if score.image_id in common]
-        return truncation.truncation_control(cut(common), method, resamples=min(truncation.RESAMPLES, fewer))
-
-    return control
 
 
 def _yes_no(
@@ -343,13 +316,10 @@ def _yes_no(
 ) -> Setup:
     """What all yes/no benchmarks share. `parser` is the default; `read` takes a file, how to score, and the parser."""
     parser = parser if options.parser is None else options.parser
-    if parser == MARGIN:
-        rule, score = "the first token's margin, log p(yes) - log p(no): yes above 0", _score_margins
-    elif parser in yesno.PARSERS:
-        unparsed = {"never": "", "wrong": "; unparsed answers are wrong", "dropped": "; unparsed answers are left out"}
-        rule = yesno.PARSERS[parser].rule + unparsed[yesno.PARSERS[parser].unparsed]
-    else:
-        hint, known = yesno.did_you_mean(parser, yesno.PARSERS), (*yesno.PARSERS, MARGIN)
+    if parser == yesno.MARGIN:
+        score = _score_margins
+    elif parser not in yesno.PARSERS:
+        hint, known = yesno.did_you_mean(parser, yesno.PARSERS), (*yesno.PARSERS, yesno.MARGIN)
         raise ValueError(f"{parser!r} is no parser{hint}; there are {', '.join(known)}.")
     return Setup(
         title=f"{title}, parser {parser}",
@@ -358,7 +328,7 @@ def _yes_no(
         metrics=metrics,
         read=lambda path: read(path, score, parser),
         parts=parts or _by_group,
-        notes=[f"parser {parser}: {rule}"],
+        notes=[f"parser {parser}: {yesno.rule(parser)}"],
     )
 
 
@@ -500,7 +470,7 @@ def _hallusion(options: Options) -> Setup:
         left_out = [f"{n} answers to questions without a figure left out"] if (n := len(answers) - len(said)) else []
         return score(questions, said, parser), left_out
 
-    if options.parser == MARGIN:
+    if options.parser == yesno.MARGIN:
         raise ValueError("HallusionBench is counted from texts; give a parser, not the margin.")
     return _yes_no(
         f"HallusionBench {which} by string matching",
@@ -596,10 +566,8 @@ def _cell(row: Row, metric: str, factor: float) -> Text:
 
 def _beyond(estimate: Estimate | None) -> Text:
     """A difference of the truncation control, marked where its interval excludes 0."""
-    if estimate is None:
-        return Text("")
-    clear = estimate.low is not None and estimate.high is not None and (estimate.low > 0 or estimate.high < 0)
-    return Text(figure(estimate, 100, signed=True) + (" *" if clear else ""), style="bold" if clear else "dim")
+    said = "" if estimate is None else beyond(estimate)
+    return Text(said, style="bold" if said.endswith("*") else "dim")
 
 
 def legend(comparison: Comparison) -> str:

@@ -23,16 +23,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vlmfix.eval import plots
 from vlmfix.eval.chair import CaptionScore, explain
 from vlmfix.eval.report import (
+    MARKS,
     MEANING,
     YES_NO,
     Rate,
     Study,
     confusion,
+    deviation_text,
     flags,
     interval,
     number,
     object_rates,
     p_text,
+    published_table,
     resolution,
     rule,
     words,
@@ -153,7 +156,7 @@ def _listed(names: Iterable[object]) -> str:
 
 
 def _title(study: Study) -> str:
-    return f"{study.comparison.benchmark.title}, model {study.comparison.model}"
+    return f"{study.comparison.title}, model {study.comparison.model}{study.comparison.testing}"
 
 
 def _origin(studies: Sequence[Study]) -> str:
@@ -164,7 +167,7 @@ def _origin(studies: Sequence[Study]) -> str:
     facts = [
         f"Model {_listed(i['model'] for i in identities)}",
         f"methods {_listed(run.label for run in runs)}",
-        f"benchmarks {_listed(study.comparison.benchmark.title for study in studies)}",
+        f"benchmarks {_listed(study.comparison.title for study in studies)}",
         f"pictures {_listed(i['data'] for i in identities)}"
         + _listed(f", only the first {i['limit']}" for i in identities if i.get("limit")),
         f"answered {days[0] if days[0] == days[-1] else f'{days[0]} to {days[-1]}'}" if days else "",
@@ -179,13 +182,13 @@ def _part(i: int, study: Study, gallery: int, sample: int, seed: int) -> str:
         paragraphs += f'<p class="quiet">{text(" ".join(filter(None, [rule(study), resolution(study)])))}</p>'
     return (
         f'<section id="part{i}"><h2>{text(_title(study))}, {study.pictures} pictures</h2>{paragraphs}{_flags(study)}'
-        f"{_tables(study)}{_control(study)}{_plots(study)}{_confusion(study)}{_objects(study)}"
+        f"{_tables(study)}{_published(study)}{_control(study)}{_plots(study)}{_confusion(study)}{_objects(study)}"
         f"{_gallery(study, gallery, sample, seed)}{_provenance(study)}</section>\n"
     )
 
 
 def _flags(study: Study) -> str:
-    found = [*flags(study), *study.comparison.notes]
+    found = [*filter(None, [deviation_text(study.comparison)]), *flags(study), *study.comparison.notes]
     return '<div class="flags"><ul>' + "".join(f"<li>{_coded(f)}</li>" for f in found) + "</ul></div>" if found else ""
 
 
@@ -241,6 +244,16 @@ def _tables(study: Study) -> str:
             parts.append(_table(["", *map(_code, methods)], apart, f"{title}difference to untouched"))
         parts.append("</div>")
     return "".join(parts)
+
+
+def _published(study: Study) -> str:
+    """What others report for the protocol."""
+    head, body = published_table(study.comparison)
+    if not body:
+        return ""
+    caption = f"LLaVA-1.5-7B, in percent; {text(MARKS)}"
+    cells = [[text(cell) or "–" for cell in line] for line in body]
+    return f"<h3>Published figures of this protocol</h3>{_table([text(name) for name in head], cells, caption)}"
 
 
 def _estimates(study: Study, rows: Sequence[Row]) -> Iterable[list[str]]:

@@ -158,7 +158,8 @@ def test_comparison_and_tables(runs):
         assert none.estimates[metric].low <= none.estimates[metric].value <= none.estimates[metric].high
     assert chair.notes == ["testing only: the first 24 pictures"]
     markdown = report.markdown(chair)
-    assert "| CHAIR (rohrbach), 24 pictures | CHAIR_S % |" in markdown and "| `vhr` |" in markdown
+    assert "| CHAIR (rohrbach), 24 pictures (testing only: --limit 24) | `none` | `vhr` |" in markdown
+    assert "| CHAIR_S % |" in markdown and "| CHAIR_S % at equal recall |" in markdown
     data = json.loads(json.dumps(chair.to_json()))
     assert data["rows"][1]["differences"]["CHAIR_S"]["n"] == 24 and len(data["runs"]) == 2
 
@@ -228,8 +229,8 @@ def test_scoring_imports_no_torch(runs):
 def test_the_same_answers_scored_in_another_way(runs):
     usual = compare(runs, 10)
     strict = compare(runs, 10, {"chair": "strict", "pope": "lmms_eval"})
-    assert [c.benchmark.title for c in usual] == ["CHAIR (rohrbach)", "POPE"]
-    assert [c.benchmark.title for c in strict] == ["CHAIR (strict)", "POPE (parser lmms_eval)"]
+    assert [c.title for c in usual] == ["CHAIR (rohrbach)", "POPE"]
+    assert [c.title for c in strict] == ["CHAIR (strict)", "POPE (parser lmms_eval)"]
     assert strict[0].to_json()["scoring"] == "strict"
     with pytest.raises(ValueError, match="did you mean 'rohrbach'"):
         compare(runs, 10, {"chair": "rorbach"})

@@ -148,7 +148,9 @@ def test_order_of_the_method_does_not_matter():
 
 
 def test_resamples_draw_whole_images():
-    draws = truncation._draws(7, 300, seed=3)
+    first, *blocks = truncation._draws(7, 300, seed=3)
+    assert (first == 1).all() and first.shape == (1, 7)
+    draws = np.concatenate(blocks)
     assert draws.shape == (300, 7)
     assert (draws.sum(axis=1) == 7).all()
     assert np.array_equal(draws[5], np.bincount(np.random.default_rng(3).integers(0, 7, (300, 7))[5], minlength=7))

@@ -279,7 +279,8 @@ class Attachment:
         guides = [(i, e) for i, e in self._in_force() if e.acts_at("logits")]
         if guides:
             given = kwargs.get("logits_processor") or []
-            kwargs["logits_processor"] = LogitsProcessorList([*given, _LogitsStage(self, guides)])
+            chain = sorted([*given, _LogitsStage(self, guides)], key=lambda one: getattr(one, "listens", False))
+            kwargs["logits_processor"] = LogitsProcessorList(chain)
         inputs = {k: v for k, v in {"input_ids": args[0] if args else None, **kwargs}.items() if isinstance(v, Tensor)}
         outer, self._local.scope = self._local.scope, _Scope(inputs, prompt_end, image_mask, n_beams)
         try:

@@ -36,6 +36,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 ModelName = Annotated[str, typer.Option("--model", help="tiny, tiny-sinks (embedded), a Hub id, or a local folder.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to from_pretrained, for instance auto.")]
+VARIANT_HELP = "chair: rohrbach (default), opera, opera_approx, inflect, strict."
+PARSER_HELP = "How answers are read: pope, strict, margin (the first token's probabilities), ..."
+SIMILARITY_HELP = "amber_captions: off (default), or spacy:MODEL; the official one is spacy:en_core_web_lg."
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit; needs bitsandbytes.")]
 
 
@@ -150,18 +153,55 @@ def ask(
 @app.command(name="eval")
 def evaluate(
     model: ModelName = "tiny",
-    benchmark: Annotated[str, typer.Option(help="chair, pope, or both.")] = "chair,pope",
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="chair, pope, amber, amber_captions, mme, hallusionbench, dashb, yesno (your own); several with "
+            "commas. Default: the protocol's, else chair,pope."
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "none,var,vhr",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Named set-up, such as pai-512 or vcd-pope (`vlmfix protocols`); other options override it."),
+    ] = None,
     data: Annotated[
-        str, typer.Option(help="scenes or photos (embedded), or a folder with images/, instances.json, captions.json.")
-    ] = "scenes",
+        str | None,
+        typer.Option(
+            help="scenes (default) or photos, embedded; coco, aokvqa, gqa, coco_first_release, with --images; hf:NAME, "
+            "from the Hub; or a folder: images/ with instances.json and captions.json, or a benchmark's original files."
+        ),
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures, such as val2014.")] = None,
+    which: Annotated[
+        str | None,
+        typer.Option("--list", help="Which pictures: first500, opera500, sorted-seed-0, ..., a file of ids."),
+    ] = None,
+    questions: Annotated[str | None, typer.Option(help="File (mme: folder) with the questions.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for answers and results.")] = Path("runs"),
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: the benchmark's (chair 512, pope 8).")
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask; {question} is where a benchmark's own question goes.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="model (the processor's own), or of LLaVA-1.5: vicuna_v1, llava_v1, pai, opera, ..."),
+    ] = None,
+    decoding: Annotated[
+        str | None, typer.Option(help="greedy (default), beam5, sample, sample:temperature=1,top_p=0.9, or checkpoint.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
+    variant: Annotated[str | None, typer.Option(help=VARIANT_HELP)] = None,
+    parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    similarity: Annotated[str | None, typer.Option(help=SIMILARITY_HELP)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures; for trying out.")] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Add each method's negative controls.")] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Start a new run beside an unfinished one that was asked otherwise.")
+    ] = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
@@ -170,19 +210,54 @@ def evaluate(
     """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
     with sentences():
         from vlmfix.eval.benchmarks import benchmark as find_benchmark
-        from vlmfix.eval.data import Data
+        from vlmfix.eval.data import WHERE, Data
+        from vlmfix.eval.protocols import MODEL, find_protocol, generation
         from vlmfix.intervention import parse, split_methods
 
-        benches = [find_benchmark(name.strip()) for name in benchmark.split(",") if name.strip()]
+        preset = find_protocol(protocol)
+        if preset is not None and data is None and images is None:
+            raise ValueError(
+                f"protocol {preset.name} asks about photos of COCO val2014: name their folder with --images "
+                f"({WHERE['coco']}), or try it on other pictures, such as --data scenes"
+            )
+        names = [
+            n.strip() for n in (benchmark or (preset.benchmark if preset else "chair,pope")).split(",") if n.strip()
+        ]
+        if preset is not None and names != [preset.benchmark]:
+            raise ValueError(f"protocol {preset.name} is of {preset.benchmark}; leave out --benchmark")
+        scoring = scoring_of(variant, parser, similarity)
+        own_prompt = prompt if prompt is not None else preset.prompt if preset else None
+        first = (preset.scoring if preset else (None,))[0]
+        benches = [find_benchmark(name, scoring.get(name, first), own_prompt) for name in names]
         methods = [parse(spec) for spec in split_methods(method)]
         if controls:
-            methods += [(control,) for found in methods if len(found) == 1 for control in found[0].controls()]
+            methods += [
+                (*found[:i], control, *found[i + 1 :])
+                for found in methods
+                for i, one in enumerate(found)
+                for control in one.controls()
+            ]
         if not benches or not methods:
             raise ValueError("nothing to do: give at least one benchmark and one method")
-        pictures = Data.load(data, limit)
+        if data is None:
+            data = "coco" if preset or which else "scenes"
+        if which is None and preset is not None and data == "coco":
+            which = preset.images
+        if data.startswith("hf:"):
+            from vlmfix.eval.hub import fetch
+
+            pictures = Data.load(str(fetch(data, names)), limit, which, images, questions)
+        else:
+            pictures = Data.load(data, limit, which, images, questions)
         for bench in benches:
             bench.items(pictures)
+        decoding = decoding or (preset.decoding if preset else "greedy")
+        seed = seed if seed is not None else preset.seed if preset else 0
+        generation(decoding)
         loaded, processor = load_model(model, dtype, device_map, quantize)
+        if template is None:
+            fits = preset is not None and getattr(processor, "image_token", None) == "<image>"
+            template = preset.template if preset and fits else MODEL
         from vlmfix.eval.runner import Workers, answer_all
 
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
@@ -193,14 +268,25 @@ def evaluate(
                     for interventions in methods:
                         run = answer_all(
                             loaded, processor, interventions, bench, pictures, output, batch_size=batch_size,
-                            max_new_tokens=max_new_tokens, progress=progress, command=command, workers=workers,
+                            max_new_tokens=max_new_tokens or (preset.max_new_tokens if preset else None),
+                            decoding=decoding, template=template, seed=seed,
+                            protocol=protocol, beside=beside, progress=progress, command=command, workers=workers,
                         )  # fmt: skip
                         runs.append(run)
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
     if workers.rank == 0:
-        show_comparison(runs, as_json)
+        show_comparison(runs, as_json, scoring)
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
+
+
+def scoring_of(variant: str | None, parser: str | None, similarity: str | None) -> dict[str, str]:
+    """How answers to each benchmark are judged, where that is told."""
+    from vlmfix.eval.benchmarks import BENCHMARKS, YesNo
+
+    asked = {"chair": variant, "amber_captions": similarity}
+    asked |= {name: parser for name, cls in BENCHMARKS.items() if isinstance(cls, type) and issubclass(cls, YesNo)}
+    return {name: how for name, how in asked.items() if how is not None}
 
 
 @app.command()
@@ -215,9 +301,7 @@ def score(
             help="What the files answer: chair, pope, amber, mme, hallusionbench, dashb, or yesno (your own)."
         ),
     ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="chair: rohrbach (default), opera, opera_approx, inflect, strict.")
-    ] = None,
+    variant: Annotated[str | None, typer.Option(help=VARIANT_HELP)] = None,
     truth: Annotated[
         str | None, typer.Option(help="chair: coco (COCO 2014, default), or a file or folder of annotations.")
     ] = None,
@@ -225,7 +309,8 @@ def score(
     key: Annotated[
         str | None, typer.Option("--caption-key", "--answer-key", help="Key of the text in the files.")
     ] = None,
-    parser: Annotated[str | None, typer.Option(help="How answers are read: pope, strict, margin, ...")] = None,
+    parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    similarity: Annotated[str | None, typer.Option(help=SIMILARITY_HELP)] = None,
     source: Annotated[str | None, typer.Option(help="pope: coco (default), aokvqa, gqa, coco_first_release.")] = None,
     split: Annotated[
         str | None,
@@ -243,7 +328,7 @@ def score(
     """
     asked: dict[str, Any] = {
         "variant": variant, "truth": truth, "synonyms": synonyms, "key": key, "parser": parser, "source": source,
-        "split": split, "questions": questions, "labels": labels,
+        "split": split, "questions": questions, "labels": labels, "similarity": similarity,
     }  # fmt: skip
     if benchmark is not None:
         with sentences():
@@ -252,7 +337,7 @@ def score(
     with sentences():
         from vlmfix.eval.results import RECORDS, Run
 
-        asked |= {"baseline": baseline, "explain": explain, "variant": None, "parser": None}
+        asked |= {"baseline": baseline, "explain": explain, "variant": None, "parser": None, "similarity": None}
         if given := [name for name, value in asked.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: only with --benchmark, for files that are no runs of `vlmfix eval`")
         if plain := next((path for path in files if path.is_file() and path.name != RECORDS), None):
@@ -260,8 +345,7 @@ def score(
                 f"{plain} is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"
             )
         runs = [Run.read(path) for path in files]
-    scoring = {name: how for name, how in (("chair", variant), ("pope", parser)) if how is not None}
-    show_comparison(runs, as_json, scoring)
+    show_comparison(runs, as_json, scoring_of(variant, parser, similarity))
 
 
 def score_files(
@@ -342,7 +426,7 @@ def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] 
     for comparison in comparisons:
         for table in report.tables(comparison):
             console.print(table)
-        for note in comparison.notes:
+        for note in filter(None, [report.deviation_text(comparison), *comparison.notes]):
             console.print(note, markup=False, soft_wrap=True)
         console.print()
     console.print(report.LEGEND, markup=False, soft_wrap=True)
@@ -378,6 +462,24 @@ def methods(
 
 
 @app.command()
+def protocols(as_json: Json = False) -> None:
+    """List the named set-ups of `vlmfix eval --protocol`: pictures, prompt, budget, decoding, scorer, source."""
+    from dataclasses import asdict
+
+    from vlmfix.eval.protocols import PROTOCOLS, published
+
+    if as_json:
+        rows = [{**asdict(p), "published": [asdict(one) for one in published(p.name)]} for p in PROTOCOLS.values()]
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return
+    table = Table("name", "pictures", "prompt", "template", "tokens", "decoding", "scorer", "source", show_lines=True)
+    for p in PROTOCOLS.values():
+        cells = (p.name, p.images or "pope500", p.prompt, p.template, str(p.max_new_tokens), p.decoding)
+        table.add_row(*map(Text, (*cells, ", ".join(p.scoring), p.source)))
+    out().print(table)
+
+
+@app.command()
 def demo(
     model: ModelName = "tiny",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
@@ -394,7 +496,7 @@ def demo(
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar() -> Iterator[Callable[[str, int, int, str], None]]:
     """A bar on stderr in a terminal; plain lines otherwise."""
     if not err.is_terminal:
         from vlmfix.eval.runner import PlainProgress
@@ -405,10 +507,19 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+
+    class RateColumn(ProgressColumn):
+        """Answers a second."""
+
+        def render(self, task: Task) -> Text:
+            """`3.2/s`."""
+            return Text("" if task.finished or not task.speed else f"{task.speed:.1f}/s")
 
     columns = (
         TextColumn("{task.description}"),
@@ -416,14 +527,16 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        RateColumn(),
+        TextColumn("{task.fields[figure]}"),
     )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 
-        def tell(label: str, done: int, total: int) -> None:
+        def tell(label: str, done: int, total: int, figure: str = "") -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done)
+                tasks[label] = bars.add_task(label, total=total, completed=done, figure=figure)
+            bars.update(tasks[label], completed=done, figure=figure)
 
         yield tell
 
