@@ -145,7 +145,7 @@ class YesNo(Benchmark):
         **_percent("accuracy", "precision", "recall", "F1", "yes_ratio"),
         "MCC": ("", 1.0),
     }
-    metrics = yesno.METRICS
+    metrics: ClassVar[Mapping[str, Metric]] = yesno.METRICS
     max_new_tokens = 8
     running = "accuracy"
     parser: ClassVar[str]
@@ -327,7 +327,7 @@ class HallusionBench(_Original):
     metrics = hallusion.METRICS
     max_new_tokens = 64
     running = "aAcc"
-    counting = hallusion
+    counting: ClassVar[Any] = hallusion
     where = "the figures of HallusionBench are linked at https://github.com/tianyi-lab/HallusionBench"
 
     def read(self, data: Data) -> Sequence[Any]:

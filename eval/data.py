@@ -223,6 +223,15 @@ class Folder(Data):
         return hashlib.sha256(json.dumps(["folder", self.limit]).encode()).hexdigest()[:16]
 
 
+class Elsewhere(Data):
+    """Pictures that are not here: only what was said about them is."""
+
+    @cached_property
+    def images(self) -> dict[int, Path]:
+        """None."""
+        return {}
+
+
 @cache
 def _truth(folder: Path, variant: str) -> chair.GroundTruth:
     own, captions = folder / "synonyms.txt", folder / "captions.json"

@@ -22,7 +22,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.eval import chair, stats
+from vlmfix.eval import amber_captions, chair, stats
 from vlmfix.eval.benchmarks import Group
 from vlmfix.eval.chair import CaptionScore
 from vlmfix.eval.data import Data
@@ -189,6 +189,29 @@ def deviation_text(comparison: Comparison) -> str:
     return f"{said} (source: {protocol.source}){stand_in}"
 
 
+def verdicts(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """How each answer was read and judged, ready for JSON; a question in several groups stands once."""
+    for run, groups in zip(comparison.runs, comparison.groups, strict=True):
+        seen = set()
+        for score in (score for group in groups for score in group.scores):
+            if id(score) not in seen:
+                seen.add(id(score))
+                yield {"benchmark": comparison.title, "method": run.label, **explain(score)}
+
+
+def explain(score: Any) -> dict[str, Any]:
+    """One verdict, ready for JSON."""
+    if isinstance(score, CaptionScore):
+        return chair.explain(score)
+    if isinstance(score, amber_captions.CaptionScore):
+        return amber_captions.explain(score)
+    question = score.question
+    return {
+        **{"id": question.id, "image": question.image, "question": question.text, "group": question.group},
+        **{"label": question.label, "answer": score.answer, "prediction": score.prediction, "correct": score.correct},
+    }
+
+
 def markdown(comparison: Comparison) -> str:
     """The same as Markdown."""
     found = []
@@ -295,6 +318,11 @@ class Study:
     def base(self) -> int | None:
         """Which run is the untouched model's."""
         return next((i for i, run in enumerate(self.comparison.runs) if run.untouched), None)
+
+    @property
+    def baseline(self) -> str:
+        """What the others are compared with; a name stands between backticks."""
+        return self.comparison.baseline
 
     @property
     def columns(self) -> dict[str, tuple[str, float]]:
@@ -493,10 +521,10 @@ def p_text(p: float | None) -> str:
 def words(study: Study) -> list[str]:
     """What the figures say, a paragraph for each method; names of methods stand between backticks."""
     if study.base is None:
-        return ["No run of the untouched model is among these, so there is nothing to tell a difference from."]
+        return [f"No run of {study.baseline} is among these, so there is nothing to tell a difference from."]
     methods = [i for i, run in enumerate(study.comparison.runs) if not run.untouched]
     if not methods:
-        return ["Only the untouched model was run; there is nothing to compare it with."]
+        return [f"There is only {study.baseline}, and nothing to compare it with."]
     return [_about(study, i) for i in methods]
 
 
@@ -504,7 +532,7 @@ def _about(study: Study, i: int) -> str:
     name = f"`{study.names[i]}`"
     if study.same_answers(i):
         n = len(study.comparison.runs[i].records)
-        return f"{name} answers word for word as the untouched model does, all {n} times: it changes nothing here."
+        return f"{name} answers word for word as {study.baseline} does, all {n} times: it changes nothing here."
     shown = [v for v in study.verdicts if v.method == study.names[i] and v.metric in study.comparison.benchmark.columns]
     kinds: dict[str, Callable[[Verdict], bool]] = {
         "really better": lambda v: v.better is True,
@@ -521,7 +549,7 @@ def _about(study: Study, i: int) -> str:
     if not real:
         parts = [f"no difference is real ({rest})"]
     elif rest:
-        parts.append(f"not told apart from the untouched model in {rest}")
+        parts.append(f"not told apart from {study.baseline} in {rest}")
     return f"{name}: {'; '.join(parts)}. {_against_cuts(study, i)}".strip()
 
 
@@ -556,12 +584,12 @@ def _against_cuts(study: Study, i: int) -> str:
     if control is None:
         return ""
     if control.status == "outside":
-        return "Its recall is below that of every cut of the untouched model's captions: there is no fair comparison."
+        return f"Its recall is below that of every cut of {study.baseline}'s captions: there is no fair comparison."
     gap = figure(control.chair_s, 100, signed=True).replace(" [", " points [", 1)
     if control.status == "inside":
-        against = f"captions of the untouched model cut to the same recall (about {control.cut_words or 0:.0f} words)"
+        against = f"captions of {study.baseline} cut to the same recall (about {control.cut_words or 0:.0f} words)"
     else:
-        against = "the untouched model's whole captions, whose recall is lower still"
+        against = f"{study.baseline}'s whole captions, whose recall is lower still"
     if control.below_curve:
         return f"Set against {against}, CHAIR_S is lower by more than chance ({gap}): it does more than saying less."
     if control.chair_s.low is not None and control.chair_s.low > 0:
@@ -609,7 +637,7 @@ def flags(study: Study) -> list[str]:
             longer = length.value / plain.value - 1
             if abs(longer) > 0.3:
                 word = "longer" if longer > 0 else "shorter"
-                found.append(f"`{name}` writes captions {abs(longer):.0%} {word} than the untouched model's.")
+                found.append(f"`{name}` writes captions {abs(longer):.0%} {word} than {study.baseline}'s.")
         objects, mentions = row.differences.get("objects"), row.differences.get("mentions")
         if objects and mentions and (objects.high or 0) < 0 < (mentions.low or 0):
             found.append(
@@ -666,7 +694,7 @@ def _controls_markdown(study: Study) -> str:
         for name, c in zip(study.names, study.controls, strict=True)
         if c is not None
     ]
-    head = "| against the untouched model cut to the same recall | recall % | its CHAIR_S % | its words N\\* "
+    head = f"| against {study.baseline} cut to the same recall | recall % | its CHAIR_S % | its words N\\* "
     head += "| CHAIR_S | CHAIR_I_unique | F1 |\n" + "|---" * 7 + "|"
     return "\n".join([head, *lines]) if lines else ""
 

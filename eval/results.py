@@ -139,10 +139,16 @@ class Comparison:
     """The preset that the runs were asked by."""
     deviations: tuple[str, ...] = ()
     """In what they differ from it."""
+    named: str = ""
+    """The title, where it is not the benchmark's."""
+    baseline: str = "the untouched model"
+    """What the others are compared with."""
 
     @property
     def title(self) -> str:
         """Benchmark, how it is scored, and the protocol, if any: `+` names what deviates from it."""
+        if self.named:
+            return self.named
         return self.benchmark.title + (f" by {self.protocol_name}" if self.protocol else "")
 
     @property

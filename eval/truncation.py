@@ -204,9 +204,10 @@ def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     block = max(1, 4_000_000 // n)
     for start in range(0, resamples, block):
-        rows = min(block, resamples - start)
-        cells = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
-        yield np.bincount(cells.ravel(), minlength=rows * n).reshape(rows, n).astype(float)
+        times = np.empty((min(block, resamples - start), n))
+        for row in times:
+            row[:] = np.bincount(rng.integers(0, n, n), minlength=n)
+        yield times
 
 
 def _figures(columns: Mapping[str, np.ndarray], times: np.ndarray) -> dict[str, np.ndarray]:

@@ -251,7 +251,7 @@ def test_every_verdict_is_explained(tmp_path):
     before = path.read_text()
     assert "is one of the files to read" in sentence(path, "--benchmark", "chair", "--explain", path)
     assert path.read_text() == before
-    assert "cannot write" in sentence(path, "--benchmark", "chair", "--explain", tmp_path / "no" / "such")
+    assert "cannot write" in sentence(path, "--benchmark", "chair", "--explain", path / "such")
     answers = ANSWERS / f"{SPOKEN}.answers.jsonl.gz"
     asked = ("--benchmark", "pope", "--questions", ANSWERS / f"{SPOKEN}.questions.jsonl.gz")
     scored(answers, *asked, "--explain", tmp_path / "verdicts.jsonl")

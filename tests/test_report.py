@@ -215,7 +215,7 @@ def test_without_the_untouched_model(folders):
     assert "nothing to tell a difference from" in report.words(one)[0] and not one.verdicts
     assert "Differences are paired" not in html.page([one])
     (bare,) = studies(folders["none"])
-    assert report.words(bare) == ["Only the untouched model was run; there is nothing to compare it with."]
+    assert report.words(bare) == ["There is only the untouched model, and nothing to compare it with."]
     safe(html.page([bare]))
 
 

@@ -320,6 +320,7 @@ def score(
     labels: Annotated[str | None, typer.Option(help="pope: file with other labels, such as RePOPE's.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="File to compare with; default: the first.")] = None,
     explain: Annotated[Path | None, typer.Option(help="Write every verdict to this file, one JSON line each.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Write a page to read (HTML) to this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score finished answers again, without a model; several are compared in one table.
@@ -332,12 +333,12 @@ def score(
     }  # fmt: skip
     if benchmark is not None:
         with sentences():
-            score_files(files, benchmark, asked, baseline, explain, as_json)
+            score_files(files, benchmark, asked, baseline, explain, page, as_json)
         return
     with sentences():
         from vlmfix.eval.results import RECORDS, Run
 
-        asked |= {"baseline": baseline, "explain": explain, "variant": None, "parser": None, "similarity": None}
+        asked |= {"baseline": baseline, "report": page, "variant": None, "parser": None, "similarity": None}
         if given := [name for name, value in asked.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: only with --benchmark, for files that are no runs of `vlmfix eval`")
         if plain := next((path for path in files if path.is_file() and path.name != RECORDS), None):
@@ -345,7 +346,7 @@ def score(
                 f"{plain} is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"
             )
         runs = [Run.read(path) for path in files]
-    show_comparison(runs, as_json, scoring_of(variant, parser, similarity))
+    show_comparison(runs, as_json, scoring_of(variant, parser, similarity), explain)
 
 
 def score_files(
@@ -354,21 +355,24 @@ def score_files(
     asked: dict[str, Any],
     baseline: Path | None,
     explain: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Score and compare other people's answers; print tables, or JSON with the notes on stderr."""
     from vlmfix.eval import external
 
     read = [Path(path) for path in (*files, baseline, *asked.values()) if path is not None]
-    if explain is not None and explain.exists() and any(path.exists() and explain.samefile(path) for path in read):
-        raise ValueError(f"{explain} is one of the files to read; write the verdicts elsewhere")
+    for written in filter(None, (explain, page)):
+        if written.exists() and any(path.exists() and written.samefile(path) for path in read):
+            raise ValueError(f"{written} is one of the files to read; write elsewhere")
     comparison = external.compare(files, benchmark, external.Options(**asked), baseline)
     if explain is not None:
-        try:
-            with explain.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(verdict) + "\n" for verdict in comparison.verdicts())
-        except OSError as error:
-            raise ValueError(f"cannot write {explain}: {error.strerror or error}") from error
+        write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in comparison.verdicts()))
+    if page is not None:
+        from vlmfix.eval import html
+        from vlmfix.eval.report import study
+
+        write_page(page, html.page([study(comparison.as_runs())]))
     if as_json:
         sys.stdout.write(json.dumps([comparison.to_json()]) + "\n")
     else:
@@ -404,21 +408,31 @@ def report(
         for path, make in texts:
             if path is None:
                 continue
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(make(studies), "utf-8", errors="replace")
-            except OSError as error:
-                raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-            err.print(f"written: {path}", soft_wrap=True, markup=False)
+            write_page(path, make(studies))
 
 
-def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None) -> None:
-    """Print tables, or JSON."""
+def write_page(path: Path, text: str) -> None:
+    """Write a file, and say so. `ValueError` if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+    err.print(f"written: {path}", soft_wrap=True, markup=False)
+
+
+def show_comparison(
+    runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None, explain: Path | None = None
+) -> None:
+    """Print tables, or JSON; write every verdict to `explain`."""
     with sentences():
         from vlmfix.eval import report
         from vlmfix.eval.results import compare
 
         comparisons = compare(runs, scoring=scoring)
+        if explain is not None:
+            verdicts = (verdict for comparison in comparisons for verdict in report.verdicts(comparison))
+            write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
     if as_json:
         sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=False) + "\n")
         return
