@@ -30,6 +30,7 @@ from vlmfix.eval.results import HEADER, Comparison, Row, Run
 from vlmfix.eval.stats import Difference, Estimate
 from vlmfix.eval.truncation import CutCaptions, TruncationControl
 from vlmfix.eval.yesno import AnswerScore
+from vlmfix.intervention import Intervention, parse, spec_of
 
 LEGEND = (
     "95 % intervals: bootstrap over pictures. Second lines: paired difference to the untouched model; "
@@ -279,6 +280,19 @@ class Verdict:
         return (self.difference.value < 0) == (self.metric in LESS_IS_BETTER)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """A method against a negative control of it, in the first figure of the table."""
+
+    method: str
+    control: str
+    """The same push with the selection taken out of it, or turned round."""
+    group: str
+    metric: str
+    difference: Difference
+    """Method minus control."""
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """A comparison with its answers scored one by one, and what they say. Lists go by the comparison's runs."""
@@ -291,6 +305,8 @@ class Study:
     answers: list[list[AnswerScore]]
     """Each different question once; no list where the benchmark asks no questions about objects."""
     verdicts: list[Verdict]
+    against_controls: list[Selection]
+    """Each method against each of its negative controls that was run too."""
 
     @property
     def groups(self) -> list[list[Group]]:
@@ -365,7 +381,39 @@ def study(comparison: Comparison) -> Study:
         captions=captions,
         answers=answers,
         verdicts=_verdicts(comparison.rows, names, comparison.groups, base),
+        against_controls=list(_selections(comparison, names)),
     )
+
+
+def _selections(comparison: Comparison, names: Sequence[str]) -> Iterator[Selection]:
+    """Controls are each other's controls, too: of two such runs the one with the shorter label is the method."""
+    metric = next(iter(comparison.benchmark.columns))
+    metrics = {metric: comparison.benchmark.metrics[metric]}
+    controls: set[int] = set()
+    for i in sorted(range(len(names)), key=lambda i: (len(comparison.runs[i].label), i)):
+        if i in controls:
+            continue
+        wanted = _control_labels(comparison.runs[i].label) - {comparison.runs[i].label}
+        mine = [k for k, other in enumerate(comparison.runs) if other.label in wanted and k not in controls]
+        controls.update(mine)
+        for k in mine:
+            for one, other in zip(comparison.groups[i], comparison.groups[k], strict=False):
+                if one.name == other.name:
+                    apart = stats.differences(one.counts, one.images, other.counts, other.images, metrics)
+                    yield Selection(names[i], names[k], one.name, metric, apart[metric])
+
+
+def _control_labels(label: str) -> set[str]:
+    """Labels of a method's negative controls; none for a label that is no method's here."""
+    try:
+        return {spec_of(control) for control in controls_of(parse(label))}
+    except (ValueError, TypeError):
+        return set()
+
+
+def controls_of(method: Sequence[Intervention]) -> list[tuple[Intervention, ...]]:
+    """Negative controls of a method, also of one that combines several: each part replaced by its control in turn."""
+    return [(*method[:i], control, *method[i + 1 :]) for i, one in enumerate(method) for control in one.controls()]
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -550,7 +598,24 @@ def _about(study: Study, i: int) -> str:
         parts = [f"no difference is real ({rest})"]
     elif rest:
         parts.append(f"not told apart from {study.baseline} in {rest}")
-    return f"{name}: {'; '.join(parts)}. {_against_cuts(study, i)}".strip()
+    said = [f"{name}: {'; '.join(parts)}.", _against_cuts(study, i), *_against_controls(study, i)]
+    return " ".join(filter(None, said))
+
+
+def _against_controls(study: Study, i: int) -> Iterator[str]:
+    """Whether a method does better than its negative controls; and whose control a run is."""
+    name = study.names[i]
+    for one in study.against_controls:
+        if one.method == name:
+            unit, factor = study.columns[one.metric]
+            value = one.difference.value or 0
+            better = value < 0 if one.metric in LESS_IS_BETTER else value > 0
+            verdict = ("better than" if better else "worse than") if one.difference.clear else "not told apart from"
+            told = figure(one.difference, factor, signed=True).replace(" [", " points [" if unit == "%" else " [", 1)
+            where = f" in {one.group}" if one.group else ""
+            yield f"It is {verdict} its negative control `{one.control}`{where} ({one.metric} {told})."
+    if owners := dict.fromkeys(one.method for one in study.against_controls if one.control == name):
+        yield f"It is a negative control of {', '.join(f'`{owner}`' for owner in owners)}."
 
 
 def _figures(study: Study, verdicts: Sequence[Verdict]) -> str:
@@ -712,6 +777,7 @@ def _as_json(study: Study) -> dict[str, Any]:
         **study.comparison.to_json(),
         "methods": study.names,
         "verdicts": [{**asdict(v), "real": v.real, "better": v.better} for v in study.verdicts],
+        "against_controls": [asdict(one) for one in study.against_controls],
         "words": [*words(study), resolution(study)],
         "flags": flags(study),
         "truncation": {

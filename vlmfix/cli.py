@@ -212,6 +212,7 @@ def evaluate(
         from vlmfix.eval.benchmarks import benchmark as find_benchmark
         from vlmfix.eval.data import WHERE, Data
         from vlmfix.eval.protocols import MODEL, find_protocol, generation
+        from vlmfix.eval.report import controls_of
         from vlmfix.intervention import parse, split_methods
 
         preset = find_protocol(protocol)
@@ -231,12 +232,7 @@ def evaluate(
         benches = [find_benchmark(name, scoring.get(name, first), own_prompt) for name in names]
         methods = [parse(spec) for spec in split_methods(method)]
         if controls:
-            methods += [
-                (*found[:i], control, *found[i + 1 :])
-                for found in methods
-                for i, one in enumerate(found)
-                for control in one.controls()
-            ]
+            methods += [control for found in methods for control in controls_of(found)]
         if not benches or not methods:
             raise ValueError("nothing to do: give at least one benchmark and one method")
         if data is None:
