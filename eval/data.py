@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vlmfix.eval import chair, pope
+from vlmfix.eval import chair, hub, pope
 from vlmfix.eval.lists import image_list
 
 EMBEDDED = ("scenes", "photos")
@@ -214,8 +214,20 @@ class Folder(Data):
         raise ValueError(f"data {self.name!r} has no instances.json, so there is no ground truth for captions")
 
     def questions(self, k: int, seed: int) -> Sequence[pope.Question]:
-        """None can be built here."""
-        raise ValueError(f"data {self.name!r} has no instances.json, so no questions can be built")
+        """POPE's questions as they lie here: the file given, or a file of each split (`coco_pope_random.json`)."""
+        if self.asked is not None or (self.folder / hub.QUESTIONS).exists():
+            found = pope.read_questions(self.asked or self.folder / hub.QUESTIONS)
+        else:
+            files = [(split, path) for split in pope.SPLITS for path in sorted(self.folder.glob(f"*{split}*.json*"))]
+            found = [question for split, path in files for question in pope.read_questions(path, split=split)]
+        if not found or {question.split for question in found} - set(pope.SPLITS):
+            raise ValueError(
+                f"data {self.name!r}: {self.folder / 'instances.json'} does not exist, and there are no questions of "
+                f"POPE that name their split ({', '.join(pope.SPLITS)}), in a category or in the name of their file"
+            )
+        kept = set(list(dict.fromkeys(question.image for question in found))[: self.limit])
+        unique = (replace(question, id=f"{question.split}/{question.id}") for question in found)
+        return [question for question in unique if question.image in kept]
 
     @cached_property
     def digest(self) -> str:

@@ -582,6 +582,9 @@ def _about(study: Study, i: int) -> str:
         n = len(study.comparison.runs[i].records)
         return f"{name} answers word for word as {study.baseline} does, all {n} times: it changes nothing here."
     shown = [v for v in study.verdicts if v.method == study.names[i] and v.metric in study.comparison.benchmark.columns]
+    if owner := next((one.method for one in study.against_controls if one.control == study.names[i]), None):
+        first = [v for v in shown if v.metric == shown[0].metric]
+        return f"{name}, a negative control of `{owner}`: {_figures(study, first)} to {study.baseline}."
     kinds: dict[str, Callable[[Verdict], bool]] = {
         "really better": lambda v: v.better is True,
         "really worse": lambda v: v.better is False,
@@ -603,7 +606,7 @@ def _about(study: Study, i: int) -> str:
 
 
 def _against_controls(study: Study, i: int) -> Iterator[str]:
-    """Whether a method does better than its negative controls; and whose control a run is."""
+    """Whether a method does better than its negative controls."""
     name = study.names[i]
     for one in study.against_controls:
         if one.method == name:
@@ -614,8 +617,6 @@ def _against_controls(study: Study, i: int) -> Iterator[str]:
             told = figure(one.difference, factor, signed=True).replace(" [", " points [" if unit == "%" else " [", 1)
             where = f" in {one.group}" if one.group else ""
             yield f"It is {verdict} its negative control `{one.control}`{where} ({one.metric} {told})."
-    if owners := dict.fromkeys(one.method for one in study.against_controls if one.control == name):
-        yield f"It is a negative control of {', '.join(f'`{owner}`' for owner in owners)}."
 
 
 def _figures(study: Study, verdicts: Sequence[Verdict]) -> str:
