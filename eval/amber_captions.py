@@ -109,6 +109,16 @@ def score(
     return [_score(item, nouns[item.id], alike) for item in items]
 
 
+def explain(score: CaptionScore) -> dict[str, object]:
+    """Every verdict on one caption, ready for JSON."""
+    truth, hallu = score.item.truth, score.item.hallu
+    return {
+        **{"id": score.item.id, "image": score.item.image, "nouns": list(score.nouns)},
+        **{"hallucinated": list(score.hallucinated), "covered": [truth[at] for at in sorted(score.covered)]},
+        **{"hit": [hallu[at] for at in sorted(score.hit)]},
+    }
+
+
 def _score(item: Item, nouns: Sequence[str], alike: Similarity) -> CaptionScore:
     truth, hallu = _candidates(item.truth), _candidates(item.hallu)
     kept = tuple(noun for noun in nouns if noun in _vocabulary())

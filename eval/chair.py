@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
@@ -129,6 +130,47 @@ def _objects(tokens: Sequence[Token], vocabulary: Vocabulary) -> list[Mention]:
         for word, first, last in items
         if word in vocabulary.node_of and word != skip
     ]
+
+
+def prefix_objects(
+    words: Sequence[str], lengths: Sequence[int], vocabulary: Vocabulary | None = None, variant: str = "rohrbach"
+) -> list[frozenset[str]]:
+    """The objects that the first so many of a caption's white-space separated words name, for each of the lengths.
+
+    As `mentions` of these words joined by blanks, in one pass where a word's form does not depend on those after it.
+    """
+    vocabulary = vocabulary or _coco_vocabulary()
+    caption = " ".join(words)
+    if variant in _IN_CONTEXT or len(caption.lower()) != len(caption):
+        return [_named(" ".join(words[:n]), vocabulary, variant) for n in lengths]
+    tokens = NORMALISERS[variant](caption)
+    items = list(_join_pairs([token.text for token in tokens], vocabulary.double_words))
+    ends = list(accumulate(map(len, words), lambda end, length: end + 1 + length))  # of each word in the caption
+    found, named, toilet, at = {}, set[str](), False, 0
+    for n in sorted(set(lengths)):
+        end = ends[min(n, len(words)) - 1] if n and words else 0
+        if n and words and _STOP_INSIDE.search(words[min(n, len(words)) - 1]):  # the final stop would be parted from it
+            found[n] = _named(" ".join(words[:n]), vocabulary, variant)
+            continue
+        while at < len(items) and tokens[items[at][2]].end <= end:
+            word = items[at][0]
+            toilet = toilet or word == "toilet"
+            if word in vocabulary.node_of:
+                named.add(word)
+            at += 1
+        alone = tokens[items[at][1]] if at < len(items) else None  # half of a pair that was cut apart
+        halves = {alone.text} if alone is not None and alone.end <= end and alone.text in vocabulary.node_of else set()
+        skip = {"seat"} if toilet or "toilet" in halves else set()
+        found[n] = frozenset(vocabulary.node_of[word] for word in (named | halves) - skip)
+    return [found[n] for n in lengths]
+
+
+_IN_CONTEXT = ("opera", "strict")  # variants in which what follows a word may change it
+_STOP_INSIDE = re.compile(r"""[.!?][\])}>"'»”’]+$""")
+
+
+def _named(caption: str, vocabulary: Vocabulary, variant: str) -> frozenset[str]:
+    return frozenset(mention.node for mention in mentions(caption, vocabulary, variant))
 
 
 def _join_pairs(words: Sequence[str], double_words: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:

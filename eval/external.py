@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,38 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.eval import amber, chair, dash, hallusion, mme, pope, reading, stats, truncation, variants, yesno
-from vlmfix.eval.report import change, figure
-from vlmfix.eval.stats import Difference, Estimate, Metric
+from vlmfix.eval import (
+    amber,
+    amber_captions,
+    chair,
+    dash,
+    hallusion,
+    mme,
+    pope,
+    reading,
+    results,
+    stats,
+    truncation,
+    variants,
+    yesno,
+)
+from vlmfix.eval.benchmarks import (
+    Amber,
+    AmberCaptions,
+    Benchmark,
+    Chair,
+    DashB,
+    Group,
+    HallusionBench,
+    Mme,
+    Own,
+    Pope,
+    YesNo,
+    all_and_groups,
+)
+from vlmfix.eval.data import Elsewhere
+from vlmfix.eval.report import beyond, change, explain, figure
+from vlmfix.eval.stats import Difference, Estimate
 from vlmfix.eval.truncation import TruncationControl
 
 
@@ -48,6 +77,8 @@ class Options:
     """Which of POPE's questions (random, popular, adversarial) or HallusionBench's (with_image_951, all)."""
     questions: str | None = None
     """File, for MME folder, with the questions that were asked."""
+    similarity: str | None = None
+    """When two nouns of AMBER's captions are taken for one: `off` or `spacy:<model>`; `off` by default."""
     labels: str | None = None
     """File with other labels for POPE's questions, such as RePOPE's; questions that it lacks are left out."""
 
@@ -97,6 +128,12 @@ class Comparison:
     notes: Sequence[str]
     scores: Mapping[str, Sequence[Any]]
     """File name -> every caption or answer, as it was read and judged."""
+    bench: Benchmark
+    """The benchmark, as `vlmfix eval` knows it."""
+    parts: Mapping[str, Mapping[str, Part]]
+    """File name -> name of a group -> its counts."""
+    curve: truncation.CutCaptions | None = None
+    """The baseline's captions, cut shorter and shorter."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything that the table shows, and what it rests on."""
@@ -109,9 +146,28 @@ class Comparison:
             "notes": list(self.notes),
         }
 
+    def as_runs(self) -> results.Comparison:
+        """The same in the form of runs, to make a report of."""
+        runs = [_as_run(self, name, row.file) for name in self.parts for row in self.rows if row.method == name]
+        runs = list({run.label: run for run in runs}.values())
+        rows = [
+            results.Row(
+                *(row.method, row.group, len(set(self.parts[row.method][row.group].clusters)), row.estimates),
+                *(row.differences, row.unparsed or 0, row.control),
+            )
+            for row in self.rows
+        ]
+        groups = [
+            [Group(part.group, list(part.clusters), dict(part.counts), part.scores) for part in parts.values()]
+            for parts in self.parts.values()
+        ]
+        return results.Comparison(
+            self.bench, "", rows, list(self.notes), runs, groups, Elsewhere(self.benchmark, Path()), self.curve,
+            named=self.title, baseline=f"`{self.baseline}`",
+        )  # fmt: skip
+
     def verdicts(self) -> Iterator[dict[str, Any]]:
         """How each caption or answer was read and judged, ready for JSON."""
-        explain = chair.explain if self.benchmark == "chair" else _explain
         for method, scores in self.scores.items():
             for score in scores:
                 yield {"method": method, **explain(score)}
@@ -126,33 +182,43 @@ class Part:
     unparsed: int | None
     clusters: Sequence[object]
     counts: Mapping[str, np.ndarray]
+    scores: Sequence[Any] = ()
     asked: frozenset[object] = frozenset()
     """Ids and labels of the questions; only answers to the same ones compare. Empty for captions."""
 
 
-MARGIN = "margin"
-"""In place of a parser: answers are read from the first token's margin."""
+def _as_run(comparison: Comparison, name: str, file: str) -> results.Run:
+    """A file as if it were a run."""
+    method = [] if name == comparison.baseline else [{"name": name, "facts": {}}]
+    identity = {"benchmark": comparison.benchmark, "model": "", "method": method, "data": "", "limit": None}
+    records = [
+        {"id": str(score.image_id), "text": score.caption}
+        if isinstance(score, chair.CaptionScore)
+        else {"id": str(getattr(score, "question", None) and score.question.id), "text": getattr(score, "answer", "")}
+        for score in comparison.scores[name]
+    ]
+    header = {"label": name, "identity": {**identity, "max_new_tokens": None}, "read": dict(comparison.facts)}
+    return results.Run(Path(file), header, records)
+
 
 Score = Callable[[Sequence[Any], Sequence[yesno.Answer], str], Sequence[Any]]
 """Questions, answers and parser -> scores."""
-
-Control = Callable[[Sequence[Any]], TruncationControl | None]
-"""A method's scores -> its truncation control; None where there is nothing to compare recall by."""
 
 
 @dataclass(frozen=True)
 class Setup:
     """How files of one benchmark are read, scored and shown."""
 
+    bench: Benchmark
     title: str
     facts: Mapping[str, Any]
-    columns: Mapping[str, tuple[str, float]]
-    metrics: Mapping[str, Metric]
     read: Callable[[Path], tuple[Sequence[Any], Sequence[str]]]
     """File -> scores of its answers, and what the reader should know about it."""
     parts: Callable[[Sequence[Any]], Sequence[Part]]
     notes: Sequence[str] = ()
-    control: Callable[[Sequence[Any]], Control] | None = None
+    columns: Mapping[str, tuple[str, float]] | None = None
+    """The benchmark's, if None."""
+    against: Callable[[Sequence[Any]], truncation.Against] | None = None
     """The baseline's scores -> the control of others."""
 
 
@@ -184,7 +250,7 @@ def compare(
         notes += [f"{name}: {remark}" for remark in remarks]
     parts = {path: {part.group: part for part in setup.parts(found)} for path, found in scores.items()}
     base = paths[0]
-    control = setup.control(scores[base]) if setup.control and len(paths) > 1 else None
+    against = setup.against(scores[base]) if setup.against and len(paths) > 1 else None
     rows = [
         Row(
             method=name,
@@ -192,24 +258,27 @@ def compare(
             group=group,
             n=part.n,
             unparsed=part.unparsed,
-            estimates=stats.estimates(part.counts, setup.metrics, n_resamples),
+            estimates=stats.estimates(part.counts, setup.bench.metrics, n_resamples),
             differences=None if path == base else _differences(part, parts[base].get(group), setup, n_resamples),
-            control=control(scores[path]) if control and path != base else None,
+            control=against.control(scores[path]) if against and path != base else None,
         )
         for path, name in names.items()
         for group, part in parts[path].items()
     ]
     notes += [note for row in rows if row.file != str(base) for note in _row_notes(row, names[base])]
     scored = {name: scores[path] for path, name in names.items()}
+    curve = against.cut() if against and any(score.truth for score in scores[base]) else None
+    by_name = {name: parts[path] for path, name in names.items()}
     return Comparison(
-        benchmark, setup.title, setup.facts, setup.columns, names[base], rows, list(dict.fromkeys(notes)), scored
-    )
+        benchmark, setup.title, setup.facts, setup.columns or setup.bench.columns, names[base], rows,
+        list(dict.fromkeys(notes)), scored, setup.bench, by_name, curve,
+    )  # fmt: skip
 
 
 def _differences(part: Part, base: Part | None, setup: Setup, n_resamples: int) -> dict[str, Difference] | None:
     if base is None or part.asked != base.asked:
         return None
-    return stats.differences(part.counts, part.clusters, base.counts, base.clusters, setup.metrics, n_resamples)
+    return stats.differences(part.counts, part.clusters, base.counts, base.clusters, setup.bench.metrics, n_resamples)
 
 
 def _row_notes(row: Row, base: str) -> Iterator[str]:
@@ -217,7 +286,7 @@ def _row_notes(row: Row, base: str) -> Iterator[str]:
         yield f"{row.method}: not compared in {row.group or 'all'}, where {base} answers other questions"
     elif row.left_out:
         yield f"{row.method}: compared on the {row.common} images in common with {base}, {row.left_out} left out"
-    if row.unparsed is None and row.control is None:
+    if row.differences is not None and "CHAIR_S" in row.differences and row.control is None:
         yield f"{row.method}: no truncation control, as no image in common with {base} has an object"
     elif row.control and row.control.status == "recall above vanilla":
         yield f"{row.method}: its recall is above that of {base}, so it is held against {base}'s uncut captions"
@@ -266,10 +335,6 @@ def _setup(benchmark: str, options: Options) -> Setup:
     return setup(options)
 
 
-def _percent(*names: str) -> dict[str, tuple[str, float]]:
-    return {name: ("%", 100.0) for name in names}
-
-
 def _chair(options: Options) -> Setup:
     asked = "rohrbach" if options.variant is None else options.variant
     chair.check_variant(asked)
@@ -293,72 +358,40 @@ def _chair(options: Options) -> Setup:
     return Setup(
         title=f"CHAIR ({label})",
         facts={"variant": label, "truth": origin},
-        columns={
-            **_percent("CHAIR_S", "CHAIR_I", "CHAIR_I_unique", "recall", "precision", "F1"),
-            **{"words": ("", 1.0), "objects": ("", 1.0), "repetition": ("%", 100.0)},
-        },
-        metrics={**chair.METRICS, "objects": lambda n: chair.ratio(n["unique_mentions"], n["captions"])},
+        bench=Chair(variant),
         read=read,
-        parts=lambda scores: [Part("", len(scores), None, chair.clusters(scores), chair.counts(scores))],
+        parts=lambda scores: [Part("", len(scores), None, chair.clusters(scores), chair.counts(scores), scores)],
         notes=list(filter(None, (line, bare))),
-        control=partial(_control, truth=truth, vocabulary=vocabulary, variant=variant),
+        against=lambda base: truncation.Against(base, truth, vocabulary, variant),
     )
-
-
-def _control(
-    base: Sequence[chair.CaptionScore],
-    truth: chair.GroundTruth,
-    vocabulary: chair.Vocabulary | None,
-    variant: str,
-) -> Control:
-    """Truncation control on the images that a method and the base have in common."""
-
-    @cache
-    def cut(images: frozenset[int]) -> truncation.CutCaptions:
-        captions = [(score.image_id, score.caption) for score in base if score.image_id in images]
-        return truncation.cut_captions(captions, truth, vocabulary, variant)
-
-    def control(scores: Sequence[chair.CaptionScore]) -> TruncationControl | None:
-        common = frozenset(chair.clusters(base)) & frozenset(chair.clusters(scores))
-        if not any(truth[image] for image in common):
-            return None
-        fewer = 20_000_000 // len(common)  # a table of this many draws fits into memory
-        method = [score for score in scores if score.image_id in common]
-        return truncation.truncation_control(cut(common), method, resamples=min(truncation.RESAMPLES, fewer))
-
-    return control
 
 
 def _yes_no(
     title: str,
     options: Options,
-    parser: str,
-    columns: Mapping[str, tuple[str, float]],
+    kind: type[YesNo],
     read: Callable[[Path, Score, str], tuple[Sequence[Any], Sequence[str]]],
     *,
-    metrics: Mapping[str, Metric] = yesno.METRICS,
+    columns: Mapping[str, tuple[str, float]] | None = None,
     parts: Callable[[Sequence[Any]], Sequence[Part]] | None = None,
     score: Score = yesno.score_answers,
     facts: Mapping[str, Any] | None = None,
 ) -> Setup:
-    """What all yes/no benchmarks share. `parser` is the default; `read` takes a file, how to score, and the parser."""
-    parser = parser if options.parser is None else options.parser
-    if parser == MARGIN:
-        rule, score = "the first token's margin, log p(yes) - log p(no): yes above 0", _score_margins
-    elif parser in yesno.PARSERS:
-        unparsed = {"never": "", "wrong": "; unparsed answers are wrong", "dropped": "; unparsed answers are left out"}
-        rule = yesno.PARSERS[parser].rule + unparsed[yesno.PARSERS[parser].unparsed]
-    else:
-        hint, known = yesno.did_you_mean(parser, yesno.PARSERS), (*yesno.PARSERS, MARGIN)
+    """What all yes/no benchmarks share. `read` takes a file, how to score, and the parser."""
+    parser = kind.parser if options.parser is None else options.parser
+    if parser == yesno.MARGIN:
+        score = _score_margins
+    elif parser not in yesno.PARSERS:
+        hint, known = yesno.did_you_mean(parser, yesno.PARSERS), (*yesno.PARSERS, yesno.MARGIN)
         raise ValueError(f"{parser!r} is no parser{hint}; there are {', '.join(known)}.")
     return Setup(
         title=f"{title}, parser {parser}",
         facts={"parser": parser, **(facts or {})},
+        bench=kind(parser),
         columns=columns,
-        metrics=metrics,
         read=lambda path: read(path, score, parser),
         parts=parts or _by_group,
-        notes=[f"parser {parser}: {rule}"],
+        notes=[f"parser {parser}: {yesno.rule(parser)}"],
     )
 
 
@@ -366,18 +399,11 @@ def _score_margins(questions: Sequence[Any], answers: Sequence[yesno.Answer], pa
     return yesno.score_margins(questions, answers)
 
 
-def _explain(score: Any) -> dict[str, Any]:
-    question = score.question
-    return {
-        **{"id": question.id, "image": question.image, "question": question.text, "group": question.group},
-        **{"label": question.label, "answer": score.answer, "prediction": score.prediction, "correct": score.correct},
-    }
-
-
 def _part(group: str, scores: Sequence[Any], counting: Any = yesno) -> Part:
     unparsed = sum(score.prediction is None for score in scores)
     asked = frozenset((score.question.id, score.question.label) for score in scores)
-    return Part(_printable(group), len(scores), unparsed, counting.clusters(scores), counting.counts(scores), asked)
+    columns = counting.counts(scores)
+    return Part(_printable(group), len(scores), unparsed, counting.clusters(scores), columns, scores, asked)
 
 
 def _by_group(scores: Sequence[yesno.AnswerScore]) -> list[Part]:
@@ -385,10 +411,7 @@ def _by_group(scores: Sequence[yesno.AnswerScore]) -> list[Part]:
 
 
 def _all_and_groups(scores: Sequence[Any], counting: Any = yesno) -> list[Part]:
-    groups = yesno.by_group(scores)
-    if len(groups) == 1:
-        return [_part(group, part, counting) for group, part in groups.items()]
-    return [_part("all", scores, counting), *(_part(group, part, counting) for group, part in groups.items())]
+    return [_part(group, part, counting) for group, part in all_and_groups(scores).items()]
 
 
 def _all(scores: Sequence[yesno.AnswerScore]) -> list[Part]:
@@ -434,8 +457,7 @@ def _pope(options: Options) -> Setup:
     return _yes_no(
         f"POPE {edition}{relabelled}",
         options,
-        "pope",
-        {**_percent("accuracy", "precision", "recall", "F1", "yes_ratio"), "MCC": ("", 1.0)},
+        Pope,
         read,
         facts=facts,
     )
@@ -464,8 +486,28 @@ def _amber(options: Options) -> Setup:
     def parts(scores: Sequence[yesno.AnswerScore]) -> list[Part]:
         return [_part(group, part) for group, part in amber.groups(scores).items() if part]
 
-    columns = {**_percent("accuracy", "precision", "recall", "F1", "yes_ratio"), "MCC": ("", 1.0)}
-    return _yes_no("AMBER", options, "strict", columns, read, metrics=amber.METRICS, parts=parts)
+    return _yes_no("AMBER", options, Amber, read, parts=parts)
+
+
+def _amber_captions(options: Options) -> Setup:
+    bench = AmberCaptions(options.similarity or "off")
+    items = {str(item.id): item for item in amber_captions.load()}
+
+    def read(path: Path) -> tuple[Sequence[Any], list[str]]:
+        entries = yesno.read_answers(path, key=options.key)
+        said = {str(answer.id): answer.text or "" for answer in entries if str(answer.id) in items}
+        if not said:
+            raise ValueError(f"{len(entries)} entries, none of them describes one of AMBER's pictures, ids 1 to 1004.")
+        asked = [items[key] for key in said]
+        nouns = amber_captions.nltk_nouns({item.id: said[str(item.id)] for item in asked})
+        left = [f"{len(said)} of {len(items)} pictures are described"] if len(said) < len(items) else []
+        return amber_captions.score(asked, nouns, bench.scoring), left
+
+    def parts(scores: Sequence[amber_captions.CaptionScore]) -> list[Part]:
+        of = amber_captions
+        return [Part("", len(scores), None, of.clusters(scores), of.counts(scores), scores)]
+
+    return Setup(bench, bench.title, {"nouns": "nltk", "similarity": bench.scoring}, read, parts, bench.notes)
 
 
 def _mme(options: Options) -> Setup:
@@ -483,8 +525,7 @@ def _mme(options: Options) -> Setup:
             scores = score(asked, yesno.read_answers(path, key=options.key), parser)
         return scores, [f"{sum(mme.task_scores(scores).values()):.1f} of 800 points"]
 
-    columns = {"score": ("", 1.0), **_percent("accuracy", "accuracy_plus", "precision", "recall", "yes_ratio")}
-    return _yes_no("MME", options, "mme", {**columns, "MCC": ("", 1.0)}, read, metrics=mme.METRICS)
+    return _yes_no("MME", options, Mme, read)
 
 
 def _hallusion(options: Options) -> Setup:
@@ -500,15 +541,13 @@ def _hallusion(options: Options) -> Setup:
         left_out = [f"{n} answers to questions without a figure left out"] if (n := len(answers) - len(said)) else []
         return score(questions, said, parser), left_out
 
-    if options.parser == MARGIN:
+    if options.parser == yesno.MARGIN:
         raise ValueError("HallusionBench is counted from texts; give a parser, not the margin.")
     return _yes_no(
         f"HallusionBench {which} by string matching",
         options,
-        "sentence",
-        _percent("aAcc", "fAcc", "qAcc", "easy", "hard", "consistency"),
+        HallusionBench,
         read,
-        metrics=hallusion.METRICS,
         parts=partial(_all_and_groups, counting=hallusion),
         score=hallusion.score,
         facts={"split": which},
@@ -524,8 +563,7 @@ def _dash(options: Options) -> Setup:
         answers = yesno.read_answers(path, key=options.key, id_keys=("object_name", "img_id"))
         return score(questions, answers, parser), []
 
-    columns = {**_percent("accuracy", "TPR", "TNR", "harmonic_mean", "yes_ratio"), "MCC": ("", 1.0)}
-    return _yes_no("DASH-B", options, "dashb", columns, read, metrics=dash.METRICS, parts=_all)
+    return _yes_no("DASH-B", options, DashB, read, parts=_all)
 
 
 def _own(options: Options) -> Setup:
@@ -538,16 +576,15 @@ def _own(options: Options) -> Setup:
     def read(path: Path, score: Score, parser: str) -> tuple[Sequence[Any], list[str]]:
         return score(questions, yesno.read_answers(path, key=options.key), parser), []
 
-    paired = _percent("pair_accuracy") if any(question.pair is not None for question in questions) else {}
-    columns = {**_percent("accuracy", "precision", "recall", "F1", "yes_ratio"), "MCC": ("", 1.0), **paired}
-    name = _printable(Path(place).name)
-    return _yes_no(name, options, "strict", columns, read, metrics=yesno.PAIR_METRICS, parts=_all_and_groups)
+    columns = None if any(question.pair is not None for question in questions) else YesNo.columns
+    return _yes_no(_printable(Path(place).name), options, Own, read, columns=columns, parts=_all_and_groups)
 
 
 BENCHMARKS: dict[str, tuple[Callable[[Options], Setup], tuple[str, ...]]] = {
     "chair": (_chair, ("variant", "truth", "synonyms", "key")),
     "pope": (_pope, ("parser", "source", "split", "questions", "labels", "key")),
     "amber": (_amber, ("parser", "key")),
+    "amber_captions": (_amber_captions, ("similarity", "key")),
     "mme": (_mme, ("parser", "questions", "key")),
     "hallusionbench": (_hallusion, ("parser", "split", "key")),
     "dashb": (_dash, ("parser", "questions", "key")),
@@ -569,7 +606,8 @@ def tables(comparison: Comparison) -> Iterator[Table]:
         table.add_column("")
         for row in rows:
             table.add_column(Text(row.method, overflow="fold"), justify="right", overflow="fold")
-        table.add_row("captions" if comparison.benchmark == "chair" else "answers", *map(_number, rows))
+        captions = comparison.benchmark in ("chair", "amber_captions")
+        table.add_row("captions" if captions else "answers", *map(_number, rows))
         for metric, (unit, factor) in comparison.columns.items():
             table.add_row(f"{metric} {unit}".strip(), *(_cell(row, metric, factor) for row in rows))
         if any(row.control for row in rows):
@@ -596,10 +634,8 @@ def _cell(row: Row, metric: str, factor: float) -> Text:
 
 def _beyond(estimate: Estimate | None) -> Text:
     """A difference of the truncation control, marked where its interval excludes 0."""
-    if estimate is None:
-        return Text("")
-    clear = estimate.low is not None and estimate.high is not None and (estimate.low > 0 or estimate.high < 0)
-    return Text(figure(estimate, 100, signed=True) + (" *" if clear else ""), style="bold" if clear else "dim")
+    said = "" if estimate is None else beyond(estimate)
+    return Text(said, style="bold" if said.endswith("*") else "dim")
 
 
 def legend(comparison: Comparison) -> str:

@@ -23,16 +23,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vlmfix.eval import plots
 from vlmfix.eval.chair import CaptionScore, explain
 from vlmfix.eval.report import (
+    MARKS,
     MEANING,
     YES_NO,
     Rate,
     Study,
     confusion,
+    deviation_text,
     flags,
     interval,
     number,
     object_rates,
     p_text,
+    published_table,
     resolution,
     rule,
     words,
@@ -120,7 +123,8 @@ def page(studies: Sequence[Study], *, gallery: int = 8, sample: int = 8, seed: i
     Returns:
         The whole file, to be written as UTF-8.
     """
-    title = "What the models said" if not studies else f"vlmfix report: {_listed(s.comparison.model for s in studies)}"
+    about = _listed(study.comparison.model or study.comparison.title for study in studies)
+    title = f"vlmfix report: {about}" if studies else "What the models said"
     links = "".join(f'<a href="#part{i}">{text(_title(one))}</a>' for i, one in enumerate(studies, start=1))
     parts = "".join(_part(i, one, gallery, sample, seed) for i, one in enumerate(studies, start=1))
     nav = f"<nav>{links}</nav>" if len(studies) > 1 else ""
@@ -153,7 +157,8 @@ def _listed(names: Iterable[object]) -> str:
 
 
 def _title(study: Study) -> str:
-    return f"{study.comparison.benchmark.title}, model {study.comparison.model}"
+    model = f", model {study.comparison.model}" if study.comparison.model else ""
+    return f"{study.comparison.title}{model}{study.comparison.testing}"
 
 
 def _origin(studies: Sequence[Study]) -> str:
@@ -161,16 +166,19 @@ def _origin(studies: Sequence[Study]) -> str:
     runs = [run for study in studies for run in study.comparison.runs]
     identities = [run.header["identity"] for run in runs]
     days = sorted({str(run.header.get("environment", {}).get("started", ""))[:10] for run in runs} - {""})
+    versions = _listed(i["vlmfix"] for i in identities if i.get("vlmfix"))
+    models, pictures = (_listed(i[key] for i in identities if i[key]) for key in ("model", "data"))
     facts = [
-        f"Model {_listed(i['model'] for i in identities)}",
+        f"Model {models}" if models else "",
         f"methods {_listed(run.label for run in runs)}",
-        f"benchmarks {_listed(study.comparison.benchmark.title for study in studies)}",
-        f"pictures {_listed(i['data'] for i in identities)}"
-        + _listed(f", only the first {i['limit']}" for i in identities if i.get("limit")),
+        f"benchmarks {_listed(study.comparison.title for study in studies)}",
+        f"pictures {pictures}" if pictures else "",
+        _listed(f"testing only, the first {i['limit']} pictures" for i in identities if i.get("limit")),
         f"answered {days[0] if days[0] == days[-1] else f'{days[0]} to {days[-1]}'}" if days else "",
-        f"vlmfix {_listed(i.get('vlmfix', 'of unknown version') for i in identities)}",
+        f"vlmfix {versions}" if versions else "",
     ]
-    return "; ".join(filter(None, facts)) + "." if runs else "No run was given."
+    said = "; ".join(filter(None, facts))
+    return f"{said[0].upper()}{said[1:]}." if runs else "No run was given."
 
 
 def _part(i: int, study: Study, gallery: int, sample: int, seed: int) -> str:
@@ -179,13 +187,13 @@ def _part(i: int, study: Study, gallery: int, sample: int, seed: int) -> str:
         paragraphs += f'<p class="quiet">{text(" ".join(filter(None, [rule(study), resolution(study)])))}</p>'
     return (
         f'<section id="part{i}"><h2>{text(_title(study))}, {study.pictures} pictures</h2>{paragraphs}{_flags(study)}'
-        f"{_tables(study)}{_control(study)}{_plots(study)}{_confusion(study)}{_objects(study)}"
+        f"{_tables(study)}{_published(study)}{_control(study)}{_plots(study)}{_confusion(study)}{_objects(study)}"
         f"{_gallery(study, gallery, sample, seed)}{_provenance(study)}</section>\n"
     )
 
 
 def _flags(study: Study) -> str:
-    found = [*flags(study), *study.comparison.notes]
+    found = [*filter(None, [deviation_text(study.comparison)]), *flags(study), *study.comparison.notes]
     return '<div class="flags"><ul>' + "".join(f"<li>{_coded(f)}</li>" for f in found) + "</ul></div>" if found else ""
 
 
@@ -216,9 +224,8 @@ def _tables(study: Study) -> str:
     """Figures, and beside them the differences."""
     parts = ["<h3>Figures</h3>"]
     if study.verdicts:
-        explained = (
-            " Cured: pictures where only the untouched model invents something; spoiled: where only the method does."
-        )
+        who = _coded(study.baseline)
+        explained = f" Cured: pictures where only {who} invents something; spoiled: where only the method does."
         parts.append(
             '<p class="quiet">Differences are paired, on the same pictures. Bold: real, green for the better, red for '
             "the worse; grey: not told from 0. p is adjusted for the number of methods."
@@ -238,9 +245,19 @@ def _tables(study: Study) -> str:
             for metric in study.columns
         ]
         if methods:
-            parts.append(_table(["", *map(_code, methods)], apart, f"{title}difference to untouched"))
+            parts.append(_table(["", *map(_code, methods)], apart, f"{title}difference to {_coded(study.baseline)}"))
         parts.append("</div>")
     return "".join(parts)
+
+
+def _published(study: Study) -> str:
+    """What others report for the protocol."""
+    head, body = published_table(study.comparison)
+    if not body:
+        return ""
+    caption = f"LLaVA-1.5-7B, in percent; {text(MARKS)}"
+    cells = [[text(cell) or "–" for cell in line] for line in body]
+    return f"<h3>Published figures of this protocol</h3>{_table([text(name) for name in head], cells, caption)}"
 
 
 def _estimates(study: Study, rows: Sequence[Row]) -> Iterable[list[str]]:
@@ -272,7 +289,7 @@ def _control(study: Study) -> str:
         return ""
     lines: list[list[str]] = [
         ["recall %<small>of the method</small>", *(number(c.recall, 100) for _, c in shown)],
-        ["N*<small>words of the untouched captions cut to it</small>", *(number(c.cut_words, 1) for _, c in shown)],
+        [f"N*<small>words of {_coded(study.baseline)}, cut to it</small>", *(number(c.cut_words, 1) for _, c in shown)],
         ["CHAIR_S %<small>of these cut captions</small>", *(number(c.cut_chair_s, 100) for _, c in shown)],
     ]
     for name, field in (("CHAIR_S", "chair_s"), ("CHAIR_I_unique", "chair_i_unique"), ("F1", "f1")):
@@ -291,9 +308,10 @@ def _control(study: Study) -> str:
     lines.append(["", *(_where(c.status, c.below_curve, c.chair_s.low) for _, c in shown)])
     return (
         "<h3>Truncation control: better than saying less?</h3>"
-        '<p class="quiet">Short captions invent less. So the untouched model\'s captions are cut, word by word, to the '
-        "recall of each method; what is left of the difference is the method's own. A method is below the curve only "
-        "if its CHAIR_S is lower beyond chance.</p>" + _table(["", *(_code(name) for name, _ in shown)], lines)
+        f'<p class="quiet">Short captions invent less. So the captions of {_coded(study.baseline)} are cut, word by '
+        "word, to the recall of each method; what is left of the difference is the method's own. A method is below the "
+        "curve only if its CHAIR_S is lower beyond chance.</p>"
+        + _table(["", *(_code(name) for name, _ in shown)], lines)
     )
 
 
@@ -361,8 +379,8 @@ def _plots(study: Study) -> str:
         drawn = [
             (
                 plots.trade_off,
-                "Down and to the right is better. Crosses are 95 % intervals. The line is the untouched model with its "
-                "captions cut: a method on it does no more than saying less.",
+                "Down and to the right is better. Crosses are 95 % intervals. The line is "
+                f"{_coded(study.baseline)} with its captions cut: a method on it does no more than saying less.",
             ),
             (
                 plots.position,
@@ -460,8 +478,9 @@ def marked(score: CaptionScore) -> str:
 
 
 def _picture(path: Path | None, image: int) -> str:
-    name = text(path.name if path is not None else image)
-    source = None if path is None else thumbnail(path)
+    if path is None:
+        return f'<div class="lost">{image}</div>'
+    name, source = text(path.name), thumbnail(path)
     if source is None:
         return f'<div class="lost">{name} is not on this machine</div>'
     return f'<img src="{source}" alt="{name}" title="{name}" loading="lazy">'

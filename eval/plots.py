@@ -124,7 +124,9 @@ def trade_off(study: Study) -> str:
                     offset: dict[str, Any] = {"xytext": (7, -9), "textcoords": "offset points"}
                     ax.annotate(f"{cut} words", at, **offset, fontsize=8, alpha=0.7, color=_INK)
                     told.append(at)
-            ax.plot([], [], color=_INK, alpha=0.55, marker=".", label="untouched, cut after N words")
+            ax.plot(
+                [], [], color=_INK, alpha=0.55, marker=".", label=f"{study.baseline.strip(chr(96))}, cut after N words"
+            )
         for i, name, colour in distinct(study):
             row, run = study.comparison.rows[i], study.comparison.runs[i]
             x, y = _percent(row.estimates["recall"]), _percent(row.estimates["CHAIR_S"])

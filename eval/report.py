@@ -14,7 +14,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,24 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.eval import chair, stats, yesno
-from vlmfix.eval.benchmarks import Chair, Group, Pope
+from vlmfix.eval import amber_captions, chair, stats
+from vlmfix.eval.benchmarks import Group
 from vlmfix.eval.chair import CaptionScore
 from vlmfix.eval.data import Data
 from vlmfix.eval.results import HEADER, Comparison, Row, Run
 from vlmfix.eval.stats import Difference, Estimate
-from vlmfix.eval.truncation import RESAMPLES, CutCaptions, TruncationControl, cut_captions, truncation_control
+from vlmfix.eval.truncation import CutCaptions, TruncationControl
 from vlmfix.eval.yesno import AnswerScore
+from vlmfix.intervention import Intervention, parse, spec_of
 
 LEGEND = (
     "95 % intervals: bootstrap over pictures. Second lines: paired difference to the untouched model; "
-    "* marks an interval that excludes 0."
+    "* marks an interval that excludes 0. At equal recall: difference to the untouched captions, cut after so many "
+    "words that their recall is the same."
 )
 LEVEL = 0.05
 BINS = 5
 """Fifths of a caption, for the position of mentions."""
-EXTRA: Mapping[str, stats.Metric] = {
-    "objects": lambda n: chair.ratio(n["unique_mentions"], n["captions"]),
-    "mentions": lambda n: chair.ratio(n["mentions"], n["captions"]),
-}
-"""Columns of honesty that `chair.METRICS` lacks: different objects, and mentions of objects, per caption."""
-ORDER = (
-    *("CHAIR_S", "CHAIR_I", "CHAIR_I_unique", "recall", "precision", "F1", "objects", "mentions", "words"),
-    "repetition",
-)
-"""In which figures of captions are shown; others follow."""
 MEANING = {
     "CHAIR_S": "captions that name anything that is not there",
     "CHAIR_I": "mentions of objects that are not there",
@@ -102,48 +94,149 @@ def _groups(comparison: Comparison) -> Iterator[tuple[str, list[Row]]]:
         yield group, [row for row in comparison.rows if row.group == group]
 
 
+AGAINST_CUTS = {"CHAIR_S": "chair_s", "F1": "f1"}
+"""Figures of the truncation control that tables show -> field of the control."""
+
+
+def lines(comparison: Comparison, rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Lines of a table: the figure's name, and for each method its figure and its difference, either may be empty."""
+    for metric, (unit, factor) in comparison.benchmark.columns.items():
+        if any(row.estimates[metric].value is not None for row in rows) or metric != "pair_accuracy":
+            cells = [
+                (
+                    figure(r.estimates[metric], factor),
+                    "" if r.differences is None else change(r.differences[metric], factor),
+                )
+                for r in rows
+            ]
+            yield f"{metric} {unit}".strip(), cells
+    if any(row.control for row in rows):
+        for metric, field in AGAINST_CUTS.items():
+            gaps = ["" if row.control is None else beyond(getattr(row.control, field)) for row in rows]
+            yield f"{metric} % at equal recall", [("", gap) for gap in gaps]
+    if any(row.unparsed for row in rows):
+        yield "neither yes nor no", [(str(row.unparsed), "") for row in rows]
+
+
+def beyond(e: Estimate) -> str:
+    """A difference of the truncation control, marked where its interval excludes 0."""
+    clear = e.low is not None and e.high is not None and (e.low > 0 or e.high < 0)
+    return figure(e, 100, signed=True) + (" *" if clear else "")
+
+
+def _table_title(comparison: Comparison, group: str, rows: Sequence[Row]) -> str:
+    title, where = _grouped(comparison, group), f"{rows[0].n} pictures of {Path(comparison.data.name).name}"
+    return f"{title}, model {comparison.model}, {where}{comparison.testing}"
+
+
+def _grouped(comparison: Comparison, group: str) -> str:
+    return f"{comparison.title}, {group}" if group else comparison.title
+
+
 def tables(comparison: Comparison) -> Iterator[Table]:
-    """One table a group of answers: metrics down, methods across."""
+    """One table a group of answers: metrics down, methods across; then what others report for the protocol."""
     for group, rows in _groups(comparison):
-        name = " ".join(filter(None, [comparison.benchmark.title, group]))
-        title = Text(f"{name}, model {comparison.model}, {rows[0].n} pictures")
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=Text(_table_title(comparison, group, rows)), title_justify="left", title_style="bold")
         table.add_column("")
         for row in rows:
             table.add_column(Text(row.method), justify="right", no_wrap=True)
-        for metric, (unit, factor) in comparison.benchmark.columns.items():
-            cells = []
-            for row in rows:
-                cell = Text(figure(row.estimates[metric], factor))
-                if row.differences is not None:
-                    d = row.differences[metric]
-                    cell.append("\n" + change(d, factor), style="bold" if d.clear else "dim")
-                cells.append(cell)
-            table.add_row(f"{metric} {unit}".strip(), *cells)
+        for name, cells in lines(comparison, rows):
+            shown = []
+            for value, gap in cells:
+                cell = Text(value)
+                if gap:
+                    cell.append(f"\n{gap}" if value else gap, style="bold" if gap.endswith("*") else "dim")
+                shown.append(cell)
+            table.add_row(name, *shown)
+        yield table
+    head, body = published_table(comparison)
+    if body:
+        title = f"Published for {comparison.protocol_name.partition('+')[0]}, LLaVA-1.5-7B; {MARKS}"
+        table = Table(title=Text(title), title_justify="left", title_style="bold")
+        for name in head:
+            table.add_column(Text(name))
+        for cells_ in body:
+            table.add_row(*map(Text, cells_))
         yield table
 
 
+MARKS = "marks: paper (its own table), paper:X (in X's), code, issue, measured (from released answers), second-hand"
+
+
+def published_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of the figures that others report for the protocol; no lines if there are none."""
+    found = comparison.published
+    columns = list(
+        dict.fromkeys((group, m) for one in found for group, figures in one.figures.items() for m in figures)
+    )
+    head = ["method", "decoding", *(" ".join(filter(None, [g, m])) for g, m in columns), "evidence"]
+    body = []
+    for one in found:
+        figures = (one.figures.get(group, {}).get(metric) for group, metric in columns)
+        body.append([one.method, one.decoding, *("" if x is None else f"{x:.1f}" for x in figures), one.mark])
+    return head, body
+
+
+def deviation_text(comparison: Comparison) -> str:
+    """How the runs stand to their protocol; empty without one."""
+    protocol = comparison.protocol
+    if protocol is None:
+        return ""
+    if comparison.deviations:
+        said = f"deviates from protocol {protocol.name} in {'; '.join(comparison.deviations)}"
+    else:
+        said = f"as protocol {protocol.name} has it"
+    stand_in = f". {protocol.stand_in[0].upper()}{protocol.stand_in[1:]}" if protocol.stand_in else ""
+    return f"{said} (source: {protocol.source}){stand_in}"
+
+
+def verdicts(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """How each answer was read and judged, ready for JSON; a question in several groups stands once."""
+    for run, groups in zip(comparison.runs, comparison.groups, strict=True):
+        seen = set()
+        for score in (score for group in groups for score in group.scores):
+            if id(score) not in seen:
+                seen.add(id(score))
+                yield {"benchmark": comparison.title, "method": run.label, **explain(score)}
+
+
+def explain(score: Any) -> dict[str, Any]:
+    """One verdict, ready for JSON."""
+    if isinstance(score, CaptionScore):
+        return chair.explain(score)
+    if isinstance(score, amber_captions.CaptionScore):
+        return amber_captions.explain(score)
+    question = score.question
+    return {
+        **{"id": question.id, "image": question.image, "question": question.text, "group": question.group},
+        **{"label": question.label, "answer": score.answer, "prediction": score.prediction, "correct": score.correct},
+    }
+
+
 def markdown(comparison: Comparison) -> str:
-    """The same as Markdown: methods down, metrics across."""
-    lines = []
+    """The same as Markdown."""
+    found = []
     for group, rows in _groups(comparison):
-        columns = comparison.benchmark.columns
-        name = " ".join(filter(None, [comparison.benchmark.title, group]))
-        lines.append(
-            f"| {name}, {rows[0].n} pictures | "
-            + " | ".join(f"{m} {u}".strip() for m, (u, _) in columns.items())
-            + " |"
-        )
-        lines.append("|---" * (len(columns) + 1) + "|")
-        for row in rows:
-            cells = [figure(row.estimates[m], factor) for m, (_, factor) in columns.items()]
-            lines.append(f"| `{row.method}` | " + " | ".join(cells) + " |")
-            if row.differences is not None:
-                cells = [change(row.differences[m], factor) for m, (_, factor) in columns.items()]
-                cells = [f"**{c.removesuffix(' *')}**" if c.endswith("*") else c for c in cells]
-                lines.append("| difference | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+        head = [
+            f"{_grouped(comparison, group)}, {rows[0].n} pictures{comparison.testing}",
+            *(f"`{row.method}`" for row in rows),
+        ]
+        found += [_pipes(head), "|---" * len(head) + "|"]
+        for label, cells in lines(comparison, rows):
+            told = [f"**{gap.removesuffix(' *')}**" if gap.endswith("*") else gap for _, gap in cells]
+            found.append(
+                _pipes([label, *(", ".join(filter(None, [v, g])) for (v, _), g in zip(cells, told, strict=True))])
+            )
+        found.append("")
+    head, body = published_table(comparison)
+    if body:
+        found += [f"Published for this protocol, LLaVA-1.5-7B; {MARKS}.", "", _pipes(head), "|---" * len(head) + "|"]
+        found += [*map(_pipes, body), ""]
+    return "\n".join(found)
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 # From a comparison to what can be said about it
@@ -187,26 +280,55 @@ class Verdict:
         return (self.difference.value < 0) == (self.metric in LESS_IS_BETTER)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """A method against a negative control of it, in the first figure of the table."""
+
+    method: str
+    control: str
+    """The same push with the selection taken out of it, or turned round."""
+    group: str
+    metric: str
+    difference: Difference
+    """Method minus control."""
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """A comparison with its answers scored one by one, and what they say. Lists go by the comparison's runs."""
 
     comparison: Comparison
-    """With the rows of `EXTRA`."""
-    data: Data
     names: list[str]
     """Of the methods, no two alike."""
-    groups: list[list[Group]]
-    """Counts per picture."""
     captions: list[dict[int, CaptionScore]]
     """By picture; no list where the benchmark asks for no captions."""
     answers: list[list[AnswerScore]]
     """Each different question once; no list where the benchmark asks no questions about objects."""
     verdicts: list[Verdict]
-    curve: CutCaptions | None
-    """The untouched model's captions, cut shorter and shorter."""
-    controls: list[TruncationControl | None]
-    """None for the untouched model, and without one."""
+    against_controls: list[Selection]
+    """Each method against each of its negative controls that was run too."""
+
+    @property
+    def groups(self) -> list[list[Group]]:
+        """Counts per picture."""
+        return self.comparison.groups
+
+    @property
+    def data(self) -> Data:
+        """The pictures."""
+        return self.comparison.data
+
+    @property
+    def curve(self) -> CutCaptions | None:
+        """The untouched model's captions, cut shorter and shorter."""
+        return self.comparison.curve
+
+    @property
+    def controls(self) -> list[TruncationControl | None]:
+        """Of each run; None for the untouched model, and without one."""
+        if not self.captions:
+            return [None] * len(self.names)
+        return [row.control for row in self.comparison.rows]
 
     @property
     def base(self) -> int | None:
@@ -214,12 +336,16 @@ class Study:
         return next((i for i, run in enumerate(self.comparison.runs) if run.untouched), None)
 
     @property
+    def baseline(self) -> str:
+        """What the others are compared with; a name stands between backticks."""
+        return self.comparison.baseline
+
+    @property
     def columns(self) -> dict[str, tuple[str, float]]:
         """Figures, in the order of a report: name -> unit and factor."""
         known = list(self.comparison.rows[0].estimates) if self.comparison.rows else []
         given = self.comparison.benchmark.columns
-        first = [m for m in (ORDER if self.captions else given) if m in known]
-        ordered = first + [m for m in known if m not in first]
+        ordered = known if self.captions else [*(m for m in given if m in known), *(m for m in known if m not in given)]
         return {m: given.get(m, ("", 1.0) if m in _PLAIN else ("%", 100.0)) for m in ordered}
 
     @property
@@ -237,35 +363,57 @@ class Study:
         return self.base is not None and texts[0] == texts[1]
 
 
-def study(comparison: Comparison, n_resamples: int = stats.RESAMPLES) -> Study:
-    """Score a comparison's answers one by one, and judge its differences."""
-    identity = comparison.runs[0].header["identity"]
-    data, bench = Data.load(identity["data"], identity["limit"]), comparison.benchmark
-    texts = [{r["id"]: r["text"] for r in run.records} for run in comparison.runs]
-    groups = [bench.score(data, answers) for answers in texts]
-    base = next((i for i, run in enumerate(comparison.runs) if run.untouched), None)
-    names = _names(comparison.runs)
-    rows = _with_extra(comparison, groups, base, n_resamples)
+def study(comparison: Comparison) -> Study:
+    """Judge a comparison's differences, and gather its answers."""
+    scores = [[score for group in found for score in group.scores] for found in comparison.groups]
     captions: list[dict[int, CaptionScore]] = []
     answers: list[list[AnswerScore]] = []
-    if isinstance(bench, Chair):
-        truth, variant = data.truth_for(bench.scoring), bench.scoring
-        scored = [chair.score_captions(list(said.items()), truth, variant=variant) for said in texts]
-        captions = [{score.image_id: score for score in scores} for scores in scored]
-    if isinstance(bench, Pope):
-        answers = [_answers(bench, data, said) for said in texts]
-    curve, controls = _truncation(captions, base, bench.scoring, min(RESAMPLES, n_resamples))
+    if any(isinstance(score, CaptionScore) for found in scores for score in found):
+        captions = [{score.image_id: score for score in found} for found in scores]
+    elif any(isinstance(score, AnswerScore) and score.question.object for found in scores for score in found):
+        # each different question once: the splits of POPE share their positives
+        answers = [list({(s.question.image, s.question.text): s for s in reversed(found)}.values()) for found in scores]
+    names = _names(comparison.runs)
+    base = next((i for i, run in enumerate(comparison.runs) if run.untouched), None)
     return Study(
-        comparison=replace(comparison, rows=rows),
-        data=data,
+        comparison=comparison,
         names=names,
-        groups=groups,
         captions=captions,
         answers=answers,
-        verdicts=_verdicts(rows, names, groups, base),
-        curve=curve,
-        controls=controls or [None] * len(names),
+        verdicts=_verdicts(comparison.rows, names, comparison.groups, base),
+        against_controls=list(_selections(comparison, names)),
     )
+
+
+def _selections(comparison: Comparison, names: Sequence[str]) -> Iterator[Selection]:
+    """Controls are each other's controls, too: of two such runs the one with the shorter label is the method."""
+    metric = next(iter(comparison.benchmark.columns))
+    metrics = {metric: comparison.benchmark.metrics[metric]}
+    controls: set[int] = set()
+    for i in sorted(range(len(names)), key=lambda i: (len(comparison.runs[i].label), i)):
+        if i in controls:
+            continue
+        wanted = _control_labels(comparison.runs[i].label) - {comparison.runs[i].label}
+        mine = [k for k, other in enumerate(comparison.runs) if other.label in wanted and k not in controls]
+        controls.update(mine)
+        for k in mine:
+            for one, other in zip(comparison.groups[i], comparison.groups[k], strict=False):
+                if one.name == other.name:
+                    apart = stats.differences(one.counts, one.images, other.counts, other.images, metrics)
+                    yield Selection(names[i], names[k], one.name, metric, apart[metric])
+
+
+def _control_labels(label: str) -> set[str]:
+    """Labels of a method's negative controls; none for a label that is no method's here."""
+    try:
+        return {spec_of(control) for control in controls_of(parse(label))}
+    except (ValueError, TypeError):
+        return set()
+
+
+def controls_of(method: Sequence[Intervention]) -> list[tuple[Intervention, ...]]:
+    """Negative controls of a method, also of one that combines several: each part replaced by its control in turn."""
+    return [(*method[:i], control, *method[i + 1 :]) for i, one in enumerate(method) for control in one.controls()]
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -291,27 +439,6 @@ def _names(runs: Sequence[Run]) -> list[str]:
         run.label if not mark else mark if twice[mark] == 1 else f"{mark} #{i + 1}"
         for i, (run, mark) in enumerate(zip(runs, marks, strict=True))
     ]
-
-
-def _with_extra(
-    comparison: Comparison, groups: Sequence[Sequence[Group]], base: int | None, n_resamples: int
-) -> list[Row]:
-    """The comparison's rows, with the figures of `EXTRA` where they can be had."""
-    flat = [(k, group) for found in groups for k, group in enumerate(found)]
-    rows = []
-    for row, (k, group) in zip(comparison.rows, flat, strict=True):
-        extra = {m: f for m, f in EXTRA.items() if "unique_mentions" in group.counts and m not in row.estimates}
-        if not extra:
-            rows.append(row)
-            continue
-        apart = row.differences
-        if apart is not None and base is not None:
-            with_base = groups[base][k]
-            more = stats.differences(group.counts, group.images, with_base.counts, with_base.images, extra, n_resamples)
-            apart = {**apart, **more}
-        found_extra = stats.estimates(group.counts, extra, n_resamples)
-        rows.append(replace(row, estimates={**row.estimates, **found_extra}, differences=apart))
-    return rows
 
 
 def _verdicts(
@@ -348,39 +475,6 @@ def _discordant(method: Group, base: Group) -> Discordant | None:
     mine, theirs = (dict(zip(g.images, g.counts["hallucinated_captions"] > 0, strict=True)) for g in (method, base))
     both = [(mine[image], theirs[image]) for image in mine if image in theirs]
     return Discordant(sum(bool(a > b) for a, b in both), sum(bool(b > a) for a, b in both))
-
-
-def _answers(bench: Pope, data: Data, said: Mapping[str, str]) -> list[AnswerScore]:
-    """Each different question once: the splits share their positives."""
-    once = {bench.item_id(q): q for q in bench.questions(data) if bench.item_id(q) in said}
-    return yesno.score_answers(once.values(), {q.id: said[key] for key, q in once.items()}, parser=bench.scoring)
-
-
-def _truncation(
-    captions: Sequence[Mapping[int, CaptionScore]], base: int | None, variant: str, n_resamples: int
-) -> tuple[CutCaptions | None, list[TruncationControl | None]]:
-    """The untouched model's curve, and each method's distance to it on the pictures that both have."""
-    if base is None or not captions or not any(score.truth for score in captions[base].values()):
-        return None, []
-    truth = {image: score.truth for image, score in captions[base].items()}
-    curves: dict[frozenset[int], CutCaptions] = {}
-
-    def curve(images: frozenset[int]) -> CutCaptions:
-        if images not in curves:
-            texts = [(i, s.caption) for i, s in captions[base].items() if i in images]
-            curves[images] = cut_captions(texts, truth, variant=variant)
-        return curves[images]
-
-    controls: list[TruncationControl | None] = []
-    for i, scores in enumerate(captions):
-        common = frozenset(scores.keys() & captions[base].keys())
-        if i == base or not any(scores[image].truth for image in common):
-            controls.append(None)
-        else:
-            resamples = min(n_resamples, 20_000_000 // len(common))  # a table of this many draws fits into memory
-            method = [score for image, score in scores.items() if image in common]
-            controls.append(truncation_control(curve(common), method, resamples=resamples))
-    return curve(frozenset(captions[base])), controls
 
 
 # Figures of the page
@@ -475,10 +569,10 @@ def p_text(p: float | None) -> str:
 def words(study: Study) -> list[str]:
     """What the figures say, a paragraph for each method; names of methods stand between backticks."""
     if study.base is None:
-        return ["No run of the untouched model is among these, so there is nothing to tell a difference from."]
+        return [f"No run of {study.baseline} is among these, so there is nothing to tell a difference from."]
     methods = [i for i, run in enumerate(study.comparison.runs) if not run.untouched]
     if not methods:
-        return ["Only the untouched model was run; there is nothing to compare it with."]
+        return [f"There is only {study.baseline}, and nothing to compare it with."]
     return [_about(study, i) for i in methods]
 
 
@@ -486,8 +580,11 @@ def _about(study: Study, i: int) -> str:
     name = f"`{study.names[i]}`"
     if study.same_answers(i):
         n = len(study.comparison.runs[i].records)
-        return f"{name} answers word for word as the untouched model does, all {n} times: it changes nothing here."
+        return f"{name} answers word for word as {study.baseline} does, all {n} times: it changes nothing here."
     shown = [v for v in study.verdicts if v.method == study.names[i] and v.metric in study.comparison.benchmark.columns]
+    if owner := next((one.method for one in study.against_controls if one.control == study.names[i]), None):
+        first = [v for v in shown if v.metric == shown[0].metric]
+        return f"{name}, a negative control of `{owner}`: {_figures(study, first)} to {study.baseline}."
     kinds: dict[str, Callable[[Verdict], bool]] = {
         "really better": lambda v: v.better is True,
         "really worse": lambda v: v.better is False,
@@ -503,8 +600,23 @@ def _about(study: Study, i: int) -> str:
     if not real:
         parts = [f"no difference is real ({rest})"]
     elif rest:
-        parts.append(f"not told apart from the untouched model in {rest}")
-    return f"{name}: {'; '.join(parts)}. {_against_cuts(study, i)}".strip()
+        parts.append(f"not told apart from {study.baseline} in {rest}")
+    said = [f"{name}: {'; '.join(parts)}.", _against_cuts(study, i), *_against_controls(study, i)]
+    return " ".join(filter(None, said))
+
+
+def _against_controls(study: Study, i: int) -> Iterator[str]:
+    """Whether a method does better than its negative controls."""
+    name = study.names[i]
+    for one in study.against_controls:
+        if one.method == name:
+            unit, factor = study.columns[one.metric]
+            value = one.difference.value or 0
+            better = value < 0 if one.metric in LESS_IS_BETTER else value > 0
+            verdict = ("better than" if better else "worse than") if one.difference.clear else "not told apart from"
+            told = figure(one.difference, factor, signed=True).replace(" [", " points [" if unit == "%" else " [", 1)
+            where = f" in {one.group}" if one.group else ""
+            yield f"It is {verdict} its negative control `{one.control}`{where} ({one.metric} {told})."
 
 
 def _figures(study: Study, verdicts: Sequence[Verdict]) -> str:
@@ -538,12 +650,12 @@ def _against_cuts(study: Study, i: int) -> str:
     if control is None:
         return ""
     if control.status == "outside":
-        return "Its recall is below that of every cut of the untouched model's captions: there is no fair comparison."
+        return f"Its recall is below that of every cut of {study.baseline}'s captions: there is no fair comparison."
     gap = figure(control.chair_s, 100, signed=True).replace(" [", " points [", 1)
     if control.status == "inside":
-        against = f"captions of the untouched model cut to the same recall (about {control.cut_words or 0:.0f} words)"
+        against = f"captions of {study.baseline} cut to the same recall (about {control.cut_words or 0:.0f} words)"
     else:
-        against = "the untouched model's whole captions, whose recall is lower still"
+        against = f"{study.baseline}'s whole captions, whose recall is lower still"
     if control.below_curve:
         return f"Set against {against}, CHAIR_S is lower by more than chance ({gap}): it does more than saying less."
     if control.chair_s.low is not None and control.chair_s.low > 0:
@@ -591,7 +703,7 @@ def flags(study: Study) -> list[str]:
             longer = length.value / plain.value - 1
             if abs(longer) > 0.3:
                 word = "longer" if longer > 0 else "shorter"
-                found.append(f"`{name}` writes captions {abs(longer):.0%} {word} than the untouched model's.")
+                found.append(f"`{name}` writes captions {abs(longer):.0%} {word} than {study.baseline}'s.")
         objects, mentions = row.differences.get("objects"), row.differences.get("mentions")
         if objects and mentions and (objects.high or 0) < 0 < (mentions.low or 0):
             found.append(
@@ -633,8 +745,8 @@ def to_markdown(studies: Sequence[Study]) -> str:
     """Words, tables and notes of all comparisons."""
     parts = []
     for one in studies:
-        bench, notes = one.comparison.benchmark, [*flags(one), *one.comparison.notes]
-        parts += [f"## {bench.title}, model {one.comparison.model}", *words(one)]
+        notes = [*flags(one), *filter(None, [deviation_text(one.comparison)]), *one.comparison.notes]
+        parts += [f"## {one.comparison.title}, model {one.comparison.model}{one.comparison.testing}", *words(one)]
         parts += [" ".join(filter(None, [rule(one), resolution(one)])) if one.verdicts else ""]
         parts += ["Bold in the tables: the interval excludes 0, before the adjustment." if one.verdicts else ""]
         parts += [markdown(one.comparison), _controls_markdown(one), "\n".join(f"- {note}" for note in notes)]
@@ -648,7 +760,7 @@ def _controls_markdown(study: Study) -> str:
         for name, c in zip(study.names, study.controls, strict=True)
         if c is not None
     ]
-    head = "| against the untouched model cut to the same recall | recall % | its CHAIR_S % | its words N\\* "
+    head = f"| against {study.baseline} cut to the same recall | recall % | its CHAIR_S % | its words N\\* "
     head += "| CHAIR_S | CHAIR_I_unique | F1 |\n" + "|---" * 7 + "|"
     return "\n".join([head, *lines]) if lines else ""
 
@@ -666,6 +778,7 @@ def _as_json(study: Study) -> dict[str, Any]:
         **study.comparison.to_json(),
         "methods": study.names,
         "verdicts": [{**asdict(v), "real": v.real, "better": v.better} for v in study.verdicts],
+        "against_controls": [asdict(one) for one in study.against_controls],
         "words": [*words(study), resolution(study)],
         "flags": flags(study),
         "truncation": {
@@ -683,7 +796,7 @@ def _as_json(study: Study) -> dict[str, Any]:
 
 
 CSV_COLUMNS = (
-    *("benchmark", "model", "data", "group", "method", "metric", "pictures", "value", "low", "high"),
+    *("benchmark", "model", "data", "limit", "group", "method", "metric", "pictures", "value", "low", "high"),
     *("difference", "difference_low", "difference_high", "p", "p_holm", "real"),
 )
 
@@ -695,11 +808,23 @@ def to_csv(studies: Sequence[Study]) -> str:
     writer.writerow(CSV_COLUMNS)
     for one in studies:
         of = {(v.method, v.group, v.metric): v for v in one.verdicts}
-        title, model = one.comparison.benchmark.title, one.comparison.model
+        title, model = one.comparison.title, one.comparison.model
         for row, name in _rows_named(one):
             for metric in one.columns:
                 e, v = row.estimates[metric], of.get((name, row.group, metric))
-                line = [title, model, one.data.name, row.group, name, metric, row.n, e.value, e.low, e.high]
+                line = [
+                    title,
+                    model,
+                    one.data.name,
+                    one.data.limit,
+                    row.group,
+                    name,
+                    metric,
+                    row.n,
+                    e.value,
+                    e.low,
+                    e.high,
+                ]
                 if v is not None:
                     d = v.difference
                     line += [d.value, d.low, d.high, v.p, v.p_holm, v.real]

@@ -10,11 +10,10 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,18 @@ import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 
 import vlmfix
-from vlmfix.asking import Record, ask_batch
+from vlmfix.asking import Record, ask_batch, spellings
 from vlmfix.attachment import attached, describe, wrapped
-from vlmfix.eval.benchmarks import Benchmark, Item
+from vlmfix.eval import stats
+from vlmfix.eval.benchmarks import Benchmark, Item, YesNo
 from vlmfix.eval.data import Data
-from vlmfix.eval.results import HEADER, RECORDS, Run, read_lines
-from vlmfix.intervention import Intervention, spec_of
+from vlmfix.eval.protocols import MODEL, TEMPLATES, generation
+from vlmfix.eval.results import HEADER, RECORDS, Run, items_digest, read_lines
+from vlmfix.eval.yesno import MARGIN
+from vlmfix.intervention import Intervention, did_you_mean, spec_of
 
-Progress = Callable[[str, int, int], None]
-"""Is told how far a run is: its label, answers on disk, answers in all."""
+Progress = Callable[[str, int, int, str], None]
+"""Is told how far a run is: its label, answers on disk, answers in all, and the figure so far."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def answer_all(
     *,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
+    decoding: str = "greedy",
+    template: str = MODEL,
     seed: int = 0,
+    protocol: str | None = None,
+    beside: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
     workers: Workers | None = None,
@@ -71,16 +77,23 @@ def answer_all(
     """Answer every question of a benchmark under some interventions; what is on disk already is not asked again.
 
     The run folder is `out/<benchmark>/<model>/<method>-<hash>`; the hash covers all that could change an answer, so
-    that different settings never share a folder. Each batch is written and flushed before the next is asked.
-    Several processes may share the questions (`workers`); what they leave is what one process would have left.
+    that different settings never share a folder. Each batch is written and flushed before the next is asked. Several
+    processes may share the questions (`workers`); what they leave is what one process would have left. Sampled answers
+    are asked one by one, each with a seed of its own, so that they depend on nothing but `seed` and the question.
+
+    Raises:
+        ValueError: pictures are missing, or the same method has an unfinished run here that was asked otherwise: the
+            message says what differs. `beside` starts another run beside it.
     """
     workers = workers or Workers()
     items = bench.items(data)
     label = spec_of(interventions)
-    with wrapped(model, list(interventions), processor):
+    settings = _generation(model, decoding)
+    with wrapped(model, list(interventions), processor), _templated(processor, template):
         found = attached(model)
         identity = {
             "benchmark": bench.name,
+            "protocol": protocol,
             "asking": bench.asking,
             "model": model.config._name_or_path,
             "revision": getattr(model.config, "_commit_hash", None),
@@ -89,34 +102,47 @@ def answer_all(
             "method": [] if found is None else [describe(e) for e in found.entries],
             "data": data.name,
             "data_digest": data.digest,
+            "items_digest": items_digest(items),
             "limit": data.limit,
             "max_new_tokens": _budget(model, processor, items, max_new_tokens or bench.max_new_tokens),
-            "decoding": "greedy",
+            "template": template,
+            "decoding": decoding,
             "seed": seed,
             "vlmfix": vlmfix.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
         }
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         name = "".join(c if c.isalnum() or c in "._=-" else "_" for c in f"{label[:60]}-{fingerprint}")
         folder = out / bench.name / Path(str(identity["model"])).name / name
+        header = {"label": label, "fingerprint": fingerprint, "n": len(items), "identity": identity, "data": data.spec}
+        if not beside and not (folder / HEADER).exists():
+            _refuse_other(folder.parent, header)
         folder.mkdir(parents=True, exist_ok=True)
-        header = {"label": label, "fingerprint": fingerprint, "identity": identity}
         if workers.rank == 0 and not (folder / HEADER).exists():
             environment = _environment(model, batch_size, command)
             _write(folder / HEADER, json.dumps({**header, "environment": environment}, indent=2, ensure_ascii=False))
-        done = {r["id"] for path in _parts(folder) for r in read_lines(path)[0]}
+        on_disk = {r["id"]: r for path in _parts(folder) for r in read_lines(path)[0]}
         workers.wait()  # everyone has seen what is done before anyone adds to it
-        todo = [item for item in items if item.id not in done][workers.rank :: workers.n]
-        tell = progress or (lambda label, done, total: None)
-        tell(f"{bench.name} {label}", len(done), len(items))
-        ask = partial(ask_batch, model, processor, max_new_tokens=identity["max_new_tokens"])
+        todo = [item for item in items if item.id not in on_disk][workers.rank :: workers.n]
+        _check_pictures(todo, data.where or bench.where)
+        so_far, n_done = _Running(bench, data), len(on_disk)
+        so_far.add(list(on_disk.values()))
+        tell = progress or (lambda label, done, total, figure: None)
+        tell(f"{bench.name} {label}", n_done, len(items), str(so_far))
+        ask = _asking(model, processor, bench, {"max_new_tokens": identity["max_new_tokens"], **settings}, seed)
         own = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
         with _appending(folder / own) as file:
-            for batch, records in _batches(todo, batch_size, ask):
-                for item, record in zip(batch, records, strict=True):
-                    file.write(replace(record, id=item.id, image=[Path(item.image).name]).to_json() + "\n")
+            for batch, records in _batches(todo, 1 if settings["do_sample"] else batch_size, ask):
+                named = [
+                    replace(record, id=item.id, image=[Path(item.image).name])
+                    for item, record in zip(batch, records, strict=True)
+                ]
+                file.writelines(record.to_json() + "\n" for record in named)
                 file.flush()
-                done.update(item.id for item in batch)
-                tell(f"{bench.name} {label}", len(done), len(items))
+                n_done += len(batch)
+                so_far.add([vars(record) for record in named])
+                tell(f"{bench.name} {label}", n_done, len(items), str(so_far))
         workers.wait()
         if workers.rank == 0:
             _merge(folder, items)
@@ -124,15 +150,125 @@ def answer_all(
     return Run.read(folder)
 
 
+def _generation(model: Any, decoding: str) -> dict[str, Any]:
+    """What `generate` is told."""
+    settings = generation(decoding)
+    if settings["do_sample"] is not None:
+        return settings
+    own = {key: getattr(model.generation_config, key, None) for key in (*settings, "temperature", "top_p", "top_k")}
+    kept = {key: value for key, value in own.items() if value is not None}
+    return {**kept, "do_sample": bool(kept.get("do_sample"))}
+
+
+@contextmanager
+def _templated(processor: Any, template: str) -> Iterator[None]:
+    """Give the processor another chat template for a while."""
+    if template == MODEL:
+        yield
+        return
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; {did_you_mean(template, [MODEL, *TEMPLATES])}")
+    if getattr(processor, "image_token", None) != "<image>":
+        raise ValueError(
+            f"template {template!r} is of LLaVA-1.5; this model marks pictures in another way: give --template model"
+        )
+    own = processor.chat_template
+    processor.chat_template = TEMPLATES[template]
+    try:
+        yield
+    finally:
+        processor.chat_template = own
+
+
+def _asking(
+    model: Any, processor: Any, bench: Benchmark, settings: dict[str, Any], seed: int
+) -> Callable[[Sequence[Item]], list[Record]]:
+    """How a batch of items is asked. Answers to yes/no questions also tell the first token's probabilities."""
+    words = None
+    if isinstance(bench, YesNo):
+        try:
+            words = {word: spellings(processor, word) for word in ("yes", "no")}
+        except ValueError as error:
+            if bench.scoring == MARGIN:
+                raise
+            warnings.warn(str(error), stacklevel=2)
+
+    def ask(batch: Sequence[Item]) -> list[Record]:
+        questions = [(item.image, item.prompt) for item in batch]
+        own = {"seed": _seed(seed, batch[0].id)} if settings["do_sample"] else {}
+        return ask_batch(model, processor, questions, first_token=words, **settings, **own)
+
+    return ask
+
+
+def _seed(seed: int, item: str) -> int:
+    return int(hashlib.sha256(f"{seed} {item}".encode("utf-8", "surrogatepass")).hexdigest()[:8], 16)
+
+
+def _check_pictures(items: Sequence[Item], where: str) -> None:
+    missing = [image for image in dict.fromkeys(item.image for item in items) if not Path(image).is_file()]
+    if missing:
+        raise ValueError(
+            f"no such image file: {missing[0]} ({len(missing)} pictures are missing)" + (f"; {where}" if where else "")
+        )
+
+
+def _refuse_other(parent: Path, header: dict[str, Any]) -> None:
+    """`ValueError`, with what differs, if the same method has an unfinished run that was asked otherwise."""
+    for path in sorted(parent.glob(f"*/{HEADER}")):
+        other = Run.read_header(path.parent)
+        identity, mine = other["identity"], header["identity"]
+        if other["label"] != header["label"] or identity.get("limit") != mine["limit"]:
+            continue
+        done = {r["id"] for part in _parts(path.parent) for r in read_lines(part)[0]}
+        if len(done) >= other.get("n", 0):
+            continue
+        keys = [key for key in {**identity, **mine} if identity.get(key) != mine.get(key)]
+        diff = "; ".join(f"{key} {_short(identity.get(key))} there, {_short(mine.get(key))} here" for key in keys)
+        command = other.get("environment", {}).get("command", "vlmfix eval")
+        raise ValueError(
+            f"{path.parent} is unfinished ({len(done)} of {other['n']} answers) and was asked otherwise: {diff}. Go on "
+            f"with it as it was asked ({command}), delete it, or add --beside to start another run beside it"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+class _Running:
+    """The first figure of the answers so far."""
+
+    def __init__(self, bench: Benchmark, data: Data) -> None:
+        self.bench, self.data = bench, data
+        self.sums: dict[str, Any] = {}
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Count more answers."""
+        if not records or not self.bench.running:
+            return
+        for group in self.bench.score(self.data, {r["id"]: self.bench.said(r) for r in records}):
+            for name, total in stats.total(group.counts).items():
+                self.sums[name] = self.sums.get(name, 0) + total
+
+    def __str__(self) -> str:
+        name = self.bench.running
+        if not self.sums:
+            return ""
+        unit, factor = self.bench.columns[name]
+        return f"{name} {factor * float(self.bench.metrics[name](self.sums)):.1f} {unit}".strip()
+
+
 def _batches(
-    items: Sequence[Item], size: int, ask: Callable[[list[tuple[str, str]]], list[Record]]
+    items: Sequence[Item], size: int, ask: Callable[[Sequence[Item]], list[Record]]
 ) -> Iterator[tuple[Sequence[Item], list[Record]]]:
     """Answers batch by batch; a batch that does not fit into memory is halved, and so are those after it."""
     start = 0
     while start < len(items):
         batch = items[start : start + size]
         try:
-            records = ask([(item.image, item.prompt) for item in batch])
+            records = ask(batch)
         except Exception as error:
             if len(batch) == 1 or not should_reduce_batch_size(error):
                 raise
@@ -216,7 +352,7 @@ class PlainProgress:
         self.seconds = seconds
         self.last: dict[str, tuple[float, float, int]] = {}
 
-    def __call__(self, label: str, done: int, total: int) -> None:
+    def __call__(self, label: str, done: int, total: int, figure: str = "") -> None:
         """A `Progress`."""
         now = time.monotonic()
         began, told, first = self.last.setdefault(label, (now, -self.seconds, done))
@@ -224,5 +360,6 @@ class PlainProgress:
             return
         rate = (done - first) / (now - began) if now > began else 0.0
         left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        sys.stderr.write(f"{label}: {done}/{total}{left}\n")
+        so_far = f", {figure} so far" if figure and done < total else ""
+        sys.stderr.write(f"{label}: {done}/{total}{left}{so_far}\n")
         self.last[label] = (began, now, first)

@@ -52,7 +52,9 @@ def resampled(counts: Counts, n_resamples: int, seed: int) -> Iterator[dict[str,
     rng = np.random.default_rng(seed)
     block = max(1, min(n_resamples, 2_000_000 // max(n, 1)))
     for start in range(0, n_resamples, block):
-        times = rng.multinomial(n, np.full(n, 1 / n), size=min(block, n_resamples - start))
+        times = np.empty((min(block, n_resamples - start), n))
+        for row in times:
+            row[:] = np.bincount(rng.integers(0, n, n, dtype=np.int32), minlength=n)
         yield dict(zip(counts, (times @ table).T, strict=True))
 
 
@@ -103,7 +105,14 @@ def differences(
     if not common:
         return {name: Difference(None, None, None, None, 0, left_out) for name in metrics}
     a, b = _rows(counts, images, common), _rows(base, base_images, common)
-    pairs = list(zip(resampled(a, n_resamples, seed), resampled(b, n_resamples, seed), strict=True))
+    both = {
+        **{f"a {name}": column for name, column in a.items()},
+        **{f"b {name}": column for name, column in b.items()},
+    }
+    pairs = [
+        ({name: sums[f"a {name}"] for name in a}, {name: sums[f"b {name}"] for name in b})
+        for sums in resampled(both, n_resamples, seed)
+    ]
     found = {}
     for name, metric in metrics.items():
         d = np.concatenate([metric(mine) - metric(theirs) for mine, theirs in pairs])

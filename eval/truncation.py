@@ -13,19 +13,21 @@ repetition: report `METRICS["repetition"]` beside it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from vlmfix.eval.chair import METRICS, CaptionScore, Vocabulary, clusters, counts, score_captions
+from vlmfix.eval.chair import METRICS, CaptionScore, Vocabulary, clusters, counts, prefix_objects, score_captions
 from vlmfix.eval.stats import Estimate
 
 CUTS: tuple[int | None, ...] = (*range(10, 125, 5), None)
 """After how many white-space separated words captions are cut; None leaves them whole."""
 RESAMPLES = 2000
 _FIGURES = ("CHAIR_S", "CHAIR_I_unique", "F1", "recall", "words")
+_COUNTS = ("captions", "hallucinated_captions", "unique_mentions", "true_unique", "truth", "words")
+"""What they are made of."""
 
 
 def cut(caption: str, words: int | None) -> str:
@@ -61,19 +63,21 @@ def cut_captions(
     Raises:
         ValueError: as `score_captions`; or there is no caption, or no object in any image to compare recall by.
     """
-
-    def score(pairs: Iterable[tuple[int | str | os.PathLike[str], str]]) -> list[CaptionScore]:
-        return score_captions(pairs, truth, vocabulary, variant)
-
-    whole = score(captions)
+    whole = score_captions(captions, truth, vocabulary, variant)
     if not any(scored.truth for scored in whole):
         raise ValueError(f"no object is in any of the {len(whole)} images; expected ground truth to compare recall by.")
-    sets = []
-    for words in CUTS:
-        changed = {s.image_id: text for s in whole if (text := cut(s.caption, words)) != s.caption}
-        again = {scored.image_id: scored for scored in score(changed.items())}
-        sets.append([again.get(scored.image_id, scored) for scored in whole])
-    return CutCaptions(whole[0].variant, tuple(clusters(whole)), _columns(sets))
+    columns = {name: np.zeros((len(whole), len(CUTS))) for name in _COUNTS}
+    for row, scored in enumerate(whole):
+        words = scored.caption.split()
+        lengths = [len(words) if n is None else min(n, len(words)) for n in CUTS]
+        shorter = prefix_objects(words, [n for n in lengths if n < len(words)], vocabulary, variant)
+        for at, n in enumerate(lengths):
+            objects = shorter[at] if at < len(shorter) else scored.objects
+            found = len(objects & scored.truth)
+            figures = (1, found < len(objects), len(objects), found, len(scored.truth), n)
+            for name, figure in zip(_COUNTS, figures, strict=True):
+                columns[name][row, at] = figure
+    return CutCaptions(whole[0].variant, tuple(clusters(whole)), columns)
 
 
 Status = Literal["inside", "recall above vanilla", "outside"]
@@ -123,9 +127,11 @@ def truncation_control(
     """
     method = _matched(base, method)
     n = len(base.images)
-    times = np.vstack([np.ones(n), _draws(n, resamples, seed)])  # (1 + resamples, images): as they are, then as drawn
-    curve = _figures(base.counts, times)  # (1 + resamples, cuts)
-    own = {name: values[:, 0] for name, values in _figures(_columns([method]), times).items()}
+    table = counts(method)
+    own_counts = {name: table[name][:, None] for name in _COUNTS}
+    parts = [(_figures(base.counts, times), _figures(own_counts, times)) for times in _draws(n, resamples, seed)]
+    curve = {name: np.concatenate([cut[name] for cut, _ in parts]) for name in _FIGURES}  # (1 + resamples, cuts)
+    own = {name: np.concatenate([mine[name][:, 0] for _, mine in parts]) for name in _FIGURES}
     above = own["recall"] > curve["recall"][:, -1]
     outside = own["recall"] < curve["recall"].min(axis=1)
     cut_to = {
@@ -146,6 +152,37 @@ def truncation_control(
     )
 
 
+class Against:
+    """The unmodified model's captions, for the control of any number of methods on the images that both have."""
+
+    def __init__(
+        self,
+        base: Sequence[CaptionScore],
+        truth: Mapping[int, frozenset[str]],
+        vocabulary: Vocabulary | None = None,
+        variant: str = "rohrbach",
+    ) -> None:
+        self.captions = {score.image_id: score.caption for score in base}
+        self.truth, self.vocabulary, self.variant = truth, vocabulary, variant
+        self.known: dict[frozenset[int], CutCaptions] = {}
+
+    def cut(self, images: frozenset[int] | None = None) -> CutCaptions:
+        """The captions of these images, or of all, cut. `ValueError` if none of them has an object."""
+        images = frozenset(self.captions) if images is None else images
+        if images not in self.known:
+            captions = [(image, caption) for image, caption in self.captions.items() if image in images]
+            self.known[images] = cut_captions(captions, self.truth, self.vocabulary, self.variant)
+        return self.known[images]
+
+    def control(self, method: Sequence[CaptionScore], *, resamples: int = RESAMPLES) -> TruncationControl | None:
+        """A method's control; None where there is nothing to compare recall by."""
+        common = frozenset(self.captions.keys() & set(clusters(method)))
+        if not any(self.truth[image] for image in common):
+            return None
+        shared = [score for score in method if score.image_id in common]
+        return truncation_control(self.cut(common), shared, resamples=resamples)
+
+
 def _matched(base: CutCaptions, method: Sequence[CaptionScore]) -> list[CaptionScore]:
     """The method's scores in the order of the base's images."""
     of = {score.image_id: score for score in method}
@@ -161,17 +198,16 @@ def _matched(base: CutCaptions, method: Sequence[CaptionScore]) -> list[CaptionS
     return [of[image] for image in base.images]
 
 
-def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of n images is drawn: (resamples, n)."""
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    cells = drawn + n * np.arange(resamples)[:, None]
-    return np.bincount(cells.ravel(), minlength=resamples * n).reshape(resamples, n)
-
-
-def _columns(sets: Sequence[Sequence[CaptionScore]]) -> dict[str, np.ndarray]:
-    """Counts of several sets of captions of the same images: name -> (images, sets)."""
-    tables = [counts(scores) for scores in sets]
-    return {name: np.stack([table[name] for table in tables], axis=1) for name in tables[0]}
+def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n images counts, in blocks (resamples, n): once, then as often as it is drawn."""
+    yield np.ones((1, n))
+    rng = np.random.default_rng(seed)
+    block = max(1, 4_000_000 // n)
+    for start in range(0, resamples, block):
+        times = np.empty((min(block, resamples - start), n))
+        for row in times:
+            row[:] = np.bincount(rng.integers(0, n, n), minlength=n)
+        yield times
 
 
 def _figures(columns: Mapping[str, np.ndarray], times: np.ndarray) -> dict[str, np.ndarray]:

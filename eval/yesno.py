@@ -300,6 +300,7 @@ PARSERS: dict[str, Parser] = {
         _negword, "never", "no if any word is No, not, no, NO or ends in n't, else yes: OPERA, PAI, VISTA"
     ),
     "vcd": Parser(_vcd, "never", "right if the label's letters occur anywhere, so it knows the label: VCD, cd_rethink"),
+    "vaf": Parser(_vcd, "never", "as vcd, for VAF's 'no or not' are the letters no: VAF"),
     "repope": Parser(_repope, "dropped", "the letters yes, else the letters no ('snow' is no): RePOPE"),
     "lmms_eval": Parser(_lmms_eval, "wrong", "exactly yes or no, so 'Yes.' is wrong: lmms-eval 0.7.3"),
     "vlmevalkit": Parser(_vlmevalkit, "wrong", "the word yes or the word no, not both: VLMEvalKit without a judge"),
@@ -314,6 +315,18 @@ PARSERS: dict[str, Parser] = {
     "sentence": Parser(_sentence, "wrong", "first word, else a yes or a negation without a hedge: vlmfix"),
 }
 """Rules for reading answers, by the name that goes with every figure."""
+
+
+MARGIN = "margin"
+"""In place of a parser: answers are read from the first token's probabilities."""
+
+
+def rule(parser: str) -> str:
+    """What a parser reads, and what becomes of answers that are neither yes nor no."""
+    if parser == MARGIN:
+        return "the first token's margin, log p(yes) - log p(no): yes above 0"
+    unparsed = {"never": "", "wrong": "; unparsed answers are wrong", "dropped": "; unparsed answers are left out"}
+    return PARSERS[parser].rule + unparsed[PARSERS[parser].unparsed]
 
 
 @dataclass(frozen=True)

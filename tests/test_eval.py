@@ -1,22 +1,29 @@
 """Runs: what is asked, written, resumed, scored and compared."""
 
+import csv
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 
 import vlmfix
-from vlmfix.eval import report
+from vlmfix.asking import chat, spellings
+from vlmfix.eval import html, report
 from vlmfix.eval.benchmarks import benchmark
 from vlmfix.eval.data import Data
 from vlmfix.eval.results import BrokenFile, Run, compare
 from vlmfix.eval.runner import PlainProgress, answer_all
+from vlmfix.hooks import REGISTRY
 from vlmfix.intervention import parse
 
 ROOT = Path(__file__).parent.parent
@@ -158,7 +165,8 @@ def test_comparison_and_tables(runs):
         assert none.estimates[metric].low <= none.estimates[metric].value <= none.estimates[metric].high
     assert chair.notes == ["testing only: the first 24 pictures"]
     markdown = report.markdown(chair)
-    assert "| CHAIR (rohrbach), 24 pictures | CHAIR_S % |" in markdown and "| `vhr` |" in markdown
+    assert "| CHAIR (rohrbach), 24 pictures (testing only: --limit 24) | `none` | `vhr` |" in markdown
+    assert "| CHAIR_S % |" in markdown and "| CHAIR_S % at equal recall |" in markdown
     data = json.loads(json.dumps(chair.to_json()))
     assert data["rows"][1]["differences"]["CHAIR_S"]["n"] == 24 and len(data["runs"]) == 2
 
@@ -228,8 +236,8 @@ def test_scoring_imports_no_torch(runs):
 def test_the_same_answers_scored_in_another_way(runs):
     usual = compare(runs, 10)
     strict = compare(runs, 10, {"chair": "strict", "pope": "lmms_eval"})
-    assert [c.benchmark.title for c in usual] == ["CHAIR (rohrbach)", "POPE"]
-    assert [c.benchmark.title for c in strict] == ["CHAIR (strict)", "POPE (parser lmms_eval)"]
+    assert [c.title for c in usual] == ["CHAIR (rohrbach)", "POPE"]
+    assert [c.title for c in strict] == ["CHAIR (strict)", "POPE (parser lmms_eval)"]
     assert strict[0].to_json()["scoring"] == "strict"
     with pytest.raises(ValueError, match="did you mean 'rohrbach'"):
         compare(runs, 10, {"chair": "rorbach"})
@@ -251,3 +259,192 @@ def test_real_photos_go_through_end_to_end(tiny, tmp_path):
     assert 0 <= chair.rows[1].estimates["recall"].value < 0.5 and chair.rows[1].differences["CHAIR_S"].n == len(
         data.images
     )
+
+
+# The first token
+
+
+def test_first_token_is_what_the_model_says(tiny, runs):
+    """Log-probabilities of yes and no in the records, against a plain forward pass."""
+    model, processor = tiny
+    yes, no = (spellings(processor, word) for word in ("yes", "no"))
+    assert {processor.tokenizer.decode(i).strip().lower() for i in yes} == {"yes"}
+    for record, interventions in ((runs[2].records[5], []), (runs[3].records[5], parse("vhr"))):
+        picture = Image.open(ROOT / "assets" / "scenes" / "images" / record["image"][0]).convert("RGB")
+        inputs = processor(text=chat(processor, record["prompt"], 1), images=picture, return_tensors="pt")
+        with vlmfix.attachment.wrapped(model, interventions, processor), torch.inference_mode():
+            logits = model(**inputs).logits[0, -1].float().log_softmax(-1)
+        for word, ids in (("yes", yes), ("no", no)):
+            assert record["first_token"][word] == pytest.approx(float(logits[list(ids)].logsumexp(0)), abs=1e-3)
+    changed = [a["first_token"] != b["first_token"] for a, b in zip(runs[2].records, runs[3].records, strict=True)]
+    assert any(changed), "a method acts on the first token"
+    assert runs[0].records[0]["first_token"] is None, "captions have none"
+
+
+def test_pope_by_the_first_token(runs):
+    (margin,) = compare(runs[2:], 20, {"pope": "margin"})
+    assert margin.title == "POPE (parser margin)" and any("log p(yes) - log p(no)" in note for note in margin.notes)
+    bench = benchmark("pope", "margin")
+    wanted = {r["id"]: "yes" if r["first_token"]["yes"] > r["first_token"]["no"] else "no" for r in runs[2].records}
+    for row, group in zip(margin.rows[:3], margin.groups[0], strict=True):
+        right = [wanted[bench.item_id(s.question)] == s.question.label for s in group.scores]
+        assert row.estimates["accuracy"].value == pytest.approx(sum(right) / len(right))
+    without = [{**r, "first_token": None} for r in runs[2].records]
+    with pytest.raises(ValueError, match="has no"):
+        compare([replace(runs[2], records=without)], 20, {"pope": "margin"})
+
+
+def test_a_method_that_leaves_the_first_token_alone_is_said_so(runs):
+    same = replace(runs[3], records=runs[2].records)
+    (found,) = compare([runs[2], same], 20, {"pope": "margin"})
+    assert "vhr: does not act on the first token, so its margins are the untouched model's" in found.notes
+    assert not any("does not act" in note for note in compare(runs[2:], 20, {"pope": "margin"})[0].notes)
+
+
+def test_first_token_with_beams_and_padding(tiny):
+    model, processor = tiny
+    words = {"yes": spellings(processor, "yes"), "no": spellings(processor, "no")}
+    image = Image.open(ROOT / "assets" / "scenes" / "images" / "test_0001.png")
+    asked = [(image, "Is there a cat?"), (image, "Is there a very small dog anywhere in the image at all?")]
+    alone = [vlmfix.ask_batch(model, processor, [q], first_token=words)[0].first_token for q in asked]
+    for how in ({}, {"num_beams": 3}):
+        together = vlmfix.ask_batch(model, processor, asked, first_token=words, max_new_tokens=4, **how)
+        for one, record in zip(alone, together, strict=True):
+            assert record.first_token == pytest.approx(one, abs=1e-3)
+    with pytest.raises(ValueError, match="no single token of the tokenizer spells 'antidisestablishment'"):
+        spellings(processor, "antidisestablishment")
+
+
+# Asked otherwise
+
+
+def test_an_unfinished_run_that_was_asked_otherwise_is_refused_with_a_diff(tiny, tmp_path):
+    data, bench = Data.load(limit=4), benchmark("chair")
+    begun = answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=5, command="vlmfix eval --max-new-tokens 5")
+    path = begun.folder / "records.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    with pytest.raises(ValueError) as refused:
+        answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=6, decoding="beam2")
+    said = str(refused.value)
+    assert 'max_new_tokens 5 there, 6 here; decoding "greedy" there, "beam2" here' in said
+    assert "is unfinished (2 of 4 answers)" in said and "vlmfix eval --max-new-tokens 5" in said and "--beside" in said
+    assert len(list(tmp_path.rglob("run.json"))) == 1, "nothing was begun"
+    answer_all(*tiny, parse("vhr"), bench, data, tmp_path, max_new_tokens=6)  # another method is another matter
+    answer_all(*tiny, (), bench, Data.load(limit=2), tmp_path, max_new_tokens=6)  # as is another --limit
+    beside = answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=6, beside=True)
+    assert beside.folder != begun.folder
+    answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=5)
+    texts = [[json.loads(line)["text"] for line in text.splitlines()] for text in (path.read_text(), whole)]
+    assert texts[0] == texts[1], "resumed"
+    answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=7)  # both are finished
+
+
+def test_versions_and_weights_are_part_of_what_is_asked(tiny, tmp_path, monkeypatch):
+    data, bench = Data.load(limit=3), benchmark("chair")
+    run = answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=3)
+    path = run.folder / "records.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    monkeypatch.setattr("vlmfix.eval.runner.transformers.__version__", "99.0")
+    with pytest.raises(ValueError, match=r'transformers "[\d.]+" there, "99.0" here'):
+        answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=3)
+
+
+# While it runs
+
+
+@pytest.mark.parametrize(("at", "metric"), [(0, "CHAIR_S"), (2, "accuracy")])
+def test_the_running_figure_ends_as_the_tables(tiny, runs, tmp_path, at, metric):
+    told = []
+    bench, data = benchmark(runs[at].header["identity"]["benchmark"]), Data.load(limit=24)
+    answer_all(*tiny, (), bench, data, tmp_path, batch_size=16, progress=lambda *said: told.append(said))
+    done = [said[1] for said in told]
+    assert done[0] == 0 and done[-1] == told[-1][2] and done == sorted(done) and told[0][3] == ""
+    counts = [group.counts for group in bench.score(data, {r["id"]: r["text"] for r in runs[at].records})]
+    whole = {name: sum(count[name].sum() for count in counts) for name in counts[0]}
+    assert told[-1][3] == f"{metric} {100 * float(bench.metrics[metric](whole)):.1f} %"
+
+
+def test_plain_progress_tells_the_figure(capsys):
+    tell = PlainProgress(seconds=0)
+    tell("chair none", 0, 10, "")
+    tell("chair none", 5, 10, "CHAIR_S 40.0 %")
+    assert capsys.readouterr().err.splitlines()[1].endswith(", CHAIR_S 40.0 % so far")
+
+
+def test_limit_stands_in_every_output(runs, tmp_path):
+    (one,) = compare(runs[:2], 50)
+    studies = [report.study(one)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in report.tables(one):
+        console.print(table)
+    mark = "testing only: --limit 24"
+    assert (
+        mark in " ".join(console.export_text().split())
+        and mark in report.markdown(one)
+        and mark in report.to_markdown(studies)
+    )
+    assert mark in html.page(studies) and json.loads(report.to_json(studies))[0]["limit"] == 24
+    assert {line["limit"] for line in csv.DictReader(io.StringIO(report.to_csv(studies)))} == {"24"}
+
+
+# Honesty
+
+
+def test_control_and_honest_columns_stand_next_to_chair(runs):
+    (one,) = compare(runs[:2], 200)
+    names = [name for name, _ in report.lines(one, one.rows)]
+    for wanted in (
+        "recall %",
+        "F1 %",
+        "CHAIR_I_unique %",
+        "objects",
+        "words",
+        "repetition %",
+        "CHAIR_S % at equal recall",
+    ):
+        assert wanted in names
+    assert one.rows[0].control is None and one.rows[1].control.images == 24
+
+
+def test_every_method_that_chooses_has_negative_controls():
+    for name in REGISTRY:
+        (method,) = parse(name)
+        controls = method.controls()
+        assert controls and all(type(c) is type(method) and c != method for c in controls), name
+        assert all(report.spec_of([c]) != name for c in controls)
+
+
+def test_controls_of_combined_methods():
+    found = {report.spec_of(control) for control in report.controls_of(parse("vhr+pai"))}
+    assert "vhr+pai:alpha=-0.5" in found and "vhr:select=random+pai" in found and len(found) == 4
+
+
+def test_the_report_tells_whether_a_method_beats_its_controls(runs, tmp_path):
+    def renamed(run, label, records):
+        return replace(run, header={**run.header, "label": label}, records=records)
+
+    none, vhr = runs[:2]
+    worse = [{**r, "text": "A zebra and a giraffe on a surfboard."} for r in vhr.records]
+    control, twin = renamed(vhr, "vhr:select=random", worse), renamed(vhr, "vhr:select=least", vhr.records)
+    study = report.study(compare([none, control, vhr, twin], 200)[0])
+    said = {text.split("`")[1]: text for text in report.words(study)}
+    assert "It is better than its negative control `vhr:select=random` (CHAIR_S −" in said["vhr"]
+    assert "It is not told apart from its negative control `vhr:select=least` (CHAIR_S +0.0 points" in said["vhr"]
+    assert said["vhr:select=random"].startswith("`vhr:select=random`, a negative control of `vhr`: CHAIR_S +")
+    assert len(json.loads(report.to_json([study]))[0]["against_controls"]) == 2
+
+
+def test_every_verdict_of_a_run_can_be_written(runs, tmp_path):
+    from typer.testing import CliRunner
+
+    from vlmfix.cli import app
+
+    path = tmp_path / "verdicts.jsonl"
+    done = CliRunner().invoke(app, ["score", str(runs[0].folder), str(runs[2].folder), "--explain", str(path)])
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    captions, answers = [v for v in found if "mentions" in v], [v for v in found if "prediction" in v]
+    assert len(captions) == 24 and {"start", "synonym", "node", "verdict"} <= set(captions[0]["mentions"][0])
+    bench = benchmark("pope")
+    assert len(answers) == len(bench.questions(Data.load(limit=24))) and {v["method"] for v in found} == {"none"}

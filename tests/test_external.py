@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
-from vlmfix.eval import external, hallusion, mme, pope, variants
+from vlmfix.eval import chair, external, hallusion, mme, pope, variants
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -251,7 +251,7 @@ def test_every_verdict_is_explained(tmp_path):
     before = path.read_text()
     assert "is one of the files to read" in sentence(path, "--benchmark", "chair", "--explain", path)
     assert path.read_text() == before
-    assert "cannot write" in sentence(path, "--benchmark", "chair", "--explain", tmp_path / "no" / "such")
+    assert "cannot write" in sentence(path, "--benchmark", "chair", "--explain", path / "such")
     answers = ANSWERS / f"{SPOKEN}.answers.jsonl.gz"
     asked = ("--benchmark", "pope", "--questions", ANSWERS / f"{SPOKEN}.questions.jsonl.gz")
     scored(answers, *asked, "--explain", tmp_path / "verdicts.jsonl")
@@ -691,3 +691,45 @@ def test_any_captions_are_counted(said, data):
     assert found["rows"][1]["differences"]["CHAIR_S"]["left_out"] == 0 and found["rows"][1]["control"]["images"] == len(
         said
     )
+
+
+def test_a_page_of_other_peoples_answers(tmp_path):
+    """The report of a comparison of files: tables, control, plots, marked words; the baseline has its own name."""
+    ids = sorted(chair.coco_truth(split="val"))[:40]
+    truth = chair.coco_truth()
+    for name, invent in (("plain", lambda k: k % 2), ("careful", lambda k: k % 10 == 1)):
+        said = [
+            {"image_id": i, "caption": f"There is a {sorted(truth[i] or ['cat'])[0]}." + " A zebra." * bool(invent(k))}
+            for k, i in enumerate(ids)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    files = [tmp_path / "plain.jsonl", tmp_path / "careful.jsonl"]
+    done = run(*files, "--benchmark", "chair", "--report", tmp_path / "page.html", "--json")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "page.html").read_text()
+    row = json.loads(done.stdout)[0]["rows"][1]
+    assert f"really better in CHAIR_S {100 * row['differences']['CHAIR_S']['value']:.1f}".replace("-", "−") in page
+    assert "Truncation control" in page and "<svg" in page and '<del class="invented"' in page
+    assert "difference to <code>plain</code>" in page and "untouched" not in page
+    wrong = run(*files, "--benchmark", "chair", "--report", files[0])
+    assert wrong.exit_code == 1 and "is one of the files to read" in wrong.stderr
+    assert "only with --benchmark" in run(tmp_path, "--report", tmp_path / "x.html").stderr
+
+
+@pytest.mark.parametrize("benchmark", ["pope", "yesno"])
+def test_a_page_of_other_peoples_answers_to_questions(tmp_path, benchmark):
+    own = [{"id": i, "image": f"{i // 2}.jpg", "question": "Is it?", "label": ("yes", "no")[i % 2]} for i in range(12)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in own))
+    questions = pope.load("coco", "random")[:12] if benchmark == "pope" else None
+    if questions:
+        asked = [{"question_id": q.id, "image": q.image, "text": q.text, "label": q.label} for q in questions]
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    ids = [q.id for q in questions] if questions else range(12)
+    for name, word in (("a", "Yes"), ("b", "No")):
+        lines = [{"id": i, "answer": word if k % 3 else "Perhaps"} for k, i in enumerate(ids)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--benchmark", benchmark, "--parser", "strict"]
+    done = run(*args, "--questions", tmp_path / "q.jsonl", "--report", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "page.html").read_text()
+    assert "parser strict" in page and "<code>b</code>" in page and "neither yes<br>nor no" in page

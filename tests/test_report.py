@@ -63,7 +63,7 @@ def write(folder, label, texts, bench="chair", **identity):
 
 
 def studies(*folders):
-    return [report.study(c, 400) for c in compare(report.find_runs(folders), 400)]
+    return [report.study(c) for c in compare(report.find_runs(folders), 400)]
 
 
 def pope_answers(wrong):
@@ -153,7 +153,8 @@ def test_real_differences_are_called_real(chair):
     said = {text.split("`")[1]: text for text in report.words(chair)}
     assert list(said) == ["good", "same", "almost"]
     assert said["good"].startswith("`good`: really better in CHAIR_S −50.0 points [")
-    assert "really changed in words −" in said["good"] and "really worse" not in said["good"]
+    assert "really changed in objects −" in said["good"] and ", words −" in said["good"]
+    assert "really worse" not in said["good"]
     assert "not told apart from the untouched model in recall, repetition" in said["good"]
     assert "it does more than saying less" in said["good"]
 
@@ -164,7 +165,7 @@ def test_unreal_differences_are_not(chair):
         f"`same` answers word for word as the untouched model does, all {N} times: it changes nothing here."
     )
     assert said["almost"].startswith(
-        "`almost`: no difference is real (CHAIR_S, CHAIR_I, recall, F1, words, repetition)."
+        "`almost`: no difference is real (CHAIR_S, CHAIR_I, CHAIR_I_unique, recall, F1, objects, words, repetition)."
     )
     assert "no more than saying less" in said["almost"]
 
@@ -214,7 +215,7 @@ def test_without_the_untouched_model(folders):
     assert "nothing to tell a difference from" in report.words(one)[0] and not one.verdicts
     assert "Differences are paired" not in html.page([one])
     (bare,) = studies(folders["none"])
-    assert report.words(bare) == ["Only the untouched model was run; there is nothing to compare it with."]
+    assert report.words(bare) == ["There is only the untouched model, and nothing to compare it with."]
     safe(html.page([bare]))
 
 
@@ -231,9 +232,12 @@ def test_merely_shorter_captions_are_on_the_curve(folders):
 
 
 def test_runs_that_differ_in_more_than_the_method(tmp_path, folders):
-    other = write(tmp_path, "other", captions(lambda k: False), max_new_tokens=32)
+    other = write(tmp_path, "other", captions(lambda k: False), dtype="float16")
     (one,) = studies(folders["none"], other)
-    assert any("in max_new_tokens: `none` 64, `other` 32" in flag for flag in report.flags(one))
+    assert any('in dtype: `none` null, `other` "float16"' in flag for flag in report.flags(one))
+    for asked in ({"max_new_tokens": 32}, {"decoding": "beam5"}, {"template": "pai"}, {"asking": {"prompt": "What?"}}):
+        apart = studies(folders["none"], write(tmp_path, "apart", captions(lambda k: False), **asked))
+        assert len(apart) == 2 and not any(one.verdicts for one in apart), "asked otherwise, so never compared"
     assert not any("Runs differ" in flag for flag in report.flags(studies(folders["none"], folders["good"])[0]))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlmfix.eval import chair, truncation
 from vlmfix.eval.stats import Estimate
@@ -148,7 +151,9 @@ def test_order_of_the_method_does_not_matter():
 
 
 def test_resamples_draw_whole_images():
-    draws = truncation._draws(7, 300, seed=3)
+    first, *blocks = truncation._draws(7, 300, seed=3)
+    assert (first == 1).all() and first.shape == (1, 7)
+    draws = np.concatenate(blocks)
     assert draws.shape == (300, 7)
     assert (draws.sum(axis=1) == 7).all()
     assert np.array_equal(draws[5], np.bincount(np.random.default_rng(3).integers(0, 7, (300, 7))[5], minlength=7))
@@ -167,3 +172,27 @@ def test_what_does_not_compare_raises():
         truncation.cut_captions([], TRUTH)
     with pytest.raises(ValueError, match="expected text"):
         truncation.cut_captions([(1, None)], TRUTH)
+
+
+WORDS = (
+    *("a", "dog", "dogs.", "hot", "dog", "toilet", "seat", "seats,", "(chair.)", '"bus."', 'car."', "dining", "table.", "wine"),
+    *("glasses", "stop", "sign", "baby", "elephant", "cannot", "'dogs'", "skate-board", "traffic", "light).", "orange", "...", "."),
+    *("3,", "x:3", "bow", "tie?", "İbus", "bus"),
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=14) | st.text(max_size=60).map(str.split))
+def test_cut_captions_name_what_their_words_name(words):
+    """Objects of all cuts in one pass, against reading every cut caption by itself."""
+    for variant in ("rohrbach", "opera_approx", "strict"):
+        found = chair.prefix_objects(words, range(len(words) + 1), variant=variant)
+        for n, objects in enumerate(found):
+            assert objects == {m.node for m in chair.mentions(" ".join(words[:n]), variant=variant)}, (variant, n)
+
+
+def test_many_captions_are_cut_in_seconds():
+    pairs = [(i, text) for i, (_, text) in enumerate(captions("pope/Instruction1_llava") * 2)]
+    truth = dict.fromkeys(range(len(pairs)), frozenset({"person"}))
+    began = time.process_time()
+    truncation.cut_captions(pairs, truth)
+    assert time.process_time() - began < 12, "1.5 seconds for 4,000 captions on a quiet machine; 10 before"

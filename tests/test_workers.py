@@ -29,7 +29,7 @@ EVAL = [
     "--limit",
     "30",
     "--batch-size",
-    "2",
+    "1",
     "--json",
 ]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *EVAL]
@@ -54,28 +54,41 @@ def test_two_processes_leave_what_one_leaves(alone, tmp_path):
     assert not list(tmp_path.rglob("records.[0-9].jsonl"))
 
 
-def test_a_process_that_dies_loses_nothing(alone, tmp_path):
-    process = subprocess.Popen([*TWO, "--output", tmp_path], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def kill_one(command, out):
+    """Start two processes, kill the second when both have answered; returns what was kept, and the end of it all."""
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 90
-    while time.time() < deadline and len(list(tmp_path.rglob("records.?.jsonl"))) < 2:
-        time.sleep(0.05)
-    while time.time() < deadline and not all(p.read_text().count("\n") >= 2 for p in tmp_path.rglob("records.?.jsonl")):
-        time.sleep(0.02)
-    workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
+    written = lambda: [p.read_text().count("\n") for p in out.rglob("records.?.jsonl") if p.exists()]  # noqa: E731
+    while time.time() < deadline and process.poll() is None and not (len(n := written()) == 2 and min(n) >= 2):
+        time.sleep(0.01)
+    parents = ["pgrep", "-P", str(process.pid)]
+    workers = subprocess.run(parents, capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    process.communicate(timeout=90)
-    assert process.returncode != 0
-    kept = {
-        line for p in tmp_path.rglob("records.?.jsonl") for line in p.read_text().splitlines() if line.endswith("}")
-    }
-    assert 4 <= len(kept) < 30
-    subprocess.run([sys.executable, *EVAL, "--output", tmp_path], env=ENV, check=True, capture_output=True)
-    assert texts(tmp_path) == alone
-    (path,) = tmp_path.rglob("records.jsonl")
+    kept = [line for p in out.rglob("records.?.jsonl") for line in p.read_text().splitlines() if line.endswith("}")]
+    stdout, _ = process.communicate(timeout=180)
+    return kept, process.returncode, stdout
+
+
+def check_kept(kept, out, alone):
+    assert 4 <= len(kept) < 30 and texts(out) == alone
+    (path,) = out.rglob("records.jsonl")
     again = {json.dumps(json.loads(line), sort_keys=True) for line in path.read_text().splitlines()}
     assert {json.dumps(json.loads(line), sort_keys=True) for line in kept} <= again, "nothing was asked twice"
+
+
+def test_a_process_that_dies_loses_nothing(alone, tmp_path):
+    kept, code, _ = kill_one([*TWO, "--output", str(tmp_path)], tmp_path)
+    assert code != 0
+    subprocess.run([sys.executable, *EVAL, "--output", tmp_path], env=ENV, check=True, capture_output=True)
+    check_kept(kept, tmp_path, alone)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes of a CPU")
+def test_accelerate_goes_on_when_a_process_dies(alone, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    kept, code, said = kill_one([*launch, "--max_restarts", "1", *EVAL, "--output", str(tmp_path)], tmp_path)
+    assert code == 0 and json.loads(said)[0]["rows"][0]["n"] == 30
+    check_kept(kept, tmp_path, alone)
 
 
 def test_batches_that_do_not_fit_are_halved(monkeypatch, tmp_path):

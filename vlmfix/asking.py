@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import LogitsProcessor
 
 from vlmfix.attachment import Attachment, attached, describe, report
 
@@ -53,6 +54,8 @@ class Record:
     """Rows that went through the text decoder in these passes, padding included."""
     id: str | None = None
     """Name of the question within an evaluation."""
+    first_token: dict[str, float] | None = None
+    """Word -> natural log of the probability that the answer begins with it, where that was asked for."""
 
     def to_json(self) -> str:
         """One line."""
@@ -81,6 +84,40 @@ def open_picture(picture: Picture) -> Image.Image:
         raise ValueError(f"no such image file: {picture}") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture} is no image that can be read: {error}") from error
+
+
+class FirstToken(LogitsProcessor):
+    """Notes how likely each of some words is as the first token, after all interventions; changes nothing."""
+
+    listens = True
+    """Comes after the processors that edit."""
+
+    def __init__(self, words: Mapping[str, Sequence[int]]) -> None:
+        self.words = words
+        self.found: dict[str, list[float]] = {}
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """A logits processor of `generate`."""
+        if not self.found:
+            logs = scores.float().log_softmax(-1)
+            self.found = {word: logs[:, list(ids)].logsumexp(-1).tolist() for word, ids in self.words.items()}
+        return scores
+
+    def of(self, i: int, n: int) -> dict[str, float] | None:
+        """Log-probabilities for the i-th of n questions, whose beams are alike at the first token."""
+        if not self.found or any(len(logs) % n for logs in self.found.values()):
+            return None
+        return {word: max(logs[i * (len(logs) // n)], -1e4) for word, logs in self.found.items()}
+
+
+def spellings(processor: Any, word: str) -> tuple[int, ...]:
+    """Tokens that spell a word, in any case and with or without a blank before it. `ValueError` if there is none."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    found = tuple(i for i, token in enumerate(tokens) if (token or "").lstrip("\u2581\u0120 ").lower() == word.lower())
+    if not found:
+        raise ValueError(f"no single token of the tokenizer spells {word!r}, so the first token cannot tell it")
+    return found
 
 
 def chat(processor: Any, prompt: str, n_images: int) -> str:
@@ -233,10 +270,12 @@ def ask_batch(
     *,
     max_new_tokens: int = 256,
     seed: int | None = None,
+    first_token: Mapping[str, Sequence[int]] | None = None,
     **generate: Any,
 ) -> list[Record]:
     """`ask` for several (image, prompt) pairs at once, padded on the left; answers come in the order of the
-    questions."""
+    questions. `first_token` names words by the tokens that begin them (`spellings`); records hold their probability.
+    """
     opened, names = [], []
     for image, prompt in questions:
         several = [image] if isinstance(image, (str, Path, Image.Image)) else list(image or ())
@@ -257,7 +296,9 @@ def ask_batch(
     began = time.perf_counter()
     with _Meter(model) as meter, nullcontext() if found is None else found.asking():
         refined, facts = _refine(model, processor, opened)
-        run = Answering.of(model, processor, refined, settings, seed)
+        first = FirstToken(first_token or {})
+        noting = {"logits_processor": [*settings.get("logits_processor", ()), first]} if first_token else {}
+        run = Answering.of(model, processor, refined, {**settings, **noting}, seed)
         answers = _decode(run, facts)
     seconds = (time.perf_counter() - began) / len(questions)
     if seed is not None:
@@ -283,6 +324,7 @@ def ask_batch(
                 did=[{**one, **facts[i].get(k, {})} for k, one in enumerate(done)],
                 passes=meter.passes / len(questions),
                 tokens=meter.tokens / len(questions),
+                first_token=first.of(i, len(questions)),
             )
         )
     return records

@@ -289,8 +289,10 @@ class Attachment:
         self._check_decoding(n_beams, assisted)
         guides = [(i, e) for i, e in self._in_force() if e.acts_at("logits")]
         if guides:
-            processors = kwargs.get("logits_processor") or []
-            kwargs["logits_processor"] = LogitsProcessorList([*processors, _LogitsStage(self, guides)])
+            processors = [*(kwargs.get("logits_processor") or []), _LogitsStage(self, guides)]
+            kwargs["logits_processor"] = LogitsProcessorList(
+                sorted(processors, key=lambda one: getattr(one, "listens", False))
+            )
         inputs = {k: v for k, v in given.items() if isinstance(v, Tensor)}
         if image_mask is None and self.anatomy.generator is not self.model:  # whose inputs are embeddings
             image_mask = self._image_mask(given, inputs.get("input_ids"))

@@ -36,6 +36,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 ModelName = Annotated[str, typer.Option("--model", help="tiny, tiny-sinks (embedded), a Hub id, or a local folder.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to from_pretrained, for instance auto.")]
+VARIANT_HELP = "chair: rohrbach (default), opera, opera_approx, inflect, strict."
+PARSER_HELP = "How answers are read: pope, strict, margin (the first token's probabilities), ..."
+SIMILARITY_HELP = "amber_captions: off (default), or spacy:MODEL; the official one is spacy:en_core_web_lg."
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit; needs bitsandbytes.")]
 
 
@@ -150,18 +153,55 @@ def ask(
 @app.command(name="eval")
 def evaluate(
     model: ModelName = "tiny",
-    benchmark: Annotated[str, typer.Option(help="chair, pope, or both.")] = "chair,pope",
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="chair, pope, amber, amber_captions, mme, hallusionbench, dashb, yesno (your own); several with "
+            "commas. Default: the protocol's, else chair,pope."
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "none,var,vhr",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Named set-up, such as pai-512 or vcd-pope (`vlmfix protocols`); other options override it."),
+    ] = None,
     data: Annotated[
-        str, typer.Option(help="scenes or photos (embedded), or a folder with images/, instances.json, captions.json.")
-    ] = "scenes",
+        str | None,
+        typer.Option(
+            help="scenes (default) or photos, embedded; coco, aokvqa, gqa, coco_first_release, with --images; hf:NAME, "
+            "from the Hub; or a folder: images/ with instances.json and captions.json, or a benchmark's original files."
+        ),
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures, such as val2014.")] = None,
+    which: Annotated[
+        str | None,
+        typer.Option("--list", help="Which pictures: first500, opera500, sorted-seed-0, ..., a file of ids."),
+    ] = None,
+    questions: Annotated[str | None, typer.Option(help="File (mme: folder) with the questions.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for answers and results.")] = Path("runs"),
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: the benchmark's (chair 512, pope 8).")
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask; {question} is where a benchmark's own question goes.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="model (the processor's own), or of LLaVA-1.5: vicuna_v1, llava_v1, pai, opera, ..."),
+    ] = None,
+    decoding: Annotated[
+        str | None, typer.Option(help="greedy (default), beam5, sample, sample:temperature=1,top_p=0.9, or checkpoint.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
+    variant: Annotated[str | None, typer.Option(help=VARIANT_HELP)] = None,
+    parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    similarity: Annotated[str | None, typer.Option(help=SIMILARITY_HELP)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures; for trying out.")] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Add each method's negative controls.")] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Start a new run beside an unfinished one that was asked otherwise.")
+    ] = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
@@ -170,19 +210,50 @@ def evaluate(
     """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
     with sentences():
         from vlmfix.eval.benchmarks import benchmark as find_benchmark
-        from vlmfix.eval.data import Data
+        from vlmfix.eval.data import WHERE, Data
+        from vlmfix.eval.protocols import MODEL, find_protocol, generation
+        from vlmfix.eval.report import controls_of
         from vlmfix.intervention import parse, split_methods
 
-        benches = [find_benchmark(name.strip()) for name in benchmark.split(",") if name.strip()]
+        preset = find_protocol(protocol)
+        if preset is not None and data is None and images is None:
+            raise ValueError(
+                f"protocol {preset.name} asks about photos of COCO val2014: name their folder with --images "
+                f"({WHERE['coco']}), or try it on other pictures, such as --data scenes"
+            )
+        names = [
+            n.strip() for n in (benchmark or (preset.benchmark if preset else "chair,pope")).split(",") if n.strip()
+        ]
+        if preset is not None and names != [preset.benchmark]:
+            raise ValueError(f"protocol {preset.name} is of {preset.benchmark}; leave out --benchmark")
+        scoring = scoring_of(variant, parser, similarity)
+        own_prompt = prompt if prompt is not None else preset.prompt if preset else None
+        first = (preset.scoring if preset else (None,))[0]
+        benches = [find_benchmark(name, scoring.get(name, first), own_prompt) for name in names]
         methods = [parse(spec) for spec in split_methods(method)]
         if controls:
-            methods += [(control,) for found in methods if len(found) == 1 for control in found[0].controls()]
+            methods += [control for found in methods for control in controls_of(found)]
         if not benches or not methods:
             raise ValueError("nothing to do: give at least one benchmark and one method")
-        pictures = Data.load(data, limit)
+        if data is None:
+            data = "coco" if preset or which else "scenes"
+        if which is None and preset is not None and data == "coco":
+            which = preset.images
+        if data.startswith("hf:"):
+            from vlmfix.eval.hub import fetch
+
+            pictures = Data.load(str(fetch(data, names)), limit, which, images, questions)
+        else:
+            pictures = Data.load(data, limit, which, images, questions)
         for bench in benches:
             bench.items(pictures)
+        decoding = decoding or (preset.decoding if preset else "greedy")
+        seed = seed if seed is not None else preset.seed if preset else 0
+        generation(decoding)
         loaded, processor = load_model(model, dtype, device_map, quantize)
+        if template is None:
+            fits = preset is not None and getattr(processor, "image_token", None) == "<image>"
+            template = preset.template if preset and fits else MODEL
         from vlmfix.eval.runner import Workers, answer_all
 
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
@@ -193,14 +264,25 @@ def evaluate(
                     for interventions in methods:
                         run = answer_all(
                             loaded, processor, interventions, bench, pictures, output, batch_size=batch_size,
-                            max_new_tokens=max_new_tokens, progress=progress, command=command, workers=workers,
+                            max_new_tokens=max_new_tokens or (preset.max_new_tokens if preset else None),
+                            decoding=decoding, template=template, seed=seed,
+                            protocol=protocol, beside=beside, progress=progress, command=command, workers=workers,
                         )  # fmt: skip
                         runs.append(run)
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
     if workers.rank == 0:
-        show_comparison(runs, as_json)
+        show_comparison(runs, as_json, scoring)
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
+
+
+def scoring_of(variant: str | None, parser: str | None, similarity: str | None) -> dict[str, str]:
+    """How answers to each benchmark are judged, where that is told."""
+    from vlmfix.eval.benchmarks import BENCHMARKS, YesNo
+
+    asked = {"chair": variant, "amber_captions": similarity}
+    asked |= {name: parser for name, cls in BENCHMARKS.items() if isinstance(cls, type) and issubclass(cls, YesNo)}
+    return {name: how for name, how in asked.items() if how is not None}
 
 
 @app.command()
@@ -215,9 +297,7 @@ def score(
             help="What the files answer: chair, pope, amber, mme, hallusionbench, dashb, or yesno (your own)."
         ),
     ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="chair: rohrbach (default), opera, opera_approx, inflect, strict.")
-    ] = None,
+    variant: Annotated[str | None, typer.Option(help=VARIANT_HELP)] = None,
     truth: Annotated[
         str | None, typer.Option(help="chair: coco (COCO 2014, default), or a file or folder of annotations.")
     ] = None,
@@ -225,7 +305,8 @@ def score(
     key: Annotated[
         str | None, typer.Option("--caption-key", "--answer-key", help="Key of the text in the files.")
     ] = None,
-    parser: Annotated[str | None, typer.Option(help="How answers are read: pope, strict, margin, ...")] = None,
+    parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
+    similarity: Annotated[str | None, typer.Option(help=SIMILARITY_HELP)] = None,
     source: Annotated[str | None, typer.Option(help="pope: coco (default), aokvqa, gqa, coco_first_release.")] = None,
     split: Annotated[
         str | None,
@@ -235,6 +316,7 @@ def score(
     labels: Annotated[str | None, typer.Option(help="pope: file with other labels, such as RePOPE's.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="File to compare with; default: the first.")] = None,
     explain: Annotated[Path | None, typer.Option(help="Write every verdict to this file, one JSON line each.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Write a page to read (HTML) to this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score finished answers again, without a model; several are compared in one table.
@@ -243,16 +325,16 @@ def score(
     """
     asked: dict[str, Any] = {
         "variant": variant, "truth": truth, "synonyms": synonyms, "key": key, "parser": parser, "source": source,
-        "split": split, "questions": questions, "labels": labels,
+        "split": split, "questions": questions, "labels": labels, "similarity": similarity,
     }  # fmt: skip
     if benchmark is not None:
         with sentences():
-            score_files(files, benchmark, asked, baseline, explain, as_json)
+            score_files(files, benchmark, asked, baseline, explain, page, as_json)
         return
     with sentences():
         from vlmfix.eval.results import RECORDS, Run
 
-        asked |= {"baseline": baseline, "explain": explain, "variant": None, "parser": None}
+        asked |= {"baseline": baseline, "report": page, "variant": None, "parser": None, "similarity": None}
         if given := [name for name, value in asked.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: only with --benchmark, for files that are no runs of `vlmfix eval`")
         if plain := next((path for path in files if path.is_file() and path.name != RECORDS), None):
@@ -260,8 +342,7 @@ def score(
                 f"{plain} is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"
             )
         runs = [Run.read(path) for path in files]
-    scoring = {name: how for name, how in (("chair", variant), ("pope", parser)) if how is not None}
-    show_comparison(runs, as_json, scoring)
+    show_comparison(runs, as_json, scoring_of(variant, parser, similarity), explain)
 
 
 def score_files(
@@ -270,21 +351,24 @@ def score_files(
     asked: dict[str, Any],
     baseline: Path | None,
     explain: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Score and compare other people's answers; print tables, or JSON with the notes on stderr."""
     from vlmfix.eval import external
 
     read = [Path(path) for path in (*files, baseline, *asked.values()) if path is not None]
-    if explain is not None and explain.exists() and any(path.exists() and explain.samefile(path) for path in read):
-        raise ValueError(f"{explain} is one of the files to read; write the verdicts elsewhere")
+    for written in filter(None, (explain, page)):
+        if written.exists() and any(path.exists() and written.samefile(path) for path in read):
+            raise ValueError(f"{written} is one of the files to read; write elsewhere")
     comparison = external.compare(files, benchmark, external.Options(**asked), baseline)
     if explain is not None:
-        try:
-            with explain.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(verdict) + "\n" for verdict in comparison.verdicts())
-        except OSError as error:
-            raise ValueError(f"cannot write {explain}: {error.strerror or error}") from error
+        write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in comparison.verdicts()))
+    if page is not None:
+        from vlmfix.eval import html
+        from vlmfix.eval.report import study
+
+        write_page(page, html.page([study(comparison.as_runs())]))
     if as_json:
         sys.stdout.write(json.dumps([comparison.to_json()]) + "\n")
     else:
@@ -320,21 +404,31 @@ def report(
         for path, make in texts:
             if path is None:
                 continue
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(make(studies), "utf-8", errors="replace")
-            except OSError as error:
-                raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-            err.print(f"written: {path}", soft_wrap=True, markup=False)
+            write_page(path, make(studies))
 
 
-def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None) -> None:
-    """Print tables, or JSON."""
+def write_page(path: Path, text: str) -> None:
+    """Write a file, and say so. `ValueError` if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+    err.print(f"written: {path}", soft_wrap=True, markup=False)
+
+
+def show_comparison(
+    runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None, explain: Path | None = None
+) -> None:
+    """Print tables, or JSON; write every verdict to `explain`."""
     with sentences():
         from vlmfix.eval import report
         from vlmfix.eval.results import compare
 
         comparisons = compare(runs, scoring=scoring)
+        if explain is not None:
+            verdicts = (verdict for comparison in comparisons for verdict in report.verdicts(comparison))
+            write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
     if as_json:
         sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=False) + "\n")
         return
@@ -342,7 +436,7 @@ def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] 
     for comparison in comparisons:
         for table in report.tables(comparison):
             console.print(table)
-        for note in comparison.notes:
+        for note in filter(None, [report.deviation_text(comparison), *comparison.notes]):
             console.print(note, markup=False, soft_wrap=True)
         console.print()
     console.print(report.LEGEND, markup=False, soft_wrap=True)
@@ -378,6 +472,24 @@ def methods(
 
 
 @app.command()
+def protocols(as_json: Json = False) -> None:
+    """List the named set-ups of `vlmfix eval --protocol`: pictures, prompt, budget, decoding, scorer, source."""
+    from dataclasses import asdict
+
+    from vlmfix.eval.protocols import PROTOCOLS, published
+
+    if as_json:
+        rows = [{**asdict(p), "published": [asdict(one) for one in published(p.name)]} for p in PROTOCOLS.values()]
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return
+    table = Table("name", "pictures", "prompt", "template", "tokens", "decoding", "scorer", "source", show_lines=True)
+    for p in PROTOCOLS.values():
+        cells = (p.name, p.images or "pope500", p.prompt, p.template, str(p.max_new_tokens), p.decoding)
+        table.add_row(*map(Text, (*cells, ", ".join(p.scoring), p.source)))
+    out().print(table)
+
+
+@app.command()
 def demo(
     model: ModelName = "tiny",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
@@ -394,7 +506,7 @@ def demo(
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar() -> Iterator[Callable[[str, int, int, str], None]]:
     """A bar on stderr in a terminal; plain lines otherwise."""
     if not err.is_terminal:
         from vlmfix.eval.runner import PlainProgress
@@ -405,10 +517,19 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+
+    class RateColumn(ProgressColumn):
+        """Answers a second."""
+
+        def render(self, task: Task) -> Text:
+            """`3.2/s`."""
+            return Text("" if task.finished or not task.speed else f"{task.speed:.1f}/s")
 
     columns = (
         TextColumn("{task.description}"),
@@ -416,14 +537,16 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        RateColumn(),
+        TextColumn("{task.fields[figure]}"),
     )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 
-        def tell(label: str, done: int, total: int) -> None:
+        def tell(label: str, done: int, total: int, figure: str = "") -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done)
+                tasks[label] = bars.add_task(label, total=total, completed=done, figure=figure)
+            bars.update(tasks[label], completed=done, figure=figure)
 
         yield tell
 
