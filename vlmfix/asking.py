@@ -144,7 +144,8 @@ class Look:
     def __call__(self, images: Sequence[Image.Image], prompt: str, max_new_tokens: int) -> Looked:
         """One look."""
         found: Attachment = attached(self.model)  # type: ignore[assignment]
-        run = Answering.of(self.model, self.processor, [(list(images), prompt)], {"max_new_tokens": max_new_tokens})
+        settings = {"max_new_tokens": max_new_tokens, "num_beams": 1}
+        run = Answering.of(self.model, self.processor, [(list(images), prompt)], settings)
         with found.only({self.index}):
             (tokens,) = run.generate()
             last: Any = found.last()
@@ -291,14 +292,14 @@ def ask_batch(
 def _refine(
     model: Any, processor: Any, questions: list[tuple[list[Image.Image], str]]
 ) -> tuple[list[tuple[list[Image.Image], str]], list[dict[int, dict[str, Any]]]]:
-    """Pictures to answer from, after the interventions that refine, and what these say of it."""
+    """Pictures and prompts to answer from, after the interventions that refine, and what these say of it."""
     found = attached(model)
     facts: list[dict[int, dict[str, Any]]] = [{} for _ in questions]
     refiners = [] if found is None else [(i, e) for i, e in found.active() if e.acts_at("refine")]
     refined = []
     for (images, prompt), said in zip(questions, facts, strict=True):
         for i, one in refiners:
-            images, said[i] = one.refine(Look(model, processor, i), images, prompt)  # noqa: PLW2901
+            images, prompt, said[i] = one.refine(Look(model, processor, i), images, prompt)  # noqa: PLW2901
         refined.append((images, prompt))
     return refined, facts
 
