@@ -120,6 +120,8 @@ class Looked:
     """The processor's output, on the model's device."""
     token_ids: list[int]
     """Generated tokens, the end token included."""
+    ended: bool
+    """Whether the last token is an end token."""
     text: str
     memo: dict[str, Any]
     """What the intervention's stages left in `site.memo`."""
@@ -149,7 +151,8 @@ class Look:
         with found.only({self.index}):
             (tokens,) = run.generate()
             last: Any = found.last()
-        return Looked(run.inputs, tokens, run.text(tokens), last.memos[self.index], last.geometry)
+        ended = run.end(tokens) is not None
+        return Looked(run.inputs, tokens, ended, run.text(tokens), last.memos[self.index], last.geometry)
 
 
 @dataclass(frozen=True)
