@@ -146,7 +146,11 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
         def refine(self, look, images, prompt):
             looked = look(images, prompt, 3)
             look.kept["n"] = look.kept.get("n", 0) + 1
-            return [images[0].rotate(180)], prompt + " Please.", {"acted": True, "rows": looked.memo["rows"], "said": looked.text}
+            return (
+                [images[0].rotate(180)],
+                prompt + " Please.",
+                {"acted": True, "rows": looked.memo["rows"], "said": looked.text},
+            )
 
         def heads(self, o, site):
             site.memo["rows"] = site.memo.get("rows", 0) + o.shape[1]

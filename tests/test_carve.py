@@ -30,16 +30,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import vlmfix
 from tests import models, vectors
-from vlmfix.asking import Looked
+from vlmfix.asking import Look, Looked
 from vlmfix.attachment import attached
 from vlmfix.geometry import Geometry
 from vlmfix.hooks import CARVE, regions
-from vlmfix.hooks.carve import redraw, unpack
+from vlmfix.hooks.carve import ONE_WORD, redraw, unpack
 from vlmfix.hooks.views import View, covered, view
 
 ASSETS = Path(__file__).parent.parent / "assets"
 PHOTOS = sorted((ASSETS / "photos" / "images").glob("*.jpg"))
-SCENE = ASSETS / "scenes" / "images" / "test_0058.png"
+SCENES = [ASSETS / "scenes" / "images" / f"test_00{n}.png" for n in (58, 77)]
+SCENE = SCENES[0]
 QUESTION = "Is there a person in the image?"
 
 # ---- the maths, each step from the stored result of the step before --------------------------------------------------
@@ -509,6 +510,9 @@ def test_looks_read_what_eager_attention_shows(family, monkeypatch):
     assert record.token_ids == twice.token_ids, "the answer is the plain model's, from both pictures"
     assert vlmfix.ask(model, stub, picture, QUESTION, max_new_tokens=3).token_ids == plain.token_ids
     rows, columns = len(did["heat"]), len(did["heat"][0])
+    first = len(seen[0][0][0, 0]) - rows * columns if family in ("internvl", "smolvlm") else 0
+    heat = fuse(*seen[0], 1e-8, "full")[first : first + rows * columns]
+    np.testing.assert_allclose(np.ravel(did["heat"]), heat, rtol=1e-3)
     S, visible = regions.spread(np.array(did["heat"]), tuple(did["covers"]), picture.size)
     assert rows * columns >= 6 and (unpack(did["mask"]) <= visible).all()
     assert S[unpack(did["mask"])].mean() > S[visible].mean()
@@ -561,11 +565,46 @@ def test_general_instruction_is_asked_once_per_picture(tiny):
         again = vlmfix.ask(model, processor, PHOTOS[0], other)
         kept = attached(model).kept[0]
         assert said(fresh) == said(again) and fresh.passes > again.passes and len(kept) == 1
+        assert next(iter(kept.values()))[1] is True, "the look ended by itself"
+        one, two = (said(vlmfix.ask(model, processor, path, QUESTION)) for path in SCENES)
         for n in range(70):
             kept[n] = None
         vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
         assert len(kept) == 64 and list(kept)[:2] == [7, 8], "what was used last stays"
+    with CARVE()(model):
+        assert two == said(vlmfix.ask(model, processor, SCENES[1], QUESTION)) != one, "each has its own"
     assert attached(model) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "suffix", "budget"),
+    [
+        (CARVE(look_tokens=5), "", 5),
+        (CARVE(variant="official", layers=(4,)), " " + ONE_WORD, 32),
+        (CARVE(steps="start"), "", 1),
+    ],
+    ids=["paper", "official", "start"],
+)
+def test_what_the_looks_ask(tiny, monkeypatch, method, suffix, budget):
+    model, processor = tiny
+    asked, look = [], Look.__call__
+    monkeypatch.setattr(Look, "__call__", lambda self, *a: asked.append(a) or look(self, *a))
+    with method(model):
+        vlmfix.ask(model, processor, SCENE, QUESTION)
+    prompts = [(prompt, n) for _, prompt, n in asked]
+    assert prompts == [(QUESTION + suffix, budget), (method.general + suffix, budget)]
+    assert all(len(images) == 1 and images[0].size == (96, 96) for images, *_ in asked)
+
+
+@pytest.mark.parametrize("geometry", ["exact", "official"])
+def test_thin_boxes_of_pictures(tiny, geometry):
+    model, processor = tiny
+    with CARVE(p=1e-5, K=1, geometry=geometry)(model):
+        (did,) = vlmfix.ask(model, processor, PHOTOS[0], QUESTION).did
+    x0, y0, x1, y1 = did["box"]
+    width, height = Image.open(PHOTOS[0]).size
+    wide = x1 - x0 >= width / 16 and y1 - y0 >= height / 16
+    assert wide == (geometry == "exact") and unpack(did["mask"]).sum() < 20
 
 
 def test_the_looks_leave_no_trace_and_others_act_in_the_answer_alone(tiny):
@@ -605,6 +644,10 @@ def test_random_place_keeps_size_and_shape(tiny):
         assert [b["size"], b["area"]] == [a["size"], a["area"]] and b["heat"] == a["heat"]
         masks = [unpack(d["mask"])[d["box"][1] : d["box"][3], d["box"][0] : d["box"][2]] for d in (a, b)]
         assert np.array_equal(*masks)
+        assert (
+            unpack(b["mask"])[b["covers"][1] : b["covers"][3], b["covers"][0] : b["covers"][2]].sum()
+            == unpack(a["mask"]).sum()
+        )
         boxes.append(a["box"] != b["box"])
     assert any(boxes)
     mask = np.zeros((5, 7), bool)

@@ -290,7 +290,7 @@ class Attachment:
             self._local.scope, self._local.call = outer, None
 
     def _check_decoding(self, n_beams: int, assisted: bool) -> None:
-        for i, one in self._in_force():
+        for _, one in self._in_force():
             if one.token_by_token and n_beams > 1:
                 raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
             if assisted and (one.token_by_token or one.acts_at("logits")):
