@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmfix.hooks.beam import Beam
+    from vlmfix.hooks.carve import CARVE
     from vlmfix.hooks.contrast import Contrast
     from vlmfix.hooks.pai import PAI
     from vlmfix.hooks.truncate import Truncate
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 REGISTRY = {
     "beam": "vlmfix.hooks.beam:Beam",
+    "carve": "vlmfix.hooks.carve:CARVE",
     "contrast": "vlmfix.hooks.contrast:Contrast",
     "pai": "vlmfix.hooks.pai:PAI",
     "truncate": "vlmfix.hooks.truncate:Truncate",
@@ -25,7 +27,7 @@ REGISTRY = {
     "vhr": "vlmfix.hooks.vhr:VHR",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate"]
+__all__ = ["CARVE", "PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate"]
 
 
 def __getattr__(name: str) -> object:

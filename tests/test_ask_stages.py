@@ -10,7 +10,7 @@ import torch
 
 import vlmfix
 from tests.test_contract import footprint
-from vlmfix.hooks import REGISTRY, Beam, Truncate
+from vlmfix.hooks import CARVE, REGISTRY, Beam, Truncate
 from vlmfix.intervention import ASK_STAGES, Intervention, from_json, method_class
 
 SCENES = Path(__file__).parent.parent / "assets" / "scenes" / "images"
@@ -18,6 +18,7 @@ PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]
 DESCRIBE = "Please describe this image in detail."
 INTERVENTIONS = {
     "beam": (Beam(n=3), DESCRIBE),
+    "carve": (CARVE(), "Is there a car in the image?"),
     "truncate": (Truncate(words=9), DESCRIBE),
 }
 """Each with a prompt on which it bites."""
@@ -145,7 +146,11 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
         def refine(self, look, images, prompt):
             looked = look(images, prompt, 3)
             look.kept["n"] = look.kept.get("n", 0) + 1
-            return [images[0].rotate(180)], {"acted": True, "rows": looked.memo["rows"], "said": looked.text}
+            return (
+                [images[0].rotate(180)],
+                prompt + " Please.",
+                {"acted": True, "rows": looked.memo["rows"], "said": looked.text},
+            )
 
         def heads(self, o, site):
             site.memo["rows"] = site.memo.get("rows", 0) + o.shape[1]
@@ -161,7 +166,7 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
 
     questions = [(PICTURES[0], DESCRIBE), (PICTURES[1], DESCRIBE)]
     turned = [[vlmfix.asking.open_picture(p).rotate(180)] for p, _ in questions]
-    want = [vlmfix.ask(model, processor, p, DESCRIBE, max_new_tokens=4) for p in turned]
+    want = [vlmfix.ask(model, processor, p, DESCRIBE + " Please.", max_new_tokens=4) for p in turned]
     with vlmfix.attachment.wrapped(model, [Peek(), Count()]):
         got = vlmfix.ask_batch(model, processor, questions, max_new_tokens=4)
         kept = vlmfix.attachment.attached(model).kept[0]
@@ -169,7 +174,7 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
     n = len(model.get_decoder().layers)
     assert len(seen) == 4 * n and kept == {"n": 2}
     assert all(r.did[0]["rows"] > 3 * n and r.did[1] == {"acted": False} for r in got)
-    assert [r.image for r in got] == [[p] for p, _ in questions]
+    assert [(r.image, r.prompt) for r in got] == [([p], prompt) for p, prompt in questions], "as it was asked"
     assert got[0].passes == 3 + 4
 
 

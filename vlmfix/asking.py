@@ -157,6 +157,8 @@ class Looked:
     """The processor's output, on the model's device."""
     token_ids: list[int]
     """Generated tokens, the end token included."""
+    ended: bool
+    """Whether the last token is an end token."""
     text: str
     memo: dict[str, Any]
     """What the intervention's stages left in `site.memo`."""
@@ -181,11 +183,13 @@ class Look:
     def __call__(self, images: Sequence[Image.Image], prompt: str, max_new_tokens: int) -> Looked:
         """One look."""
         found: Attachment = attached(self.model)  # type: ignore[assignment]
-        run = Answering.of(self.model, self.processor, [(list(images), prompt)], {"max_new_tokens": max_new_tokens})
+        settings = {"max_new_tokens": max_new_tokens, "num_beams": 1}
+        run = Answering.of(self.model, self.processor, [(list(images), prompt)], settings)
         with found.only({self.index}):
             (tokens,) = run.generate()
             last: Any = found.last()
-        return Looked(run.inputs, tokens, run.text(tokens), last.memos[self.index], last.geometry)
+        ended = run.end(tokens) is not None
+        return Looked(run.inputs, tokens, ended, run.text(tokens), last.memos[self.index], last.geometry)
 
 
 @dataclass(frozen=True)
@@ -333,14 +337,14 @@ def ask_batch(
 def _refine(
     model: Any, processor: Any, questions: list[tuple[list[Image.Image], str]]
 ) -> tuple[list[tuple[list[Image.Image], str]], list[dict[int, dict[str, Any]]]]:
-    """Pictures to answer from, after the interventions that refine, and what these say of it."""
+    """Pictures and prompts to answer from, after the interventions that refine, and what these say of it."""
     found = attached(model)
     facts: list[dict[int, dict[str, Any]]] = [{} for _ in questions]
     refiners = [] if found is None else [(i, e) for i, e in found.active() if e.acts_at("refine")]
     refined = []
     for (images, prompt), said in zip(questions, facts, strict=True):
         for i, one in refiners:
-            images, said[i] = one.refine(Look(model, processor, i), images, prompt)  # noqa: PLW2901
+            images, prompt, said[i] = one.refine(Look(model, processor, i), images, prompt)  # noqa: PLW2901
         refined.append((images, prompt))
     return refined, facts
 

@@ -308,14 +308,17 @@ class Attachment:
             self._local.scope, self._local.call = outer, None
 
     def _check_decoding(self, n_beams: int, assisted: bool) -> None:
-        for i, one in self._in_force():
+        for _, one in self._in_force():
             if one.token_by_token and n_beams > 1:
                 raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
             if assisted and (one.token_by_token or one.acts_at("logits")):
                 raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
-            if not self._local.asking and i not in self._warned and any(one.acts_at(stage) for stage in ASK_STAGES):
-                self._warned.add(i)
-                warnings.warn(f"{one.name} acts in vlmfix.ask only, not in a plain generate", stacklevel=4)
+        for i, one in self.active():
+            left_out = self._local.force is not None and i not in self._local.force
+            if self._local.asking or left_out or i in self._warned or not any(map(one.acts_at, ASK_STAGES)):
+                continue
+            self._warned.add(i)
+            warnings.warn(f"{one.name} acts in vlmfix.ask only, not in a plain generate", stacklevel=4)
 
     def _warn_idle(self, generation: Generation | None) -> None:
         for i, one in self.active():

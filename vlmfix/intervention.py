@@ -70,7 +70,7 @@ class Intervention:
 
     | stage | gets and returns | where |
     |---|---|---|
-    | `refine`  | pictures of a question | before they become inputs; in `ask` only |
+    | `refine`  | pictures and prompt of a question | before they become inputs; in `ask` only |
     | `scores`  | (B, H, R, K) float32, before softmax | rows named by `rows` |
     | `weights` | (B, H, R, K) float32, after softmax | rows named by `rows` |
     | `heads`   | (B, Q, H, d) head outputs before the output projection, the model's dtype | all rows |
@@ -118,13 +118,13 @@ class Intervention:
     def composes(self, others: Sequence[Intervention]) -> None:
         """Raise a `ValueError` that says why, if this method cannot be in force together with `others`."""
 
-    def refine(self, look: Look, images: list[Image], prompt: str) -> tuple[list[Image], dict[str, Any]]:
-        """Give the pictures to answer from, and what a record should say of it (`acted` among it).
+    def refine(self, look: Look, images: list[Image], prompt: str) -> tuple[list[Image], str, dict[str, Any]]:
+        """Give the pictures and the prompt to answer from, and what a record should say of it (`acted` among it).
 
         `look` asks the model on the way, with this intervention's other stages in force and nobody else's; outside
         its looks the other stages of an intervention that refines are not in force.
         """
-        return images, {}
+        return images, prompt, {}
 
     def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """Answer a batch of questions in another way than one call of `generate`: token ids, and what a record should

@@ -1,0 +1,324 @@
+"""CARVE: look twice, mask, crop, answer again. And ViCrop, the crop without a mask that it builds on.
+
+Ge et al., "Focusing by Contrastive Attention: Enhancing VLMs' Visual Reasoning", arXiv 2509.06461; official code
+YuyaoGe/CARVE. The model is asked the question, then a general instruction. Where its attention A^Q on the image is
+large for what it is with the general instruction, A^G, there is what the question is about: C = A^Q / (A^G + lam). That
+part is cut out, the rest blackened, and the question asked again. ViCrop (Zhang et al., "MLLMs Know Where to Look",
+ICLR 2025, arXiv 2502.17422) is `variant="vicrop"`: one layer, the first step, a square crop.
+
+Paper and code differ; `variant="official"` computes what the code computes, but for three things: the grid of Qwen
+models comes from the inputs, not from the picture's size, where the code is off for many sizes and then does nothing;
+where the mask takes in everything, the picture is not shown twice; captioning prompts are refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import random
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vlmfix.intervention import Idle, Intervention, Site
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from vlmfix.anatomy import Anatomy
+    from vlmfix.asking import Look, Looked, Picture
+
+PAPER: dict[str, Any] = {
+    "p": 0.4,
+    "K": 2,
+    "lam": 1e-8,
+    "steps": "full",
+    "regions": "max",
+    "geometry": "exact",
+    "region": "mask",
+    "suffix": "",
+}
+ONE_WORD = "Answer the question using a single word or phrase."
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "official": PAPER | {"p": 0.2, "K": 3, "regions": "official", "geometry": "official", "suffix": ONE_WORD},
+    "vicrop": PAPER | {"lam": 0.0, "steps": "start", "geometry": "official", "region": "box"},
+}
+WORDS = {
+    "steps": ("full", "start", "end", "uniform"),
+    "regions": ("max", "official"),
+    "score": ("sum", "size", "small"),
+    "final": ("both", "refined"),
+    "geometry": ("exact", "official"),
+    "region": ("mask", "box"),
+    "select": ("contrast", "random"),
+}
+OFFICIAL_LAYERS = range(20, 26)
+KEPT = 64
+"""Pictures whose general instruction is remembered."""
+_NOUN = r"(?:image|picture|photo(?:graph)?|scene)\b"
+_CAPTION = re.compile(
+    r"^(?!\W*(?:is|are|was|were|do|does)\b).*(?:"
+    rf"\b(?:describe|description|caption|summari[sz]e)(?:\s+(?:of|for|the|this|that|an?|given|provided|whole|entire))*\s+{_NOUN}"
+    rf"|\bwhat(?:'s| is| do you see| can you see)(?: shown| depicted| happening)? in (?:the|this) {_NOUN}"
+    r"|\b(?:write|give|provide|generate)\s+(?:\w+\s+){0,4}(?:caption|description)\W*$)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class CARVE(Intervention):
+    """Contrastive attention refinement. Reads attention in two looks, changes the picture, and edits nothing."""
+
+    name: ClassVar[str] = "carve"
+    summary: ClassVar[str] = "asks again with what the question is about cut out of the picture"
+    paper: ClassVar[str] = "Ge et al., arXiv 2509.06461; variant vicrop: Zhang et al., ICLR 2025, arXiv 2502.17422"
+    cost: ClassVar[str] = "two short generations before the answer, which sees two pictures"
+    expect: ClassVar[str] = "questions about a part of the picture; captioning prompts are refused"
+    whole_prompt: ClassVar[bool] = True
+    token_by_token: ClassVar[bool] = True
+
+    layers: tuple[int, ...] | None = None
+    """Layers whose contrast is summed. `None`: 20-25 of 26 or more (paper), else the same part of the depth (ours). For
+    `vicrop` one layer: 14 of LLaVA-1.5's 32 (code), 22 of Qwen2.5-VL (code), else the same part of the depth as 14."""
+    steps: Literal["full", "start", "end", "uniform"] = None  # type: ignore[assignment]
+    """Tokens that are looked at: `full`, those that both looks have, step t with weight t + 1 (paper, code); `start`,
+    the first; `end`, each look's last before its end token; `uniform`, as `full` with weight 1."""
+    lam: float = None  # type: ignore[assignment]
+    """Added to A^G, 0 or more. `None`: 1e-8 (code), 0 for `vicrop`."""
+    p: float = None  # type: ignore[assignment]
+    """Share of the pixels that pass the threshold, 0 < p <= 1. `None`: 0.4 (the paper's best), 0.2 (code)."""
+    K: int = None  # type: ignore[assignment]
+    """Connected regions that are kept. `None`: 2 (paper), 3 (code)."""
+    regions: Literal["max", "official"] = None  # type: ignore[assignment]
+    """`max`: at most K (paper); `official`: max(K, int(n p)) of n (code)."""
+    score: Literal["sum", "size", "small"] = "sum"
+    """How regions are ranked: by their sum of S (paper), by size, or `small`, all but specks (earlier versions of the
+    code)."""
+    final: Literal["both", "refined"] = "both"
+    """What the answer sees: the picture and the refined one (code), or the refined one alone (paper). With `refined`, a
+    thing that is not there was asked for in a picture of which something always is left."""
+    geometry: Literal["exact", "official"] = None  # type: ignore[assignment]
+    """Pixels that the grid of tokens covers: what the processor showed the model (ours), or the whole picture, also
+    where the processor cut out its centre (code)."""
+    region: Literal["mask", "box"] = None  # type: ignore[assignment]
+    """`mask`: CARVE's masked regions; `box`: ViCrop's square window, not masked and not enlarged."""
+    side: int | None = None
+    """Least side of ViCrop's window, in pixels. `None`: the side of the model's input, 336 for LLaVA-1.5 (code); 224
+    where the model has no fixed one, as Qwen2.5-VL (code)."""
+    general: str = "Write a general description of the image."
+    """The general instruction (code; best of five in the paper)."""
+    suffix: str = None  # type: ignore[assignment]
+    """Put after the question and the general instruction. `None`: nothing, or, for `official`, to answer in one word
+    (code). A question that ends with it already is left as it is."""
+    look_tokens: int = 32
+    """Tokens that a look may take (code); 1 where `steps` is `start`."""
+    captions: bool = False
+    """Answer captioning prompts as well (ours). They ask what the general instruction asks: the contrast is noise."""
+    select: Literal["contrast", "random"] = "contrast"
+    """Where the mask or box lies: by contrast (paper), or, as a control (ours), the same one at a random place."""
+    variant: Literal["paper", "official", "vicrop"] = "paper"
+    """`paper`; `official`: what the released code computes; `vicrop`: the crop of ViCrop's relative attention."""
+
+    def __post_init__(self) -> None:
+        """Fill the variant's values and check ranges."""
+        self._fill(VARIANTS)
+        for key, words in WORDS.items():
+            if getattr(self, key) not in words:
+                raise ValueError(f"{key}: expected {' or '.join(words)}, got {getattr(self, key)!r}")
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p: expected a number above 0 and up to 1, got {self.p!r}")
+        if not self.lam >= 0:
+            raise ValueError(f"lam: expected 0 or more, got {self.lam!r}")
+        for key in ("K", "look_tokens", "side"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key}: expected 1 or more, got {value!r}")
+        if not self.general.strip():
+            raise ValueError("general: expected an instruction such as 'Write a general description of the image.'")
+        if isinstance(self.layers, int):
+            object.__setattr__(self, "layers", (self.layers,))
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError(f"layers: expected numbers from 0 up, got {self.layers!r}")
+
+    def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[CARVE, dict[str, Any]]:
+        """Choose the layers for the model's depth. `TypeError` for models whose image tokens lie on no grid."""
+        from vlmfix.hooks import views
+
+        config: Any = model.config
+        views.check_grid(config)
+        n = len(anatomy.layers)
+        layers = self._default_layers(n, config.model_type) if self.layers is None else self.layers
+        beyond = [layer for layer in layers if layer >= n]
+        if beyond and self.variant != "official":
+            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {beyond}")
+        layers = tuple(layer for layer in layers if layer < n)
+        if not layers:
+            raise Idle(f"the released code reads layers {beyond}, and this model has {n}; give layers that it has")
+        side = getattr(config.vision_config, "image_size", None) if self.side is None else self.side
+        side = (side if isinstance(side, int) else 224) if self.region == "box" else None
+        return replace(self, layers=layers, side=side), {}
+
+    def _default_layers(self, n: int, kind: str) -> tuple[int, ...]:
+        if self.variant == "vicrop":
+            return (22,) if kind == "qwen2_5_vl" and n > 22 else (round(14 / 32 * n),)
+        if self.variant == "official" or n > OFFICIAL_LAYERS[-1]:
+            return tuple(OFFICIAL_LAYERS)
+        return tuple(range(min(round(0.62 * n), n - 1), min(round(0.78 * n), n - 1) + 1))
+
+    def at_layers(self, n_layers: int) -> tuple[int, ...]:
+        """Layers that are read."""
+        return self.layers or ()
+
+    def weights(self, a: Tensor, site: Site) -> Tensor:
+        """Keep the mean over heads of the row that predicts the next token; nothing is edited."""
+        rows = site.memo.setdefault("rows", {}).setdefault(site.layer, [])
+        rows.append((site.first_key, a[0, :, -1].mean(0)))
+        return a
+
+    def refine(self, look: Look, images: list[Image], prompt: str) -> tuple[list[Image], str, dict[str, Any]]:
+        """Look twice and cut out what the question is about.
+
+        For the record: `acted`; `question`, where the suffix was added to it; `first`, what the first look said; `T_Q`,
+        `T_G`, tokens of the looks; `heat`, the contrast on the grid, and `covers`, the pixels under it; `box`, `size`,
+        `mask` of the refined picture (see `redraw`); `n_regions`; `area` and `share`: what the mask holds of the
+        visible pixels and of S.
+        """
+        if not images:
+            return images, prompt, {"acted": False}
+        if len(images) > 1:
+            raise ValueError(f"CARVE refines one image per question; got {len(images)}")
+        if not self.captions and (_CAPTION.search(prompt) or prompt.strip() == self.general.strip()):
+            raise ValueError(
+                f"CARVE cuts out what a question is about, and {prompt!r} asks about all of the picture: question and "
+                f"general instruction would be the same, and only noise decide. Leave carve out for captions, or set "
+                f"captions=true to do it all the same"
+            )
+        (picture,) = images
+        question = self._suffixed(prompt)
+        n_tokens = 1 if self.steps == "start" else self.look_tokens
+        asked = look(images, question, n_tokens)
+        q = self._maps(asked)
+        digest = hashlib.sha256(picture.tobytes()).hexdigest()
+        key = digest, picture.size, q.shape[-1]
+        known = look.kept.pop(key, None)
+        if known is None:
+            told = look(images, self._suffixed(self.general), n_tokens)
+            known = self._maps(told), told.ended
+        look.kept[key] = known
+        for old in list(look.kept)[:-KEPT]:
+            look.kept.pop(old, None)
+        g, ended = known
+        heat, covers = self._heat(look, asked, picture, q, g, (asked.ended, ended))
+        found = self._cut(picture, heat, covers, random.Random(digest + prompt))
+        facts = {
+            "acted": found is not None,
+            **({} if question == prompt else {"question": question}),
+            "first": asked.text,
+            "T_Q": len(q),
+            "T_G": len(g),
+            "covers": list(covers),
+            "heat": [[float(f"{x:.4g}") for x in row] for row in heat.tolist()],
+            **(found or {}),
+        }
+        if found is None:
+            return images, question, facts
+        refined = redraw(facts, picture)
+        return ([picture, refined] if self.final == "both" else [refined]), question, facts
+
+    def _suffixed(self, text: str) -> str:
+        return text if text.rstrip().endswith(self.suffix) else f"{text} {self.suffix}"
+
+    def _maps(self, looked: Looked) -> NDArray[Any]:
+        """(T, L, N): attention of each token's row to the image tokens, per layer."""
+        import torch
+        from torch.nn.functional import pad
+
+        n, found = looked.geometry.n, []
+        for layer in self.layers or ():
+            rows = torch.stack([pad(row, (first, 0))[:n] for first, row in looked.memo["rows"][layer]])
+            found.append(rows[:, looked.geometry.image[0].to(rows.device)].cpu())
+        return torch.stack(found, dim=1)[: len(looked.token_ids)].numpy()
+
+    def _heat(
+        self, look: Look, asked: Looked, picture: Image, q: Any, g: Any, ended: tuple[bool, bool]
+    ) -> tuple[NDArray[Any], tuple[int, int, int, int]]:
+        """The fused contrast on the grid, and the pixels that the grid covers."""
+        import numpy as np
+
+        from vlmfix.hooks import regions, views
+
+        seen = views.view(look.model.config, look.processor, asked.inputs, picture.size, q.shape[-1])
+        heat = regions.fuse(q, g, self.lam, self.steps, ended, self.layers)
+        grid: tuple[int, int] | None = (seen.rows, seen.columns)
+        if self.variant == "official":
+            grid = regions.official_grid(len(heat), seen.rows, seen.columns)
+        if grid is None:
+            return np.zeros((1, 1)), (0, 0, *picture.size)
+        heat = heat[seen.first :][: grid[0] * grid[1]].reshape(grid)
+        return heat, seen.box if self.geometry == "exact" else (0, 0, *picture.size)
+
+    def _cut(self, picture: Image, heat: Any, covers: tuple[int, int, int, int], draw: random.Random) -> Any:
+        """What `redraw` needs; `None` where the mask or box takes in all that the model saw."""
+        from vlmfix.hooks import regions
+
+        exact, mask, within, facts = self.geometry == "exact", None, (0, 0, *picture.size), {}
+        if self.region == "box":
+            box = regions.sharpest_box(heat, covers, picture.size, self.side or 0)
+            if box is None or box == within:
+                return None
+        else:
+            S, visible = regions.spread(heat, covers, picture.size)
+            mask, _, n = regions.select(S, visible, self.p, self.K, self.regions, self.score)
+            if (mask == visible).all():
+                return None
+            within, box = regions.bounds(visible), regions.bounds(mask)
+            share = float(S[mask].sum() / S.sum())
+            facts = {"n_regions": n, "area": round(float(mask.sum() / visible.sum()), 4), "share": round(share, 4)}
+        if self.select == "random":
+            mask, box = regions.moved(mask, box, within, draw)
+        if mask is None:
+            return {"box": list(box), "size": [box[2] - box[0], box[3] - box[1]], "mask": None}
+        if exact:
+            box = regions.widened(box, picture.size)
+        size = regions.enlarged(box, picture.size, exact)
+        return {"box": list(box), "size": list(size), "mask": _pack(mask), **facts}
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """The same mask or box at a random place."""
+        return (replace(self, select="random"),)
+
+
+def redraw(did: dict[str, Any], picture: Picture) -> Image:
+    """The refined picture of a record: `did` is CARVE's part of `Record.did`, `picture` what was asked about (an image
+    or a path). The picture itself where CARVE did not act."""
+    from vlmfix.asking import open_picture
+    from vlmfix.hooks import regions
+
+    whole = open_picture(picture)
+    if not did["acted"]:
+        return whole
+    mask = None if did["mask"] is None else unpack(did["mask"])
+    if mask is not None and mask.shape != whole.size[::-1]:
+        raise ValueError(f"the record is of a picture of {mask.shape[::-1]} pixels, got one of {whole.size}")
+    x0, y0, x1, y1 = did["box"]
+    return regions.carve(whole, mask, (x0, y0, x1, y1), tuple(did["size"]))
+
+
+def unpack(mask: str) -> NDArray[Any]:
+    """The mask of a record, (height, width) bool."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(mask))))
+
+
+def _pack(mask: Any) -> str:
+    """As a PNG of one bit per pixel, in base64."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
