@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from vlmfix.hooks.beam import Beam
     from vlmfix.hooks.contrast import Contrast
     from vlmfix.hooks.pai import PAI
+    from vlmfix.hooks.paint import PAINT
+    from vlmfix.hooks.pyramiddrop import PyramidDrop
     from vlmfix.hooks.truncate import Truncate
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vcd import VCD
@@ -19,13 +21,15 @@ REGISTRY = {
     "beam": "vlmfix.hooks.beam:Beam",
     "contrast": "vlmfix.hooks.contrast:Contrast",
     "pai": "vlmfix.hooks.pai:PAI",
+    "paint": "vlmfix.hooks.paint:PAINT",
+    "pyramiddrop": "vlmfix.hooks.pyramiddrop:PyramidDrop",
     "truncate": "vlmfix.hooks.truncate:Truncate",
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
     "vhr": "vlmfix.hooks.vhr:VHR",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate"]
+__all__ = ["PAI", "PAINT", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "PyramidDrop", "Truncate"]
 
 
 def __getattr__(name: str) -> object:

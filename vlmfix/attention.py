@@ -166,14 +166,14 @@ def queries_and_keys(layer: nn.Module, module: nn.Module, inputs: dict[str, Any]
     config = copy.copy(module.config)
     config.__dict__["_attn_implementation_internal"] = LOOK
     attention, twin = copy.copy(module), copy.copy(layer)  # share all weights
-    attention.config = config  # type: ignore[assignment]
+    attention.config = config
     twin.__dict__["_modules"] = {k: attention if v is module else v for k, v in layer._modules.items()}
     for one in (attention, twin):
         one.__dict__.pop("forward", None)  # accelerate's is bound to the original
     try:
         twin.forward(**{**inputs, "past_key_values": None, "use_cache": False})
     except _Seen as seen:
-        return seen.args  # type: ignore[return-value]
+        return seen.args
     raise TypeError(f"{type(module).__name__} does not call transformers' attention interface")
 
 
