@@ -347,6 +347,31 @@ def split_methods(text: str) -> list[str]:
     return methods
 
 
+def with_accelerator(
+    methods: Sequence[tuple[Intervention, ...]], speed: str | None, controls: bool = False
+) -> list[tuple[Intervention, ...]]:
+    """Each method (a list of interventions) with an accelerator beside it, and the untouched model, which stays the
+    reference; with `controls`, the accelerator's own too. `ValueError` where one is given for the other, or where they
+    do not go together."""
+    from vlmfix.hooks import REGISTRY
+
+    if wrong := [one.name for method in methods for one in method if one.accelerator]:
+        raise ValueError(f"{wrong[0]} is made for speed and is no method; give --speed {wrong[0]}")
+    if speed is None:
+        return list(methods)
+    known = ", ".join(name for name in REGISTRY if method_class(name).accelerator)
+    beside = parse(speed)
+    if not beside or not all(one.accelerator for one in beside):
+        raise ValueError(f"speed: expected an accelerator ({known}), got {speed!r}")
+    found = [(*method, *beside) for method in methods]
+    if controls:
+        found += [(control,) for one in beside for control in one.controls()]
+    for method in found:
+        for i, one in enumerate(method):
+            one.composes([*method[:i], *method[i + 1 :]])
+    return [method for method in methods if not method] + found
+
+
 def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
     """Any accepted form (a name, a name with settings, an instance, a list of these, `None`) as a tuple of
     instances."""
@@ -391,4 +416,5 @@ __all__ = [
     "parse",
     "spec_of",
     "split_methods",
+    "with_accelerator",
 ]
