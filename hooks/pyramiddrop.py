@@ -59,9 +59,11 @@ class _Prompt:
         self.kept: list[Tensor] = []
         """(B, P) bool, of each stage so far."""
         self.index: list[Tensor | None] = []
-        """(B, P') positions of its tokens in the prompt, in order; `None`: all."""
+        """(B, P') positions of the tokens that each stage holds, in order; `None`: all."""
+        self.dropped: list[bool] = []
+        """Whether each stage has lost any token."""
         self.columns: dict[int, Tensor] = {}
-        self.masks: dict[int, tuple[Any, Any]] = {}
+        self.masks: dict[int, tuple[Any, int, Any]] = {}
         self.rotary: tuple[Tensor, ...] = ()
 
     def columns_of(self, stage: int, n: int) -> Tensor | None:
@@ -181,10 +183,8 @@ class PyramidDrop(Intervention):
             return self._put_back(inputs, prompt, stage, site)
         if self.positions == "renumber" and site.layer == layers[0]:
             self._remember(inputs, prompt, site.start)
-        before = None
         if starting and stage == len(prompt.kept):
-            before = self._fitted(inputs, prompt, stage - 1, site)
-            self._choose(prompt, stage, look, before)
+            self._choose(prompt, stage, look, self._fitted(inputs, prompt, stage - 1, site))
         out = self._fitted(inputs, prompt, stage, site)
         if self.form == "drop" and starting and site.start == 0 and out is not inputs:
             was, now = prompt.columns_of(stage - 1, n), prompt.columns_of(stage, n)
@@ -200,7 +200,7 @@ class PyramidDrop(Intervention):
         """Rank what is there, and note what goes on."""
         device = inputs["hidden_states"].device
         index = prompt.index[-1] if prompt.index else None
-        kept = prompt.kept[-1] if prompt.kept else prompt.valid | True
+        kept = prompt.kept[-1] if prompt.kept else prompt.valid.new_ones(prompt.valid.shape)
         at = lambda x: (x if index is None else x.gather(1, index)).to(device)  # noqa: E731
         images = at(prompt.images * kept)
         if self.select == "random":
@@ -223,26 +223,27 @@ class PyramidDrop(Intervention):
                 f"pyramiddrop needs equal numbers of image tokens in all samples of a batch, got "
                 f"{prompt.sizes[:, 1:].sum(1).tolist()}; ask one by one, or use form=mask"
             )
-        n = int(counts[0])
-        dropped = self.form == "drop" and n < prompt.n
         prompt.kept.append(kept)
-        order = kept.int().argsort(dim=1, descending=True, stable=True) if dropped else None
-        prompt.index.append(None if order is None else order[:, :n])
+        prompt.dropped.append(bool((counts < prompt.n).any()))
+        order = None
+        if self.form == "drop" and prompt.dropped[-1]:
+            order = kept.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts[0])]
+        prompt.index.append(order)
 
     def _fitted(self, inputs: dict[str, Any], prompt: _Prompt, stage: int, site: Site) -> dict[str, Any]:
         """All but the hidden states, as the layers of a stage need it."""
-        if stage < 0 or bool(self.form == "drop" and prompt.index[stage] is None):
+        if stage < 0 or not prompt.dropped[stage]:
             return inputs
         mask, device = inputs.get("attention_mask"), inputs["hidden_states"].device
         known = prompt.masks.get(stage)
-        if known is None or known[0] is not mask or mask is None:
+        if known is None or known[0] is not mask or known[1] != site.geometry.n or mask is None:
             if self.form == "mask":
                 fitted = hide(mask, prompt.kept[stage], site.geometry.n, site.start, device)
             else:
                 columns = prompt.columns_of(stage, site.geometry.n)
                 fitted = cut(mask, columns, site.geometry.n, rows=site.start == 0)  # type: ignore[arg-type]
-            known = prompt.masks[stage] = (mask, fitted)
-        out = {**inputs, "attention_mask": known[1]}
+            known = prompt.masks[stage] = (mask, site.geometry.n, fitted)
+        out = {**inputs, "attention_mask": known[2]}
         if self.form == "drop":
             self._fit_rotary(out, prompt, stage, site)
         return out

@@ -202,17 +202,18 @@ def test_a_huge_key_stays():
     assert int((kept[-1] & (prompt["input_ids"] == IMAGE)).sum()) == 1, "at least one is kept"
 
 
-def test_ratio_one_and_no_image_change_nothing():
+@pytest.mark.parametrize("form", ["drop", "mask"])
+def test_ratio_one_and_no_image_change_nothing(form):
     model = llava()
     prompt = picture_prompt(model, 2, lengths=[3, 6])
     text = {"input_ids": prompt["input_ids"].clamp(max=50)}
     plain, bare, said = logits(model, prompt), logits(model, text), generate(model, prompt)[1]
-    with PyramidDrop(ratios=(1, 1, 1))(model):
+    with PyramidDrop(ratios=(1, 1, 1), form=form)(model):
         assert torch.equal(logits(model, prompt), plain)
         with pytest.warns(UserWarning, match="did nothing in a whole generation"):
             assert torch.equal(generate(model, prompt)[1], said)
         assert not any(s["acted"] for s in vlmfix.report(model)[0]["samples"])
-    with PyramidDrop()(model):
+    with PyramidDrop(form=form)(model):
         assert torch.equal(logits(model, text), bare)
         assert not any(s["acted"] for s in vlmfix.report(model)[0]["samples"])
 
