@@ -20,14 +20,14 @@ from vlmfix.asking import Record, ask, open_picture
 from vlmfix.attachment import wrapped
 from vlmfix.eval.chair import Vocabulary, ground_truth, image_key, mentions
 from vlmfix.hooks import REGISTRY
-from vlmfix.intervention import Intervention, did_you_mean, parse
+from vlmfix.intervention import Intervention, did_you_mean, method_class, parse
 from vlmfix.loading import load
 
 SCENES = Path(str(files("vlmfix.assets") / "scenes"))
 EXAMPLES = [str(SCENES / "images" / f"test_{n:04d}.png") for n in (32, 21, 10, 9, 1, 134)]
 """Picked by hand, no sample: VHR invents less on the first four scenes, as much on the fifth, more on the last."""
 PROMPTS = ["Please describe this image in detail.", "Is there a dog in the image?"]
-METHODS = ["none", *REGISTRY]
+METHODS = ["none", *(name for name in REGISTRY if not method_class(name).accelerator)]
 EXISTS = re.compile(r"(?:is|are) there (?:an?|any) ([\w ]+) in (?:the|this) (?:image|picture)\?", re.IGNORECASE)
 
 STYLE = """

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vlmfix.hooks.carve import CARVE
     from vlmfix.hooks.contrast import Contrast
     from vlmfix.hooks.pai import PAI
+    from vlmfix.hooks.paint import PAINT
+    from vlmfix.hooks.pyramiddrop import PyramidDrop
     from vlmfix.hooks.truncate import Truncate
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vcd import VCD
@@ -21,13 +23,15 @@ REGISTRY = {
     "carve": "vlmfix.hooks.carve:CARVE",
     "contrast": "vlmfix.hooks.contrast:Contrast",
     "pai": "vlmfix.hooks.pai:PAI",
+    "paint": "vlmfix.hooks.paint:PAINT",
+    "pyramiddrop": "vlmfix.hooks.pyramiddrop:PyramidDrop",
     "truncate": "vlmfix.hooks.truncate:Truncate",
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
     "vhr": "vlmfix.hooks.vhr:VHR",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["CARVE", "PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate"]
+__all__ = ["CARVE", "PAI", "PAINT", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "PyramidDrop", "Truncate"]
 
 
 def __getattr__(name: str) -> object:

@@ -57,6 +57,32 @@ def test_ask_side_by_side():
     assert table.exit_code == 0 and "none" in table.stdout and "vhr" in table.stdout and "Yes" in table.stdout
 
 
+def test_speed_goes_beside_the_methods(tmp_path):
+    asked = [
+        "ask",
+        SCENE,
+        "Please describe this image in detail.",
+        "--method",
+        "none,contrast",
+        "--speed",
+        "pyramiddrop",
+    ]
+    lines = [json.loads(line) for line in run(*asked, "--json").stdout.splitlines()]
+    assert [[m["name"] for m in r["method"]] for r in lines] == [[], ["pyramiddrop"], ["contrast", "pyramiddrop"]]
+    assert "contrast+pyramiddrop" in run(*asked).stdout
+    options = ["--benchmark", "chair", "--limit", 2, "--output", tmp_path, "--json"]
+    speed = "pyramiddrop:ratios=0.5/0.25,layers=2/4"
+    done = run("eval", "--method", "none,vcd", "--speed", speed, "--controls", *options)
+    assert done.exit_code == 0, done.output
+    (table,) = json.loads(done.stdout)
+    label = "pyramiddrop:ratios=0.5/0.25,layers=2/4"
+    rows = ["none", label, f"vcd+{label}", f"vcd:alpha=0.0+{label}", f"{label},select=random"]
+    assert [row["method"] for row in table["rows"]] == rows
+    assert [row["differences"] is None for row in table["rows"]] == [True, False, False, False, False]
+    kept = table["runs"][1]["identity"]["method"]
+    assert kept[0]["name"] == "pyramiddrop" and kept[0]["ratios"] == [0.5, 0.25] and kept[0]["layers"] == [2, 4]
+
+
 def test_eval_and_score(tmp_path):
     done = run(
         "eval",
@@ -92,6 +118,9 @@ def test_eval_and_score(tmp_path):
         (["eval", "--method", "vhr:alpha=-1"], "alpha: expected a number above 0, got -1"),
         (["eval", "--method", "my.module:Thing"], "cannot be imported: No module named 'my'"),
         (["eval", "--method", "json.decoder:JSONDecoder"], "is not a subclass of vlmfix.Intervention"),
+        (["eval", "--method", "none,pyramiddrop"], "pyramiddrop is made for speed and is no method; give --speed pyramiddrop"),
+        (["eval", "--speed", "vhr"], "speed: expected an accelerator (pyramiddrop), got 'vhr'"),
+        (["eval", "--speed", "pyramiddrop"], "var tells tokens by their place in the prompt, and pyramiddrop takes tokens out; with pyramiddrop:form=mask"),
         (["eval", "--benchmark", "chiar"], "unknown benchmark 'chiar'; did you mean 'chair'?"),
         (["eval", "--model", "no/such-folder/here"], "cannot load 'no/such-folder/here': expected an embedded model (tiny, tiny-sinks)"),
         (["eval", "--data", "/no/such/folder"], "does not exist; expected scenes, photos, coco, aokvqa, gqa, coco_first_release or a folder: with images/"),

@@ -1,5 +1,6 @@
 """Names, settings, and the ways to write them."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -61,12 +62,13 @@ def test_forms():
         ("var:skip_first=1.5", "var: skip_first expects a whole number, got 1.5"),
         ("var:p=true", "var: p expects a number, got True"),
         ("var:dims=a/b", "var: dims expects whole numbers such as 1/18-31, got 'a/b'"),
+        ("var:dims=0.5/0.25", "var: dims expects whole numbers such as 1/18-31, got (0.5, 0.25)"),
         ("var:require_dims=1", "var: require_dims expects true or false, got 1"),
         ("no.such.module:X", "cannot be imported"),
     ],
 )
 def test_mistakes(spec, sentence):
-    with pytest.raises(ValueError, match="^(?s:.*)" + sentence.replace("(", r"\(")):
+    with pytest.raises(ValueError, match="^(?s:.*)" + re.escape(sentence)):
         parse(spec)
 
 

@@ -241,11 +241,19 @@ class Attachment:
                 hooks.append(
                     parts.module.register_forward_pre_hook(_InputHook(self, layer, see_input), with_kwargs=True)
                 )
+            move = [(i, e) for i, e in edits if e.acts_at("tokens")]
+            if move:
+                hooks.append(
+                    parts.module.register_forward_pre_hook(_TokensHook(self, layer, move).enter, with_kwargs=True)
+                )
             edit_rows = [(i, e) for i, e in edits if any(e.acts_at(stage) for stage in ATTENTION_STAGES)]
             if edit_rows and parts.attention is not None:
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
                 attention.attach(parts.attention, view)
+        move = [(i, e) for i, e in self.active() if e.acts_at("tokens")]
+        if move:
+            hooks.append(self.anatomy.layers[-1].module.register_forward_hook(_TokensHook(self, n, move).leave))
         self._own_generate = self.model.__dict__.get("generate")
         self._generate: Any = self.model.generate
         self.model.__dict__["generate"] = self.generate
@@ -552,6 +560,39 @@ class _HeadHook:
             site = call.site(i, one.rows, self.layer, len(a.layers), call.start + call.n_rows, slice(None), o.device)
             o = one.heads(o, site)
         return (o.reshape(x.shape), *args[1:])
+
+
+class _TokensHook:
+    """Around decoder layers: the tokens stage. `layer` is the layer about to run; their number, after the last."""
+
+    def __init__(self, attachment: Attachment, layer: int, edits: list[tuple[int, Intervention]]):
+        self.attachment, self.layer, self.edits = attachment, layer, edits
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook on a layer."""
+        given = {"hidden_states": args[0], **kwargs} if args else kwargs
+        new = self._edited(given)
+        if new is given:
+            return None
+        return ((new["hidden_states"], *args[1:]), {k: new[k] for k in kwargs}) if args else ((), new)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook on the last layer."""
+        x = output[0] if isinstance(output, tuple) else output
+        new = self._edited({"hidden_states": x})["hidden_states"]
+        return None if new is x else ((new, *output[1:]) if isinstance(output, tuple) else new)
+
+    def _edited(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        call, layers = self.attachment.call(), self.attachment.anatomy.layers
+        if call is None:
+            return inputs
+        parts, device = layers[min(self.layer, len(layers) - 1)], inputs["hidden_states"].device
+        for i, one in self.edits:
+            if i in call.generation.force:
+                n = call.start + call.n_rows
+                site = call.site(i, one.rows, self.layer, len(layers), n, slice(None), device)
+                inputs = one.tokens(inputs, site, partial(attention.queries_and_keys, parts.module, parts.attention))
+        return inputs
 
 
 class _InputHook:

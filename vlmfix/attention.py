@@ -16,6 +16,7 @@ from vlmfix.intervention import Intervention, Rows, Site
 from vlmfix.state import Call
 
 NAME = "vlmfix"
+LOOK = "vlmfix_look"
 PIECE = 256
 """Rows that are done at a time: bounds the memory of methods that edit or survey all rows of a long prompt."""
 Edits = list[tuple[int, Intervention]]
@@ -196,3 +197,31 @@ def edit_rows(view: AttentionView, call: Call, out: Tensor, scores: Scores, valu
             continue
         new = (by_key_head(a, scores.group) @ values).view(*a.shape[:3], value.shape[-1]).transpose(1, 2)
         out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
+
+
+class _Seen(Exception):
+    """Carries queries, keys and scale out of a layer that need not run on."""
+
+
+def queries_and_keys(layer: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
+    """Queries (B, H, Q, d), keys (B, Hk, Q, d) and scale that a decoder layer with the attention `module` computes from
+    `inputs`: by the layer's own code, norms and rotary embeddings included, and no more of it. No cache is touched."""
+    AttentionInterface.register(LOOK, _look)
+    config = copy.copy(module.config)
+    config.__dict__["_attn_implementation_internal"] = LOOK
+    attention, twin = copy.copy(module), copy.copy(layer)  # share all weights
+    attention.config = config
+    twin.__dict__["_modules"] = {k: attention if v is module else v for k, v in layer._modules.items()}
+    for one in (attention, twin):
+        one.__dict__.pop("forward", None)  # accelerate's is bound to the original
+    try:
+        twin.forward(**{**inputs, "past_key_values": None, "use_cache": False})
+    except _Seen as seen:
+        return seen.args
+    raise TypeError(f"{type(module).__name__} does not call transformers' attention interface")
+
+
+def _look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    if unsupported := [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]:
+        raise TypeError(f"attention with {', '.join(unsupported)} cannot be ranked by queries and keys alone")
+    raise _Seen(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)

@@ -32,6 +32,8 @@ METHOD_HELP = (
     "Method: none, a name, or a name with settings (var:p=0.4,rho=0.8; lists as layers=1/18-31); join with + to "
     "combine. `vlmfix methods` lists them."
 )
+SPEED_HELP = "Accelerator to put beside each method: pyramiddrop. The untouched model stays, as the reference."
+Speed = Annotated[str | None, typer.Option(help=SPEED_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ModelName = Annotated[str, typer.Option("--model", help="tiny, tiny-sinks (embedded), a Hub id, or a local folder.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
@@ -113,6 +115,7 @@ def ask(
     prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
     model: ModelName = "tiny",
     method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP + " Give it once per answer.")] = None,
+    speed: Speed = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -121,12 +124,13 @@ def ask(
 ) -> None:
     """Ask about one picture and print the answers side by side (default: none and vhr)."""
     with sentences():
-        from vlmfix.intervention import parse, split_methods
+        from vlmfix.intervention import parse, spec_of, split_methods, with_accelerator
 
         if prompt is None:
             raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {image!r}")
         specs = [one for text in method or ["none,vhr"] for one in split_methods(text)]
-        parsed = [list(parse(spec)) for spec in specs]
+        parsed = with_accelerator([parse(spec) for spec in specs], speed)
+        specs = specs if speed is None else [spec_of(interventions) for interventions in parsed]
         from vlmfix.asking import ask as ask_model
         from vlmfix.asking import open_picture
         from vlmfix.attachment import wrapped
@@ -135,7 +139,7 @@ def ask(
         loaded, processor = load_model(model, dtype, device_map, quantize)
         records = []
         for interventions in parsed:
-            with wrapped(loaded, interventions, processor):
+            with wrapped(loaded, list(interventions), processor):
                 records.append(ask_model(loaded, processor, image, prompt, max_new_tokens=max_new_tokens))
     if as_json:
         for record in records:
@@ -165,6 +169,7 @@ def evaluate(
         str | None,
         typer.Option(help="Named set-up, such as pai-512 or vcd-pope (`vlmfix protocols`); other options override it."),
     ] = None,
+    speed: Speed = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -213,7 +218,7 @@ def evaluate(
         from vlmfix.eval.data import WHERE, Data
         from vlmfix.eval.protocols import MODEL, find_protocol, generation
         from vlmfix.eval.report import controls_of
-        from vlmfix.intervention import parse, split_methods
+        from vlmfix.intervention import parse, split_methods, with_accelerator
 
         preset = find_protocol(protocol)
         if preset is not None and data is None and images is None:
@@ -233,6 +238,7 @@ def evaluate(
         methods = [parse(spec) for spec in split_methods(method)]
         if controls:
             methods += [control for found in methods for control in controls_of(found)]
+        methods = with_accelerator(methods, speed, controls)
         if not benches or not methods:
             raise ValueError("nothing to do: give at least one benchmark and one method")
         if data is None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vlmfix.state import Prompt
 
 Rows = Literal["last", "after_last_image", "text", "all", "generated"]
-STAGES = ("refine", "scores", "weights", "heads", "logits", "decode")
+STAGES = ("refine", "tokens", "scores", "weights", "heads", "logits", "decode")
 """In the order in which they happen. `refine` and `decode` belong to `ask`, the others to the model's passes."""
 ATTENTION_STAGES = ("survey", "scores", "weights")
 ASK_STAGES = ("refine", "decode")
@@ -71,6 +72,7 @@ class Intervention:
     | stage | gets and returns | where |
     |---|---|---|
     | `refine`  | pictures and prompt of a question | before they become inputs; in `ask` only |
+    | `tokens`  | what a decoder layer gets: hidden states, rotary embeddings, mask | all rows |
     | `scores`  | (B, H, R, K) float32, before softmax | rows named by `rows` |
     | `weights` | (B, H, R, K) float32, after softmax | rows named by `rows` |
     | `heads`   | (B, Q, H, d) head outputs before the output projection, the model's dtype | all rows |
@@ -96,6 +98,8 @@ class Intervention:
     make it a field."""
     whole_prompt: ClassVar[bool] = False
     """True: the prompt must go through the model in one piece (no chunked prefill)."""
+    accelerator: ClassVar[bool] = False
+    """True: made for speed, not against hallucination; put in force beside methods, never ranked among them."""
     token_by_token: ClassVar[bool] = False
     """True: what it remembers belongs to one answer's tokens in their order, so beams and assisted generation are
     refused."""
@@ -137,6 +141,19 @@ class Intervention:
     def survey(self, a: Tensor, site: Site) -> None:
         """See the attention weights (B, H, R, K), float32, of all rows of a pass, before any row of that layer is
         edited. They come in pieces of rows, in order; `site.rows` tells padding."""
+
+    def tokens(
+        self, inputs: dict[str, Any], site: Site, look: Callable[[dict[str, Any]], tuple[Tensor, Tensor, float]]
+    ) -> dict[str, Any]:
+        """Replace what a decoder layer gets: `hidden_states` (B, Q, D), `position_embeddings`, `attention_mask` and
+        what else its model hands it. Tokens may leave: the cache of this layer then holds fewer keys than others.
+
+        The model hands the mask and the rotary embeddings of all tokens to every layer, also to those after tokens
+        left. `site` is over all tokens too. Once more, with `site.layer == site.n_layers`, it gets the `hidden_states`
+        that the last layer gives. `look(inputs)` computes the layer's queries (B, H, Q, d), keys (B, Hk, Q, d) and
+        scale by the layer's own code, and no more of it.
+        """
+        return inputs
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """Edit attention scores."""
@@ -262,9 +279,12 @@ def _check_kind(name: str, key: str, annotation: str, value: Any) -> None:
         "int": ("a whole number", (int,)),
         "bool": ("true or false", (bool,)),
         "tuple": ("whole numbers such as 1/18-31", (tuple, int)),
+        "tuple[float": ("numbers such as 0.5/0.25", (tuple, int, float)),
     }
-    said, allowed = kinds.get(annotation.split(" ", maxsplit=1)[0].split("[", maxsplit=1)[0], ("", ()))
+    word = re.split("[ ,]", annotation, maxsplit=1)[0]
+    said, allowed = kinds.get(word, kinds.get(word.split("[", maxsplit=1)[0], ("", ())))
     wrong = isinstance(value, bool) and bool not in allowed
+    wrong |= word == "tuple[int" and isinstance(value, tuple) and not all(isinstance(v, int) for v in value)
     if said and value is not None and (wrong or not isinstance(value, allowed)):
         raise ValueError(f"{name}: {key} expects {said}, got {value!r}")
 
@@ -275,7 +295,8 @@ def from_json(data: dict[str, Any]) -> Intervention:
 
 
 def _value(text: str) -> Any:
-    """`0.4`, `true`, `none`, `1/18-31` (a tuple of whole numbers, ranges inclusive; empty if nothing), else text."""
+    """`0.4`, `true`, `none`, `1/18-31` (a tuple of whole numbers, ranges inclusive; empty if nothing), `0.5/0.25`, else
+    text."""
     simple = {"true": True, "false": False, "none": None}
     if text.lower() in simple:
         return simple[text.lower()]
@@ -288,7 +309,10 @@ def _value(text: str) -> Any:
     ranges = [part.split("-") for part in parts if part]
     if all(len(r) <= 2 and all(x.isdigit() for x in r) for r in ranges):
         return tuple(n for r in ranges for n in range(int(r[0]), int(r[-1]) + 1))
-    return text
+    try:
+        return tuple(float(part) for part in parts)
+    except ValueError:
+        return text
 
 
 def parse(spec: str) -> tuple[Intervention, ...]:
@@ -321,6 +345,31 @@ def split_methods(text: str) -> list[str]:
         else:
             methods.append(piece)
     return methods
+
+
+def with_accelerator(
+    methods: Sequence[tuple[Intervention, ...]], speed: str | None, controls: bool = False
+) -> list[tuple[Intervention, ...]]:
+    """Each method (a list of interventions) with an accelerator beside it, and the untouched model, which stays the
+    reference; with `controls`, the accelerator's own too. `ValueError` where one is given for the other, or where they
+    do not go together."""
+    from vlmfix.hooks import REGISTRY
+
+    if wrong := [one.name for method in methods for one in method if one.accelerator]:
+        raise ValueError(f"{wrong[0]} is made for speed and is no method; give --speed {wrong[0]}")
+    if speed is None:
+        return list(methods)
+    known = ", ".join(name for name in REGISTRY if method_class(name).accelerator)
+    beside = parse(speed)
+    if not beside or not all(one.accelerator for one in beside):
+        raise ValueError(f"speed: expected an accelerator ({known}), got {speed!r}")
+    found = [(*method, *beside) for method in methods]
+    if controls:
+        found += [(control,) for one in beside for control in one.controls()]
+    for method in found:
+        for i, one in enumerate(method):
+            one.composes([*method[:i], *method[i + 1 :]])
+    return [method for method in methods if not method] + found
 
 
 def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
@@ -367,4 +416,5 @@ __all__ = [
     "parse",
     "spec_of",
     "split_methods",
+    "with_accelerator",
 ]
