@@ -22,7 +22,7 @@ from typing import Any
 from vlmfix.eval import chair, hub, pope
 from vlmfix.eval.lists import image_list
 
-EMBEDDED = ("scenes", "photos")
+EMBEDDED = ("scenes", "calibration", "photos")
 PUBLISHED = tuple(pope.SOURCES)
 WHERE = {
     "coco": "the photos of COCO val2014 are at https://images.cocodataset.org/zips/val2014.zip",

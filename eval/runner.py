@@ -30,6 +30,7 @@ from vlmfix.eval.data import Data
 from vlmfix.eval.protocols import MODEL, TEMPLATES, generation
 from vlmfix.eval.results import HEADER, RECORDS, Run, items_digest, read_lines
 from vlmfix.eval.yesno import MARGIN
+from vlmfix.heads import HeadList, picture_id
 from vlmfix.intervention import Intervention, did_you_mean, spec_of
 
 Progress = Callable[[str, int, int, str], None]
@@ -91,6 +92,7 @@ def answer_all(
     settings = _generation(model, decoding)
     with wrapped(model, list(interventions), processor), _templated(processor, template):
         found = attached(model)
+        _refuse_own_pictures([] if found is None else [e.facts for e in found.entries], items)
         identity = {
             "benchmark": bench.name,
             "protocol": protocol,
@@ -258,6 +260,17 @@ class _Running:
             return ""
         unit, factor = self.bench.columns[name]
         return f"{name} {factor * float(self.bench.metrics[name](self.sums)):.1f} {unit}".strip()
+
+
+def _refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
+    """`ValueError` if heads were chosen on pictures that they are to be judged by."""
+    for used in (one["head_list"] for one in facts if "head_list" in one):
+        pictures = {picture_id(path) for path in {item.image for item in items}}
+        if same := pictures.intersection(HeadList.load(used["file"]).data.get("ids", ())):
+            raise ValueError(
+                f"{used['file']} was made on {len(same)} of the {len(pictures)} pictures that are asked about; heads "
+                f"must not be judged by pictures that they were chosen on: make the list on others"
+            )
 
 
 def _batches(

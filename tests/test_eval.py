@@ -1,6 +1,7 @@
 """Runs: what is asked, written, resumed, scored and compared."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from vlmfix.eval.benchmarks import benchmark
 from vlmfix.eval.data import Data
 from vlmfix.eval.results import BrokenFile, Run, compare
 from vlmfix.eval.runner import PlainProgress, answer_all
+from vlmfix.heads import HeadList, picture_id
 from vlmfix.hooks import REGISTRY
 from vlmfix.intervention import parse
 
@@ -78,6 +80,20 @@ def test_batched_answers_equal_single_answers(tiny, runs):
     for record in runs[0].records[:6]:
         path = ROOT / "assets" / "scenes" / "images" / record["image"][0]
         assert vlmfix.ask(model, processor, path, record["prompt"]).text == record["text"]
+
+
+def test_heads_are_not_judged_by_the_pictures_they_were_chosen_on(tiny, tmp_path):
+    data, path = Data.load(limit=3), str(tmp_path / "heads.json")
+    ids = [picture_id(file) for file in data.images.values()]
+    scores = [[1.0] * 8] * 6
+    HeadList("tiny", "visual", scores, data={"ids": ["0" * 16, ids[1]]}).select(top=2).save(path)
+    with pytest.raises(ValueError, match=r"heads\.json was made on 1 of the 3 pictures that are asked about"):
+        answer_all(*tiny, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+    assert not (tmp_path / "chair").exists()
+    HeadList("tiny", "visual", scores, data={"ids": ["0" * 16]}).select(top=2).save(path)
+    run = answer_all(*tiny, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+    assert run.header["identity"]["method"][0]["facts"]["head_list"]["tool"] == "visual"
+    assert all(record["did"] == [{"acted": True}] for record in run.records)
 
 
 def test_no_question_is_asked_twice(runs):
@@ -243,6 +259,14 @@ def test_the_same_answers_scored_in_another_way(runs):
         compare(runs, 10, {"chair": "rorbach"})
     with pytest.raises(ValueError, match="did you mean 'negword'"):
         compare(runs, 10, {"pope": "negwords"})
+
+
+def test_calibration_scenes_are_other_pictures():
+    digests = [
+        {hashlib.sha256(path.read_bytes()).hexdigest() for path in Data.load(name).images.values()}
+        for name in ("calibration", "scenes")
+    ]
+    assert [len(d) for d in digests] == [120, 400] and not digests[0] & digests[1]
 
 
 def test_real_photos_go_through_end_to_end(tiny, tmp_path):

@@ -26,6 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+calibrate = typer.Typer(
+    help="Choose a method's heads and settings on labelled pictures that no result is reported on.",
+    no_args_is_help=True,
+)
+app.add_typer(calibrate, name="calibrate")
 err = Console(stderr=True, highlight=False)
 
 METHOD_HELP = (
@@ -173,7 +178,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="scenes (default) or photos, embedded; coco, aokvqa, gqa, coco_first_release, with --images; hf:NAME, "
+            help="scenes (default), calibration or photos, embedded; coco, aokvqa, gqa, coco_first_release, with --images; hf:NAME, "
             "from the Hub; or a folder: images/ with instances.json and captions.json, or a benchmark's original files."
         ),
     ] = None,
