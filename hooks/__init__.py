@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlmfix.hooks.act import ACT
     from vlmfix.hooks.beam import Beam
     from vlmfix.hooks.contrast import Contrast
     from vlmfix.hooks.pai import PAI
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vcd import VCD
     from vlmfix.hooks.vhr import VHR
+    from vlmfix.hooks.zerotuning import ZeroTuning
 
 REGISTRY = {
+    "act": "vlmfix.hooks.act:ACT",
     "beam": "vlmfix.hooks.beam:Beam",
     "contrast": "vlmfix.hooks.contrast:Contrast",
     "pai": "vlmfix.hooks.pai:PAI",
@@ -23,9 +26,10 @@ REGISTRY = {
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
     "vhr": "vlmfix.hooks.vhr:VHR",
+    "zerotuning": "vlmfix.hooks.zerotuning:ZeroTuning",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate"]
+__all__ = ["ACT", "PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate", "ZeroTuning"]
 
 
 def __getattr__(name: str) -> object:
