@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlmfix.hooks.act import ACT
     from vlmfix.hooks.beam import Beam
     from vlmfix.hooks.carve import CARVE
     from vlmfix.hooks.contrast import Contrast
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vcd import VCD
     from vlmfix.hooks.vhr import VHR
+    from vlmfix.hooks.zerotuning import ZeroTuning
 
 REGISTRY = {
+    "act": "vlmfix.hooks.act:ACT",
     "beam": "vlmfix.hooks.beam:Beam",
     "carve": "vlmfix.hooks.carve:CARVE",
     "contrast": "vlmfix.hooks.contrast:Contrast",
@@ -29,9 +32,24 @@ REGISTRY = {
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
     "vhr": "vlmfix.hooks.vhr:VHR",
+    "zerotuning": "vlmfix.hooks.zerotuning:ZeroTuning",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["CARVE", "PAI", "PAINT", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "PyramidDrop", "Truncate"]
+__all__ = [
+    "ACT",
+    "CARVE",
+    "PAI",
+    "PAINT",
+    "REGISTRY",
+    "VAR",
+    "VCD",
+    "VHR",
+    "Beam",
+    "Contrast",
+    "PyramidDrop",
+    "Truncate",
+    "ZeroTuning",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -11,10 +11,11 @@ import torch
 
 import vlmfix
 from tests.models import ARCHITECTURES, picture_prompt, plant_sinks
-from vlmfix.hooks import PAI, PAINT, REGISTRY, VAR, VCD, VHR, Contrast, PyramidDrop
+from vlmfix.hooks import ACT, PAI, PAINT, REGISTRY, VAR, VCD, VHR, Contrast, PyramidDrop, ZeroTuning
 from vlmfix.intervention import ASK_STAGES, Intervention, as_interventions, from_json, method_class
 
 INTERVENTIONS = {
+    "act": ACT(alpha=1.5, beta=0.0, layers=(1, 2, 3)),
     "contrast": Contrast(gamma=2.0, beta=0.01),
     "pai": PAI(alpha=2.0, skip_first=1),
     "paint": PAINT(alpha=0.5, beta=4.0, rho=1.0, layers=(0, 1, 2, 3)),
@@ -22,6 +23,7 @@ INTERVENTIONS = {
     "var": VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1),
     "vcd": VCD(t=999, beta=0.01),
     "vhr": VHR(layers=(1, 2, 3)),
+    "zerotuning": ZeroTuning(gamma=8.0),
 }
 GUIDES = {name for name, one in INTERVENTIONS.items() if "logits" in one.stages() and one.acts_at("logits")}
 """Methods that act where the next token is chosen: a plain forward pass does not show them."""
@@ -399,6 +401,7 @@ def test_settings_are_frozen_and_round_trip(method):
     assert from_json(json.loads(json.dumps(one.to_json()))) == one
     assert as_interventions(method) == (type(one)(),)
     assert all(f.name in type(one).__annotations__ for f in fields(one) if f.name != "rows")
+    assert not {f.name for f in fields(one)} & set(vars(Intervention)) - {"rows"}, "a setting hides a stage"
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)

@@ -163,7 +163,7 @@ def edit_rows(view: AttentionView, call: Call, out: Tensor, scores: Scores, valu
     """
     edits = [(i, e) for i, e in view.edits if i in call.generation.force]
     index = call.row_index(frozenset(e.rows for _, e in edits)) if edits else torch.empty(0)
-    surveys = [(i, e) for i, e in edits if e.acts_at("survey")]
+    surveys = [(i, e) for i, e in edits if call.n_prompt and e.acts_at("survey")]
     if index is not None and index.numel() == 0 and not surveys:
         return
     device, values = value.device, value.float()

@@ -61,8 +61,16 @@ class Geometry:
         return Geometry(fit(self.image, n), fit(self.prompt, n), valid)
 
     def last_keys(self, n: int) -> Geometry:
-        """Over the last `n` keys only, for layers that keep a window."""
-        return Geometry(self.image[:, -n:], self.prompt[:, -n:], self.valid[:, -n:])
+        """Over the last `n` keys only, for layers that keep a window: a key is there what it is in the whole."""
+        part = Geometry(self.image[:, -n:], self.prompt[:, -n:], self.valid[:, -n:])
+        for name in ("order", "system", "instruction"):
+            part.__dict__[name] = getattr(self, name)[:, -n:]
+        return part
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(B, K) how many attended keys come before each key: 0 at a sample's first token."""
+        return self.valid.cumsum(1) - self.valid.long()
 
     @cached_property
     def system(self) -> Tensor:

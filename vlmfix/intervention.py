@@ -52,6 +52,16 @@ class Site:
     """Position of the first of the K keys: 0, but in layers that keep only a window of keys."""
     memo: dict[str, Any]
     """This intervention's own state of this generation: born at the prefill, gone afterwards."""
+    n_prompt: int = 0
+    """Rows of this forward pass that are prompt; 0 while tokens are generated from a cache."""
+    picked: Any = None
+    """Which rows of this pass these are; `None` or a slice for all of them. See `positions`."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(R,) position of each row, on the scale of `start`."""
+        index = self.picked if hasattr(self.picked, "device") else self.rows[0].long().fill_(1).cumsum(0) - 1
+        return self.start + index
 
 
 @dataclass
@@ -139,8 +149,9 @@ class Intervention:
         """See the input of a layer, (B, Q, D), for the prompt's rows: `site.start` is the position of the first."""
 
     def survey(self, a: Tensor, site: Site) -> None:
-        """See the attention weights (B, H, R, K), float32, of all rows of a pass, before any row of that layer is
-        edited. They come in pieces of rows, in order; `site.rows` tells padding."""
+        """See the attention weights (B, H, R, K), float32, of all rows of a pass that holds prompt, before any row of
+        that layer is edited. They come in pieces of rows, in order; `site.rows` tells padding, `site.positions` which
+        rows they are."""
 
     def tokens(
         self, inputs: dict[str, Any], site: Site, look: Callable[[dict[str, Any]], tuple[Tensor, Tensor, float]]

@@ -180,9 +180,8 @@ class Call:
         """Masks over the keys that a layer sees: all so far, the room of a static cache, or the last ones of a
         window."""
         if (n_keys, device) not in self._geometries:
-            windowed = n_keys < self.start + self.n_rows
-            found = self._all.last_keys(n_keys) if windowed else self._all.fitted(n_keys)
-            self._geometries[n_keys, device] = found.to(device)
+            windowed, every = n_keys < self.start + self.n_rows, self._all.to(device)
+            self._geometries[n_keys, device] = every.last_keys(n_keys) if windowed else every.fitted(n_keys)
         return self._geometries[n_keys, device]
 
     def rows(self, policy: Rows) -> Tensor:
@@ -230,6 +229,8 @@ class Call:
             start=self.start,
             first_key=max(self.start + self.n_rows - n_keys, 0),
             memo=self.generation.memos[index],
+            n_prompt=self.n_prompt,
+            picked=picked,
         )
 
     def prompt_site(self, index: int, layer: int, n_layers: int, device: torch.device) -> Site:

@@ -1,0 +1,143 @@
+"""ZeroTuning: scale the attention to the first token, and with it, the other way round, that to all others.
+
+Han et al., "ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models Without Training", ICLR
+2026, arXiv 2505.11739; repository FeijiangHan/ZeroTuning. A method for language models; its use on images is ours. In
+chosen heads the weight of the first token is multiplied by `gamma` and the row divided by its sum, in every row; that
+is the same as `log gamma` on the first token's score. Below 1 the first token gives to all others, above 1 it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vlmfix.heads import check_heads, head_names, parse_heads, resolve_heads
+from vlmfix.intervention import Intervention, Rows, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vlmfix.anatomy import Anatomy
+    from vlmfix.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class ZeroTuning(Intervention):
+    """ZeroTuning. Acts on attention scores of one key, in all rows of the prompt and of every new token."""
+
+    name: ClassVar[str] = "zerotuning"
+    summary: ClassVar[str] = "scales the attention to the first token"
+    paper: ClassVar[str] = "Han et al., ICLR 2026, arXiv 2505.11739"
+    cost: ClassVar[str] = (
+        "no extra pass; at the prefill attention of all rows again in float32, in pieces of rows; one row per token"
+    )
+    expect: ClassVar[str] = "TODO"
+    rows: ClassVar[Rows] = "all"
+
+    gamma: float = 0.3
+    """Factor on the first token's weight, above 0. No value fits all: 0.3 is the authors' for one yes/no task, 1.5 to 4
+    theirs for classification; `vlmfix calibrate zerotuning` looks for one."""
+    head_list: str | tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
+    """Edited heads: numbers of heads in every layer such as 0/5 (authors' notebook), heads such as `L3H1/L3H5` or
+    ((3, 1), (3, 5)), or the file of a head list. `None`: all."""
+    layers: tuple[int, ...] | None = None
+    """Edited layers, 0-based. `None`: all, or those of the heads."""
+    span: Literal["first", "image", "system"] | tuple[int, int] = "first"
+    """Which keys are scaled: the `first` attended one, all of the `image` or of the `system` text before it, or those
+    from a first to before a second number, counted from the first attended one (code for a range)."""
+
+    select: Literal["given", "random"] = "given"
+    """Which heads: those listed, or, as a control (ours), as many random ones of the model."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"gamma: expected a number above 0, got {self.gamma!r}")
+        for key in ("layers", "head_list"):
+            if isinstance(getattr(self, key), int):
+                object.__setattr__(self, key, (getattr(self, key),))
+            if getattr(self, key) in ((), ""):
+                raise ValueError(f"no {key}: ZeroTuning would do nothing; leave {key} out for all of them")
+        if isinstance(self.head_list, tuple) and not isinstance(self.head_list[0], int):
+            object.__setattr__(self, "head_list", head_names(self.head_list))
+        numbers = isinstance(self.span, tuple) and len(self.span) == 2 and all(isinstance(x, int) for x in self.span)
+        if self.span not in ("first", "image", "system") and not (numbers and 0 <= self.span[0] < self.span[1]):  # type: ignore[operator]
+            raise ValueError(f"span: expected first, image, system or two rising numbers, got {self.span!r}")
+        if self.select not in ("given", "random"):
+            raise ValueError(f"select: expected given or random, got {self.select!r}")
+        if self.select == "random" and self.head_list is None:
+            raise ValueError("select=random needs a head_list to be compared with; without one all heads are edited")
+
+    def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[ZeroTuning, dict[str, Any]]:
+        """Fill in layers and heads for the loaded model."""
+        n, n_heads = len(anatomy.layers), anatomy.n_heads
+        if wrong := [layer for layer in self.layers or () if not 0 <= layer < n]:
+            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
+        among = range(n) if self.layers is None else self.layers
+        if self.head_list is None:
+            return replace(self, layers=tuple(among)), {"heads_origin": "all"}
+        if isinstance(self.head_list, tuple):
+            named = [(layer, head) for layer in among for head in self.head_list]
+            check_heads(named, n, n_heads)  # type: ignore[arg-type]
+            listed = head_names(named)  # type: ignore[arg-type]
+        else:
+            listed = self.head_list
+        instead = "random" if self.select == "random" else None
+        heads, facts = resolve_heads(listed, n, n_heads, getattr(model.config, "_name_or_path", None), instead)
+        if instead is None:
+            heads = tuple(h for h in heads if h[0] in among)
+        if not heads:
+            raise ValueError(f"no heads: none of {self.head_list} lies in the layers {self.layers}")
+        layers = tuple(sorted({layer for layer, _ in heads}))
+        return replace(self, layers=layers, head_list=head_names(heads), select="given"), {
+            **facts,
+            "select": self.select,
+        }
+
+    def acts_at(self, stage: str) -> bool:
+        """A factor of 1 changes nothing."""
+        return super().acts_at(stage) and self.gamma != 1
+
+    def at_layers(self, n_layers: int) -> Iterable[int]:
+        """Edited layers."""
+        return self.layers or ()
+
+    def scores(self, s: Tensor, site: Site) -> Tensor:
+        """s_k + log gamma for keys k of the span, in chosen heads."""
+        edit = self._span(site.geometry)[:, None] & site.rows[..., None]  # (B, R, K)
+        bias = s.new_zeros(s.shape[1], 1, 1)
+        bias[self._index(site.layer)] = math.log(self.gamma)
+        acted, here = site.memo.setdefault("acted", {}), edit.flatten(1).any(1)
+        acted[site.layer] = acted[site.layer] | here if site.layer in acted else here
+        return s + bias * edit[:, None]
+
+    def _span(self, geometry: Geometry) -> Tensor:
+        """(B, K) keys that are scaled."""
+        if self.span == "first":
+            return geometry.valid & (geometry.order == 0)
+        if isinstance(self.span, str):
+            return geometry.image if self.span == "image" else geometry.system
+        start, end = self.span
+        return geometry.prompt & (geometry.order >= start) & (geometry.order < end)
+
+    def _index(self, layer: int) -> Any:
+        """Index of the heads edited in a layer."""
+        if self.head_list is None:
+            return slice(None)
+        return [head for at, head in parse_heads(str(self.head_list)) or () if at == layer]
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """The factor turned round, and random heads in the place of a list."""
+        turned = replace(self, gamma=1 / self.gamma)
+        return (turned,) if self.head_list is None else (turned, replace(self, select="random"))
+
+    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+        """Per sample: `acted`, whether there were keys to scale."""
+        layers = [found.tolist() for found in memo.get("acted", {}).values()]
+        return [{"acted": any(found)} for found in zip(*layers, strict=True)]
+
+    def idle_hint(self) -> str:
+        """The first suspect is the prompt."""
+        return f"the prompts held no keys of the span {self.span}."
