@@ -51,6 +51,16 @@ class Site:
     """Position of the first of the K keys: 0, but in layers that keep only a window of keys."""
     memo: dict[str, Any]
     """This intervention's own state of this generation: born at the prefill, gone afterwards."""
+    n_prompt: int = 0
+    """Rows of this forward pass that are prompt; 0 while tokens are generated from a cache."""
+    picked: Any = None
+    """Which rows of this pass these are; `None` or a slice for all of them. See `positions`."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(R,) position of each row, on the scale of `start`."""
+        index = self.picked if hasattr(self.picked, "device") else self.rows[0].long().fill_(1).cumsum(0) - 1
+        return self.start + index
 
 
 @dataclass
@@ -99,6 +109,9 @@ class Intervention:
     token_by_token: ClassVar[bool] = False
     """True: what it remembers belongs to one answer's tokens in their order, so beams and assisted generation are
     refused."""
+    uses_answers: ClassVar[bool] = False
+    """True: it knows the right answers, for an upper bound; result tables refuse it. A subclass may make it a
+    property."""
 
     def at_layers(self, n_layers: int) -> Iterable[int]:
         """Decoder layers whose stages run, of a model with `n_layers` layers."""
@@ -159,6 +172,10 @@ class Intervention:
         """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the
         keys."""
         return []
+
+    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+        """Add to what `report` says of one answer, now that its tokens are known; in `ask` only. `row` of the batch."""
+        return {}
 
     def idle_hint(self) -> str:
         """What to suspect first when it never acted."""

@@ -225,6 +225,8 @@ class Call:
             start=self.start,
             first_key=max(self.start + self.n_rows - n_keys, 0),
             memo=self.generation.memos[index],
+            n_prompt=self.n_prompt,
+            picked=picked,
         )
 
     def prompt_site(self, index: int, layer: int, n_layers: int, device: torch.device) -> Site:
