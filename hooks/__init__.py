@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmfix.hooks.beam import Beam
+    from vlmfix.hooks.chunks import Chunks
     from vlmfix.hooks.contrast import Contrast
+    from vlmfix.hooks.lookback import Lookback
     from vlmfix.hooks.pai import PAI
+    from vlmfix.hooks.rerank import Rerank
     from vlmfix.hooks.truncate import Truncate
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vcd import VCD
@@ -17,15 +20,30 @@ if TYPE_CHECKING:
 
 REGISTRY = {
     "beam": "vlmfix.hooks.beam:Beam",
+    "chunks": "vlmfix.hooks.chunks:Chunks",
     "contrast": "vlmfix.hooks.contrast:Contrast",
+    "lookback": "vlmfix.hooks.lookback:Lookback",
     "pai": "vlmfix.hooks.pai:PAI",
+    "rerank": "vlmfix.hooks.rerank:Rerank",
     "truncate": "vlmfix.hooks.truncate:Truncate",
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
     "vhr": "vlmfix.hooks.vhr:VHR",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate"]
+__all__ = [
+    "PAI",
+    "REGISTRY",
+    "VAR",
+    "VCD",
+    "VHR",
+    "Beam",
+    "Chunks",
+    "Contrast",
+    "Lookback",
+    "Rerank",
+    "Truncate",
+]
 
 
 def __getattr__(name: str) -> object:
