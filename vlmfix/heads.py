@@ -1,0 +1,236 @@
+"""Head lists: a score for every attention head of a model, the heads chosen by it, and where it came from.
+
+A list is made once, offline (`vlmfix heads`), kept as JSON, and read by interventions that act on heads. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT = "vlmfix.heads/1"
+Head = tuple[int, int]
+"""Layer and query head, 0-based. In text: `L3H1`."""
+
+
+@dataclass(frozen=True)
+class HeadList:
+    """Scores of all heads of one model, and the selected ones."""
+
+    model: str
+    """Id of the model that was looked at."""
+    tool: str
+    """What gave the scores: `vhd`, `ablate`, `visual` ..."""
+    scores: tuple[tuple[float, ...], ...]
+    """L rows of H numbers; NaN where a head has no score."""
+    selected: tuple[Head, ...] = ()
+    """By falling score."""
+    direction: Literal["high is good", "high is bad"] = "high is good"
+    """Whether heads with a high score are to be strengthened or weakened."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the tool, and how the heads were selected."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What the scores were measured on: `name`, `n`, `seed`, and `ids`, a digest of each picture's file."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else the tool found: counts, intervals, controls."""
+    revision: str | None = None
+    """Of the model's files, where the Hub told."""
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def __post_init__(self) -> None:
+        """Check that the scores are a table and that the selected heads lie in it."""
+        scores = tuple(tuple(float(s) for s in row) for row in self.scores)
+        selected = tuple((int(layer), int(head)) for layer, head in self.selected)
+        object.__setattr__(self, "scores", scores)
+        object.__setattr__(self, "selected", selected)
+        if not scores or not scores[0] or len({len(row) for row in scores}) > 1:
+            raise ValueError(
+                f"scores: expected one row per layer with one number per head, got rows of {[len(r) for r in scores]}"
+            )
+        if any(math.isinf(s) for row in scores for s in row):
+            raise ValueError("scores: expected finite numbers, or NaN where a head has none; got infinity")
+        if self.direction not in ("high is good", "high is bad"):
+            raise ValueError(f"direction: expected 'high is good' or 'high is bad', got {self.direction!r}")
+        check_heads(selected, self.n_layers, self.n_heads)
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self.scores)
+
+    @property
+    def n_heads(self) -> int:
+        """H, query heads of each layer."""
+        return len(self.scores[0])
+
+    def ranking(self) -> tuple[Head, ...]:
+        """All heads that have a score, highest first; equal ones in the order of layers and heads."""
+        found = [(layer, h) for layer, row in enumerate(self.scores) for h, s in enumerate(row) if not math.isnan(s)]
+        return tuple(sorted(found, key=lambda head: -self.score(head)))
+
+    def score(self, head: Head) -> float:
+        """Of one head."""
+        return self.scores[head[0]][head[1]]
+
+    def select(
+        self,
+        *,
+        top: int | None = None,
+        share: float | None = None,
+        threshold: float | None = None,
+        positive: bool = False,
+    ) -> HeadList:
+        """The same list with other heads selected: the `top` first, a `share` of all that have a score (rounded, at
+        least one), those with a score of at least `threshold`, or those with a `positive` score. One of the four.
+        """
+        asked = {"top": top, "share": share, "threshold": threshold, "positive": positive or None}
+        given = {k: v for k, v in asked.items() if v is not None}
+        if len(given) != 1:
+            raise ValueError(f"select: expected one of top, share, threshold, positive, got {', '.join(given) or None}")
+        ranked = self.ranking()
+        if top is not None:
+            if not 1 <= top <= len(ranked):
+                raise ValueError(f"top: expected a number of heads in 1..{len(ranked)}, got {top}")
+            chosen: Sequence[Head] = ranked[:top]
+        elif share is not None:
+            if not 0 < share <= 1:
+                raise ValueError(f"share: expected a number above 0 and up to 1, got {share}")
+            chosen = ranked[: max(1, round(share * len(ranked)))]
+        elif threshold is not None:
+            chosen = [head for head in ranked if self.score(head) >= threshold]
+        else:
+            chosen = [head for head in ranked if self.score(head) > 0]
+        if not chosen:
+            raise ValueError(f"no head is selected by {given}; the highest score is {self._highest(ranked)}")
+        return replace(self, selected=tuple(chosen), settings={**self.settings, "select": given})
+
+    def _highest(self, ranked: Sequence[Head]) -> str:
+        return f"{self.score(ranked[0]):.4g}" if ranked else "not a number"
+
+    def check(self, n_layers: int, n_heads: int, model: str | None = None) -> None:
+        """`ValueError` if the list belongs to a model of another shape; a warning if only the model's name differs."""
+        if (self.n_layers, self.n_heads) != (n_layers, n_heads):
+            raise ValueError(
+                f"the head list was made on {self.model} with {self.n_layers} layers x {self.n_heads} heads, but this "
+                f"model has {n_layers} x {n_heads}; make one for it with vlmfix heads"
+            )
+        if model is not None and model != self.model:
+            warnings.warn(
+                f"the head list was made on {self.model!r}, this model is {model!r}: heads of one checkpoint seldom "
+                f"mean the same in another",
+                stacklevel=3,
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What a result should record of a list that was used, in short."""
+        return {
+            "tool": self.tool,
+            "model": self.model,
+            "settings": self.settings,
+            "data": {k: v for k, v in self.data.items() if k != "ids"},
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; a head without a score is null."""
+        data = {k: v for k, v in asdict(self).items() if k not in ("scores", "selected")}
+        scores = [[None if math.isnan(s) else s for s in row] for row in self.scores]
+        shape = {"layers": self.n_layers, "heads": self.n_heads}
+        return {"format": FORMAT, **shape, **data, "selected": [list(h) for h in self.selected], "scores": scores}
+
+    @classmethod
+    def from_json(cls, data: Any) -> HeadList:
+        """The way back. `ValueError` if it is no head list."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            got = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"expected a head list of format {FORMAT!r} (made by vlmfix heads), got {got!r}")
+        if missing := [k for k in ("model", "tool", "layers", "heads", "scores", "selected") if k not in data]:
+            raise ValueError(f"the head list lacks {', '.join(missing)}")
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        try:
+            scores = [[math.nan if s is None else float(s) for s in row] for row in data["scores"]]
+            found = cls(**{**known, "scores": scores})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the head list cannot be read: {error}") from error
+        if (found.n_layers, found.n_heads) != (data["layers"], data["heads"]):
+            raise ValueError(
+                f"the head list says {data['layers']} layers x {data['heads']} heads, but its scores are "
+                f"{found.n_layers} x {found.n_heads}"
+            )
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write it. `ValueError` if that cannot be."""
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(self.to_json(), allow_nan=False) + "\n", "utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadList:
+        """Read it. `ValueError` if there is no such file or if it is no head list."""
+        try:
+            data = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read the head list {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def check_heads(heads: Iterable[Head], n_layers: int, n_heads: int) -> None:
+    """`ValueError` if a head does not exist in a model of this shape, or is named twice."""
+    heads = list(heads)
+    wrong = [h for h in heads if not (0 <= h[0] < n_layers and 0 <= h[1] < n_heads)]
+    if wrong:
+        raise ValueError(
+            f"heads: expected layers in 0..{n_layers - 1} and heads in 0..{n_heads - 1}, got {head_names(wrong)}"
+        )
+    if len(set(heads)) < len(heads):
+        raise ValueError(f"heads: {head_names(sorted({h for h in heads if heads.count(h) > 1}))} named twice")
+
+
+def head_names(heads: Iterable[Head]) -> str:
+    """Heads as text, `L3H1/L3H5`; `parse_heads` is the way back."""
+    return "/".join(f"L{layer}H{head}" for layer, head in heads)
+
+
+def parse_heads(text: str) -> tuple[Head, ...] | None:
+    """Heads written as `L3H1/L3H5`; `None` if the text reads otherwise (then it may be a file)."""
+    if not re.fullmatch(r"L\d+H\d+(/L\d+H\d+)*", text):
+        return None
+    return tuple((int(layer), int(head)) for layer, head in re.findall(r"L(\d+)H(\d+)", text))
+
+
+def resolve_heads(setting: str, n_layers: int, n_heads: int, model: str | None) -> tuple[str, dict[str, Any]]:
+    """What an intervention's `heads` setting means on a loaded model: names of the heads, and facts to record.
+
+    `setting` is the path of a head list, or names such as `L3H1/L3H5`. `ValueError` where it does not fit the model.
+    Facts under `head_list` let the runner refuse pictures that the list was made on.
+    """
+    named = parse_heads(setting)
+    if named is not None:
+        check_heads(named, n_layers, n_heads)
+        return setting, {"heads_origin": "given"}
+    found = HeadList.load(setting)
+    found.check(n_layers, n_heads, model)
+    if not found.selected:
+        raise ValueError(f"no heads: {setting} has none selected; make it with --top, --share or --threshold")
+    return head_names(found.selected), {"heads_origin": "file", "head_list": {"file": setting, **found.facts()}}
+
+
+def random_heads(n: int, n_layers: int, n_heads: int, seed: int = 0) -> tuple[Head, ...]:
+    """`n` different heads of a model, by chance: the control of every head list."""
+    every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    return tuple(sorted(random.Random(seed).sample(every, n)))
