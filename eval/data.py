@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlmfix.eval import chair, pope
 
-EMBEDDED = ("scenes", "photos")
+EMBEDDED = ("scenes", "calibration", "photos")
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class Data:
     """Annotated pictures."""
 
     name: str
-    """`scenes` or `photos` for the embedded ones, else the folder."""
+    """One of `EMBEDDED`, else the folder."""
     folder: Path
     limit: int | None = None
     """Only the first pictures; for trying out."""
 
     @classmethod
     def load(cls, name: str = "scenes", limit: int | None = None) -> Data:
-        """The embedded scenes or photos, or a folder. `ValueError` if it lacks what a benchmark reads."""
+        """Embedded pictures, or a folder. `ValueError` if it lacks what a benchmark reads."""
         folder = Path(str(files("vlmfix.assets") / name)) if name in EMBEDDED else Path(name).resolve()
         for needed in ("instances.json", "images"):
             if not (folder / needed).exists():
                 raise ValueError(
-                    f"data {name!r}: {folder / needed} does not exist; expected {' or '.join(EMBEDDED)}, or a folder "
+                    f"data {name!r}: {folder / needed} does not exist; expected {', '.join(EMBEDDED)}, or a folder "
                     f"with images/, instances.json and, for CHAIR, captions.json in COCO format"
                 )
         if limit is not None and limit < 1:

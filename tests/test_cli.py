@@ -94,7 +94,7 @@ def test_eval_and_score(tmp_path):
         (["eval", "--method", "json.decoder:JSONDecoder"], "is not a subclass of vlmfix.Intervention"),
         (["eval", "--benchmark", "chiar"], "unknown benchmark 'chiar'; did you mean 'chair'?"),
         (["eval", "--model", "no/such-folder/here"], "cannot load 'no/such-folder/here': expected an embedded model (tiny, tiny-sinks)"),
-        (["eval", "--data", "/no/such/folder"], "does not exist; expected scenes or photos, or a folder with images/"),
+        (["eval", "--data", "/no/such/folder"], "does not exist; expected scenes, calibration, photos, or a folder with images/"),
         (["eval", "--dtype", "float8"], "dtype: expected float32, bfloat16 or float16, got 'float8'"),
         (["ask", "no-such.png", "Hello?"], "no such image file: no-such.png"),
         (["ask", SCENE, " "], "prompt: expected some text, got ' '"),

@@ -1,5 +1,6 @@
 """Runs: what is asked, written, resumed, scored and compared."""
 
+import hashlib
 import json
 import os
 import signal
@@ -235,6 +236,14 @@ def test_the_same_answers_scored_in_another_way(runs):
         compare(runs, 10, {"chair": "rorbach"})
     with pytest.raises(ValueError, match="did you mean 'negword'"):
         compare(runs, 10, {"pope": "negwords"})
+
+
+def test_calibration_scenes_are_other_pictures():
+    digests = [
+        {hashlib.sha256(path.read_bytes()).hexdigest() for path in Data.load(name).images.values()}
+        for name in ("calibration", "scenes")
+    ]
+    assert [len(d) for d in digests] == [120, 400] and not digests[0] & digests[1]
 
 
 def test_real_photos_go_through_end_to_end(tiny, tmp_path):

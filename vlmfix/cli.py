@@ -26,6 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+calibrate = typer.Typer(
+    help="Choose a method's heads and settings on labelled pictures that no result is reported on.",
+    no_args_is_help=True,
+)
+app.add_typer(calibrate, name="calibrate")
 err = Console(stderr=True, highlight=False)
 
 METHOD_HELP = (
@@ -153,7 +158,10 @@ def evaluate(
     benchmark: Annotated[str, typer.Option(help="chair, pope, or both.")] = "chair,pope",
     method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "none,var,vhr",
     data: Annotated[
-        str, typer.Option(help="scenes or photos (embedded), or a folder with images/, instances.json, captions.json.")
+        str,
+        typer.Option(
+            help="scenes, calibration or photos (embedded), or a folder with images/, instances.json, captions.json."
+        ),
     ] = "scenes",
     output: Annotated[Path, typer.Option(help="Folder for answers and results.")] = Path("runs"),
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
