@@ -28,6 +28,7 @@ from vlmfix.attachment import attached, describe, wrapped
 from vlmfix.eval.benchmarks import Benchmark, Item
 from vlmfix.eval.data import Data
 from vlmfix.eval.results import HEADER, RECORDS, Run, read_lines
+from vlmfix.heads import HeadList, picture_id
 from vlmfix.intervention import Intervention, spec_of
 
 Progress = Callable[[str, int, int], None]
@@ -79,6 +80,7 @@ def answer_all(
     label = spec_of(interventions)
     with wrapped(model, list(interventions), processor):
         found = attached(model)
+        _refuse_own_pictures([] if found is None else [e.facts for e in found.entries], items)
         identity = {
             "benchmark": bench.name,
             "asking": bench.asking,
@@ -122,6 +124,17 @@ def answer_all(
             _merge(folder, items)
         workers.wait()
     return Run.read(folder)
+
+
+def _refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
+    """`ValueError` if heads were chosen on pictures that they are to be judged by."""
+    for used in (one["head_list"] for one in facts if "head_list" in one):
+        pictures = {picture_id(path) for path in {item.image for item in items}}
+        if same := pictures.intersection(HeadList.load(used["file"]).data.get("ids", ())):
+            raise ValueError(
+                f"{used['file']} was made on {len(same)} of the {len(pictures)} pictures that are asked about; heads "
+                f"must not be judged by pictures that they were chosen on: make the list on others"
+            )
 
 
 def _batches(

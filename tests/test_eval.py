@@ -18,6 +18,7 @@ from vlmfix.eval.benchmarks import benchmark
 from vlmfix.eval.data import Data
 from vlmfix.eval.results import BrokenFile, Run, compare
 from vlmfix.eval.runner import PlainProgress, answer_all
+from vlmfix.heads import HeadList, picture_id
 from vlmfix.intervention import parse
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,20 @@ def test_batched_answers_equal_single_answers(tiny, runs):
     for record in runs[0].records[:6]:
         path = ROOT / "assets" / "scenes" / "images" / record["image"][0]
         assert vlmfix.ask(model, processor, path, record["prompt"]).text == record["text"]
+
+
+def test_heads_are_not_judged_by_the_pictures_they_were_chosen_on(tiny, tmp_path):
+    data, path = Data.load(limit=3), str(tmp_path / "heads.json")
+    ids = [picture_id(file) for file in data.images.values()]
+    scores = [[1.0] * 8] * 6
+    HeadList("tiny", "visual", scores, data={"ids": ["0" * 16, ids[1]]}).select(top=2).save(path)
+    with pytest.raises(ValueError, match=r"heads\.json was made on 1 of the 3 pictures that are asked about"):
+        answer_all(*tiny, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+    assert not (tmp_path / "chair").exists()
+    HeadList("tiny", "visual", scores, data={"ids": ["0" * 16]}).select(top=2).save(path)
+    run = answer_all(*tiny, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+    assert run.header["identity"]["method"][0]["facts"]["head_list"]["tool"] == "visual"
+    assert all(record["did"] == [{"acted": True}] for record in run.records)
 
 
 def test_no_question_is_asked_twice(runs):

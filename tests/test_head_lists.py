@@ -110,7 +110,7 @@ def test_heads_in_text():
 
 
 def test_a_setting_becomes_heads(tmp_path):
-    assert resolve_heads("L1H2/L0H0", 2, 3, "toy") == ("L1H2/L0H0", {"heads_origin": "given"})
+    assert resolve_heads("L1H2/L0H0", 2, 3, "toy") == (((1, 2), (0, 0)), {"heads_origin": "given"})
     with pytest.raises(ValueError, match="got L1H2"):
         resolve_heads("L1H2", 1, 3, "toy")
     path = str(tmp_path / "heads.json")
@@ -118,8 +118,17 @@ def test_a_setting_becomes_heads(tmp_path):
     with pytest.raises(ValueError, match=r"no heads: .* has none selected"):
         resolve_heads(path, 2, 3, "toy")
     LIST.select(top=2).save(path)
-    names, facts = resolve_heads(path, 2, 3, "toy")
-    assert names == "L1H0/L0H0" and facts["head_list"]["file"] == path and facts["head_list"]["data"] == {"n": 1}
+    heads, facts = resolve_heads(path, 2, 3, "toy")
+    assert heads == ((1, 0), (0, 0)) and facts["head_list"]["file"] == path and facts["head_list"]["data"] == {"n": 1}
+
+
+def test_heads_to_compare_with(tmp_path):
+    path = str(tmp_path / "heads.json")
+    LIST.select(top=2).save(path)
+    assert resolve_heads(path, 2, 3, "toy", "least")[0] == ((0, 1), (1, 2))
+    assert resolve_heads(path, 2, 3, "toy", "random")[0] == resolve_heads("L0H0/L0H1", 2, 3, "toy", "random")[0]
+    with pytest.raises(ValueError, match="least score need the file of a head list, got L0H0"):
+        resolve_heads("L0H0", 2, 3, "toy", "least")
 
 
 def test_random_heads():

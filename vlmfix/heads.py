@@ -5,6 +5,7 @@ A list is made once, offline (`vlmfix heads`), kept as JSON, and read by interve
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -38,7 +39,7 @@ class HeadList:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the tool, and how the heads were selected."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What the scores were measured on: `name`, `n`, `seed`, and `ids`, a digest of each picture's file."""
+    """What the scores were measured on: `name`, `n`, `seed`, and `ids`, the `picture_id` of each picture."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the tool found: counts, intervals, controls."""
     revision: str | None = None
@@ -213,21 +214,38 @@ def parse_heads(text: str) -> tuple[Head, ...] | None:
     return tuple((int(layer), int(head)) for layer, head in re.findall(r"L(\d+)H(\d+)", text))
 
 
-def resolve_heads(setting: str, n_layers: int, n_heads: int, model: str | None) -> tuple[str, dict[str, Any]]:
-    """What an intervention's `heads` setting means on a loaded model: names of the heads, and facts to record.
+def resolve_heads(
+    setting: str, n_layers: int, n_heads: int, model: str | None, instead: str | None = None
+) -> tuple[tuple[Head, ...], dict[str, Any]]:
+    """What an intervention's head list means on a loaded model: the heads, and facts to record.
 
-    `setting` is the path of a head list, or names such as `L3H1/L3H5`. `ValueError` where it does not fit the model.
-    Facts under `head_list` let the runner refuse pictures that the list was made on.
+    `setting` is the file of a head list, or heads such as `L3H1/L3H5`. As a control, `instead` asks for as many
+    `random` heads of the model, or for those with the `least` score. Facts under `head_list` let the runner refuse
+    pictures that the list was made on. `ValueError` where something does not fit.
     """
-    named = parse_heads(setting)
-    if named is not None:
-        check_heads(named, n_layers, n_heads)
-        return setting, {"heads_origin": "given"}
-    found = HeadList.load(setting)
-    found.check(n_layers, n_heads, model)
-    if not found.selected:
-        raise ValueError(f"no heads: {setting} has none selected; make it with --top, --share or --threshold")
-    return head_names(found.selected), {"heads_origin": "file", "head_list": {"file": setting, **found.facts()}}
+    heads, ranking = parse_heads(setting), None
+    facts: dict[str, Any] = {"heads_origin": "given"}
+    if heads is not None:
+        check_heads(heads, n_layers, n_heads)
+    else:
+        found = HeadList.load(setting)
+        found.check(n_layers, n_heads, model)
+        if not found.selected:
+            raise ValueError(f"no heads: {setting} has none selected; make it with --top, --share or --threshold")
+        heads, ranking = found.selected, found.ranking()
+        facts = {"heads_origin": "file", "head_list": {"file": setting, **found.facts()}}
+    if instead == "random":
+        heads = random_heads(len(heads), n_layers, n_heads)
+    elif instead == "least" and ranking is not None:
+        heads = ranking[: -len(heads) - 1 : -1]
+    elif instead is not None:
+        raise ValueError(f"heads with the {instead} score need the file of a head list, got {setting}")
+    return heads, facts
+
+
+def picture_id(path: str | Path) -> str:
+    """A digest of a picture's file: tells the same picture under another name or number."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def random_heads(n: int, n_layers: int, n_heads: int, seed: int = 0) -> tuple[Head, ...]:
