@@ -19,6 +19,7 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from vlmfix.heads import head_names, parse_heads, resolve_heads
 from vlmfix.intervention import Idle, Intervention, Site, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Detector:
     """P below which words of the calibration pictures are best called invented (Youden's index)."""
     n_images: int
     """Pictures that it was fitted on."""
+    ids: tuple[str, ...]
+    """The `picture_id` of each: no result may be reported on these."""
     auroc: dict[str, Any]
     """On held-out pictures: figures with 95 % intervals, with what they are compared to."""
 
@@ -64,7 +67,7 @@ class Detector:
         """From its file. `ValueError` if there is none or it is something else."""
         try:
             data = json.loads(Path(path).read_text("utf-8"))
-            return cls(**{**data, "w": tuple(map(float, data["w"]))})
+            return cls(**{**data, "w": tuple(map(float, data["w"])), "ids": tuple(data["ids"])})
         except OSError as error:
             raise ValueError(
                 f"detector {path} cannot be read ({error.strerror}); see vlmfix calibrate lookback"
@@ -73,9 +76,13 @@ class Detector:
             names = ", ".join(f.name for f in fields(cls))
             raise ValueError(f"{path} is no detector: expected a JSON object with {names}") from error
 
-    def write(self, path: Path) -> None:
-        """To a file."""
-        path.write_text(json.dumps(asdict(self)) + "\n", "utf-8")
+    def write(self, path: str | Path) -> None:
+        """To a file. `ValueError` if that cannot be."""
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(asdict(self)) + "\n", "utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,8 @@ class Lookback(Intervention):
     """Sink dimensions; `None`: found as VAR finds them."""
     tau: float | None = None
     """Sink threshold; `None`: as VAR."""
-    selected: tuple[int, ...] | None = None
-    """Heads whose mean is the plain score, l*H + h each; `None`: all."""
+    head_list: str | None = None
+    """Heads whose mean is the plain score: the file of a head list, or heads such as `L3H1/L3H5`. `None`: all."""
     detector: str | None = None
     """File of a detector (`vlmfix calibrate lookback`); `None`: the plain score, mean of R."""
 
@@ -116,25 +123,26 @@ class Lookback(Intervention):
             raise ValueError(f"preset: unknown {self.preset!r}; {did_you_mean(str(self.preset), PRESETS)}")
         if self.agg is None:
             object.__setattr__(self, "agg", PRESETS[self.preset][0])
-        for key in ("dims", "selected"):
-            if isinstance(value := getattr(self, key), int):
-                object.__setattr__(self, key, (value,))
+        if isinstance(self.dims, int):
+            object.__setattr__(self, "dims", (self.dims,))
         if self.agg not in ("mean", "sum"):
             raise ValueError(f"agg: expected mean or sum, got {self.agg!r}")
         if self.E < 1:
             raise ValueError(f"E: expected 1 token or more, got {self.E!r}")
-        if self.detector is not None and self.selected is not None:
-            raise ValueError("selected: a detector weighs all heads; leave out one of the two")
+        if self.detector is not None and self.head_list is not None:
+            raise ValueError("a detector weighs all heads; leave out head_list")
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[Intervention, dict[str, Any]]:
         """Find the sinks, and check that heads and detector are this model's."""
         n, facts, found = len(anatomy.layers) * anatomy.n_heads, {}, self
-        if self.selected is not None and (wrong := [i for i in self.selected if not 0 <= i < n]):
-            raise ValueError(f"selected: expected numbers in 0..{n - 1}, got {wrong}")
+        name = model.config._name_or_path  # type: ignore[union-attr]
+        if self.head_list is not None:
+            heads, facts = resolve_heads(self.head_list, len(anatomy.layers), anatomy.n_heads, name)
+            found = replace(self, head_list=head_names(heads))
         if self.detector is not None:
             own = asdict(Detector.read(self.detector))
             here = {
-                "model": model.config._name_or_path,  # type: ignore[union-attr]
+                "model": name,
                 "layers": len(anatomy.layers),
                 "heads": anatomy.n_heads,
                 **{key: getattr(self, key) for key in ("preset", "agg", "exclude_sinks")},
@@ -144,13 +152,13 @@ class Lookback(Intervention):
                 raise ValueError(f"detector {self.detector} was fitted on {theirs}; here: {ours}. Calibrate it anew")
             if len(own["w"]) != n:
                 raise ValueError(f"detector {self.detector} has {len(own['w'])} weights, expected {n}")
-            facts["detector"] = {key: own[key] for key in ("w", "b", "threshold")}
+            facts["detector"] = {"file": self.detector, **{key: own[key] for key in ("w", "b", "threshold")}}
         if self.exclude_sinks:
             from vlmfix.hooks.var import VAR
 
             try:
                 var, more = VAR(dims=self.dims, tau=self.tau).resolve(model, anatomy, processor)  # type: ignore[arg-type]
-                found, facts = replace(self, dims=var.dims, tau=var.tau), {**facts, **more}
+                found, facts = replace(found, dims=var.dims, tau=var.tau), {**facts, **more}
             except Idle as idle:
                 facts["sinks"] = str(idle)
         return found, facts
@@ -227,11 +235,14 @@ class Lookback(Intervention):
 
     def score(self, r: Tensor) -> Tensor:
         """Score in 0..1, higher: more likely grounded, of spans of tokens; r (..., T, L, H) gives (...)."""
-        v = r.nanmean(-3).flatten(-2)
+        import torch
+
+        r = r.nanmean(-3)  # (..., L, H)
         if self.detector is not None:
             found = Detector.read(self.detector)
-            return (v @ v.new_tensor(found.w) + found.b).sigmoid()
-        plain = v[..., list(range(v.shape[-1]) if self.selected is None else self.selected)].nanmean(-1)
+            return (r.flatten(-2) @ r.new_tensor(found.w) + found.b).sigmoid()
+        heads = parse_heads(self.head_list or "")
+        plain = (r.flatten(-2) if heads is None else torch.stack([r[..., i, h] for i, h in heads], -1)).nanmean(-1)
         return 1 - plain if self.preset == "prelim" else plain
 
     def _span(self, r: Tensor) -> Tensor:
