@@ -60,7 +60,8 @@ class Chunks(Lookback):
         rounds: list[dict[str, Any]] = []
         while run.end(accepted) is None and (left := run.settings["max_new_tokens"] - len(accepted)) > 0:
             found = proposals(run, accepted, self.k, min(self.c, left), round_seed(run, len(rounds)), **sampling)
-            best, scores = 0, [None] * len(found)
+            best = 0
+            scores: list[Any] = [None] * len(found)
             if any(one.tokens != found[0].tokens for one in found):
                 r = self.ratios(found[0].source[0].memos[index])[:, len(accepted) :]
                 scores = [float(self.score(r[row, : len(one.tokens)])) for row, one in enumerate(found)]

@@ -134,8 +134,8 @@ class Lookback(Intervention):
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[Intervention, dict[str, Any]]:
         """Find the sinks, and check that heads and detector are this model's."""
-        n, facts, found = len(anatomy.layers) * anatomy.n_heads, {}, self
-        name = model.config._name_or_path  # type: ignore[union-attr]
+        n, name, found = len(anatomy.layers) * anatomy.n_heads, getattr(model.config, "_name_or_path", None), self
+        facts: dict[str, Any] = {}
         if self.head_list is not None:
             heads, facts = resolve_heads(self.head_list, len(anatomy.layers), anatomy.n_heads, name)
             found = replace(self, head_list=head_names(heads))

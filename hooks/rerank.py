@@ -144,9 +144,9 @@ class Rerank(Lookback):
     """`self`: the untouched model's own yes or no; `lookback`: the monitor's score at the object's first token;
     `oracle`: the annotations of `truth`, an upper bound; or `package.module:function`, called as (images, prompt,
     context, sentence, objects) and giving (object, present/absent/unsure, score) for each."""
-    hi: float = None  # type: ignore[assignment]
+    hi: float | None = None
     """Score from which an object is present. `None`: 0.5, or the lookback detector's calibrated threshold."""
-    lo: float = None  # type: ignore[assignment]
+    lo: float | None = None
     """Score up to which an object is absent. `None`: as `hi`."""
     truth: str = "scenes"
     """`oracle`: annotated pictures, as --data of `vlmfix eval`."""
@@ -163,8 +163,9 @@ class Rerank(Lookback):
     def __post_init__(self) -> None:
         """Check settings."""
         super().__post_init__()
-        if callable(self.verifier):
-            object.__setattr__(self, "verifier", f"{self.verifier.__module__}:{self.verifier.__qualname__}")
+        given: Any = self.verifier
+        if callable(given):
+            object.__setattr__(self, "verifier", f"{given.__module__}:{given.__qualname__}")
         if self.verifier not in VERIFIERS:
             if ":" not in self.verifier:
                 hint = did_you_mean(self.verifier, VERIFIERS)
@@ -181,12 +182,15 @@ class Rerank(Lookback):
         ):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}: expected {', '.join(known)}, got {getattr(self, key)!r}")
-        if self.verifier != "lookback":
-            object.__setattr__(self, "hi", 0.5 if self.hi is None else self.hi)
-        if self.lo is None:
-            object.__setattr__(self, "lo", self.hi)
-        if self.hi is not None and not 0 <= self.lo <= self.hi <= 1:
-            raise ValueError(f"hi, lo: expected 0 <= lo <= hi <= 1, got {self.hi!r} and {self.lo!r}")
+        lo, hi = self._limits
+        if not 0 <= lo <= hi <= 1:
+            raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= 1, got {lo!r} and {hi!r}")
+
+    @property
+    def _limits(self) -> tuple[float, float]:
+        """Up to which score an object is absent, and from which it is present."""
+        hi = 0.5 if self.hi is None else self.hi
+        return hi if self.lo is None else self.lo, hi
 
     @property
     def uses_answers(self) -> bool:  # type: ignore[override]
@@ -209,7 +213,7 @@ class Rerank(Lookback):
             )
         if self.hi is None:
             at = Detector.read(self.detector).threshold  # type: ignore[arg-type]
-            found = replace(found, hi=at, lo=at)  # type: ignore[call-arg]
+            found = replace(found, hi=at)  # type: ignore[call-arg]
         return found, facts
 
     def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
@@ -255,11 +259,13 @@ class Rerank(Lookback):
         self, run: Answering, accepted: list[int], index: int, earlier: set[str]
     ) -> tuple[list[Candidate], list[dict[str, Any]]]:
         """Next sentences, and what there is to say of each."""
+        import torch
+
         left = run.settings["max_new_tokens"] - len(accepted)
         raw = lambda tokens: run.processor.decode(tokens, skip_special_tokens=True)  # noqa: E731
 
         def stop(new: Tensor) -> Tensor:
-            return new.new_tensor([sentence_end(raw(row), ended=False) is not None for row in new], dtype=bool)
+            return new.new_tensor([sentence_end(raw(row), ended=False) is not None for row in new], dtype=torch.bool)
 
         def judged(n: int, **sampling: Any) -> list[tuple[Candidate, dict[str, Any]]]:
             found = proposals(run, accepted, n, left, round_seed(run, index), stop, **sampling) if n else []
@@ -324,7 +330,8 @@ class Rerank(Lookback):
         return [known[o] for o in first]
 
     def _verdict(self, name: str, score: float) -> Verdict:
-        return name, "present" if score >= self.hi else "absent" if score <= self.lo else "unsure", score
+        lo, hi = self._limits
+        return name, "present" if score >= hi else "absent" if score <= lo else "unsure", score
 
     def _function(self) -> Callable[..., Any]:
         module, _, name = self.verifier.partition(":")
