@@ -7,7 +7,7 @@ drift of the score with length plays no part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmfix.hooks.lookback import Lookback
@@ -15,6 +15,7 @@ from vlmfix.hooks.rerank import check_sampling, one_by_one, own_index, proposals
 
 if TYPE_CHECKING:
     from vlmfix.asking import Answering
+    from vlmfix.intervention import Intervention
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Chunks(Lookback):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: expected {least} or more, got {getattr(self, key)!r}")
         check_sampling(self.temperature, self.top_p)
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """Sampling without a choice."""
+        return (replace(self, k=1),)
 
     def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """One question after the other."""

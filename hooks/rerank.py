@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 VERIFIERS = ("self", "lookback", "oracle")
 Verdict = tuple[str, Literal["present", "absent", "unsure"], float]
 """Object, verdict, P(present)."""
-ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "e.g", "i.e", "approx", "fig", "no"]
-)
+ABBREVIATIONS = frozenset(["mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "e.g", "i.e", "approx"])
 _END = re.compile(r"[.!?]+[\"')\]]*(?=\s|\Z)|\n\s*\n")
 _YES_NO = re.compile(r"(is|are|was|were|do|does|did|has|have|can|could)\b[^?]*\?\s*$|.*\byes or no\b", re.I | re.S)
 
@@ -185,6 +183,10 @@ class Rerank(Lookback):
         lo, hi = self._limits
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= 1, got {lo!r} and {hi!r}")
+
+    def controls(self) -> tuple[Intervention, ...]:
+        """Sampling without a choice."""
+        return (replace(self, n=1, greedy_first=False),)
 
     @property
     def _limits(self) -> tuple[float, float]:

@@ -43,7 +43,9 @@ def one_row(monitor, a, image, prompt=None):
     image = torch.tensor([image])
     prompt = torch.ones_like(image) if prompt is None else torch.tensor([prompt])
     n, memo = image.shape[1], {}
-    monitor.weights(a, Site(0, 1, Geometry(image, prompt, torch.ones_like(image)), torch.tensor([[True]]), n - 1, 0, memo))
+    monitor.weights(
+        a, Site(0, 1, Geometry(image, prompt, torch.ones_like(image)), torch.tensor([[True]]), n - 1, 0, memo)
+    )
     return monitor.ratios(memo)[:, 0, 0]
 
 
@@ -213,7 +215,12 @@ def test_place_in_the_list_and_going_on_from_accepted_text(tiny):
                 (more,) = run.generate(run.after(record.token_ids[:7]), prompt_end=end)
                 assert more == record.token_ids[7:]
                 found = attached(model)
-                same(found.entries[0].active.score(found.entries[0].active.ratios(found.last().memos[0])[0, :, None]).tolist(), scores[name])
+                same(
+                    found.entries[0]
+                    .active.score(found.entries[0].active.ratios(found.last().memos[0])[0, :, None])
+                    .tolist(),
+                    scores[name],
+                )
     assert scores["first"] == scores["last"] and scores["first"] != scores["alone"]
 
 
@@ -309,24 +316,31 @@ def test_auroc_of_what_can_and_cannot_be_told_apart(monkeypatch, tiny):
     scenes, others = Data.load("scenes", 60), Data.load("calibration", 60)
     for shift, shuffle, low, high in ((0.5, False, 0.999, 1.0), (0.5, True, 0.4, 0.6)):
         rng = np.random.default_rng(0)
-        monkeypatch.setattr(calibration, "read_words", lambda *_, rng=rng, **__: synthetic(rng, 800, shift, shuffle))
-        monkeypatch.setattr(calibration, "RESAMPLES", 50)
+        monkeypatch.setattr(
+            calibration, "read_words", lambda *_, made=(rng, 800, shift, shuffle), **__: synthetic(*made)
+        )
         found = calibration.calibrate(*tiny, Lookback(), others, scenes)
         assert low <= found.auroc["detector"]["value"] <= high
         assert 0.4 < found.auroc["position"]["value"] < 0.6
         assert found.n_images == len(found.ids) == 60 and found.auroc["words"] == 800
     two = {"a": np.array([0.1, 0.4, 0.35, 0.8]), "b": np.zeros(4)}
-    words = calibration.Words(np.arange(4), np.array([False, False, True, True]), np.zeros((4, 1)), np.zeros(4), np.zeros(4))
+    words = calibration.Words(
+        np.arange(4), np.array([False, False, True, True]), np.zeros((4, 1)), np.zeros(4), np.zeros(4)
+    )
     figures = calibration.aurocs(two, words, 20)
     assert (figures["a"].value, figures["b"].value, figures["a - b"].value) == (0.75, 0.5, 0.25)
+    metrics, rng = pytest.importorskip("sklearn.metrics"), np.random.default_rng(1)
+    score, grounded, weights = rng.integers(0, 9, 60) / 9, rng.random(60) < 0.6, rng.integers(0, 4, (5, 60))
+    want = [metrics.roc_auc_score(grounded, score, sample_weight=w) for w in weights]
+    assert calibration.auroc(score, grounded, weights) == pytest.approx(want)
 
 
 def test_calibration_splits_by_picture(tiny, tmp_path):
     """One set of pictures for both: words of one picture never stand on both sides."""
     from vlmfix.eval.data import Data
 
-    data = Data.load("calibration", 30)
-    read, seen = calibration.read_words(*tiny, Lookback(), data, max_new_tokens=40), []
+    data = Data.load("calibration", 18)
+    read, seen = calibration.read_words(*tiny, Lookback(), data, max_new_tokens=30), []
     assert read.v.shape[1] == 48 and not read.grounded.all() and read.grounded.mean() > 0.5
     assert read.plain == pytest.approx(read.v.mean(1), abs=1e-5)
 
@@ -336,12 +350,13 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "read_words", spy)
-        patch.setattr(calibration, "RESAMPLES", 20)
         found = calibration.calibrate(*tiny, Lookback(), data, data)
-    assert len(seen) == 1 and found.n_images == 20
-    assert found.auroc["words"] == (~np.isin(read.image, list(data.images)[:30])).sum() + np.isin(
-        read.image, [key for i, key in enumerate(data.images) if i % 3 == 2]
-    ).sum()
+    assert len(seen) == 1 and found.n_images == 12
+    assert (
+        found.auroc["words"]
+        == (~np.isin(read.image, list(data.images)[:18])).sum()
+        + np.isin(read.image, [key for i, key in enumerate(data.images) if i % 3 == 2]).sum()
+    )
     with pytest.raises(ValueError, match="no tracker"):
         calibration.calibrate(*tiny, Lookback(preset="tracker"), data, data)
     assert json.loads(json.dumps(asdict(found)))["model"] == "tiny"
@@ -349,14 +364,16 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
 
 def test_command_line(tmp_path):
     path = tmp_path / "deep" / "lookback.json"
-    command = ["calibrate", "lookback", "--limit", "16", "--max-new-tokens", "40", "--output", str(path)]
+    command = ["calibrate", "lookback", "--limit", "9", "--max-new-tokens", "30", "--output", str(path)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert "detector - position" in done.output and Detector.read(path).n_images == 16
+    assert "detector - position" in done.output and Detector.read(path).n_images == 9
     used = CliRunner().invoke(
         app,
-        ["eval", "--benchmark", "chair", "--data", "calibration", "--limit", "3", "--output", str(tmp_path)]
-        + ["--method", f"lookback:detector={path}"],
+        [
+            *("eval", "--benchmark", "chair", "--data", "calibration", "--limit", "3", "--output", str(tmp_path)),
+            *("--method", f"lookback:detector={path}"),
+        ],
     )
     assert used.exit_code == 1 and "was made on 3 of the 3 pictures that are asked about" in used.output
     wrong = CliRunner().invoke(app, ["calibrate", "lookback", "--method", "vhr"])
