@@ -31,6 +31,7 @@ from vlmfix.eval.protocols import MODEL, TEMPLATES, generation
 from vlmfix.eval.results import HEADER, RECORDS, Run, items_digest, read_lines
 from vlmfix.eval.yesno import MARGIN
 from vlmfix.heads import HeadList, picture_id
+from vlmfix.hooks.lookback import Detector
 from vlmfix.intervention import Intervention, did_you_mean, spec_of
 
 Progress = Callable[[str, int, int, str], None]
@@ -87,6 +88,8 @@ def answer_all(
             message says what differs. `beside` starts another run beside it.
     """
     workers = workers or Workers()
+    if told := [one.name for one in interventions if one.uses_answers]:
+        raise ValueError(f"{', '.join(told)} with these settings uses the right answers: an upper bound, and no result")
     items = bench.items(data)
     label = spec_of(interventions)
     settings = _generation(model, decoding)
@@ -263,14 +266,20 @@ class _Running:
 
 
 def _refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
-    """`ValueError` if heads were chosen on pictures that they are to be judged by."""
-    for used in (one["head_list"] for one in facts if "head_list" in one):
+    """`ValueError` if heads or a detector were chosen on pictures that they are to be judged by."""
+    made = [(file, HeadList.load(file).data.get("ids", ())) for file in _files(facts, "head_list")]
+    made += [(file, Detector.read(file).ids) for file in _files(facts, "detector")]
+    for file, ids in made:
         pictures = {picture_id(path) for path in {item.image for item in items}}
-        if same := pictures.intersection(HeadList.load(used["file"]).data.get("ids", ())):
+        if same := pictures.intersection(ids):
             raise ValueError(
-                f"{used['file']} was made on {len(same)} of the {len(pictures)} pictures that are asked about; heads "
-                f"must not be judged by pictures that they were chosen on: make the list on others"
+                f"{file} was made on {len(same)} of the {len(pictures)} pictures that are asked about; heads and "
+                f"detectors must not be judged by pictures that they were chosen on: make it on others"
             )
+
+
+def _files(facts: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    return [one[kind]["file"] for one in facts if kind in one]
 
 
 def _batches(

@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from vlmfix.hooks.act import ACT
     from vlmfix.hooks.beam import Beam
     from vlmfix.hooks.carve import CARVE
+    from vlmfix.hooks.chunks import Chunks
     from vlmfix.hooks.contrast import Contrast
+    from vlmfix.hooks.lookback import Lookback
     from vlmfix.hooks.pai import PAI
     from vlmfix.hooks.paint import PAINT
     from vlmfix.hooks.pyramiddrop import PyramidDrop
+    from vlmfix.hooks.rerank import Rerank
     from vlmfix.hooks.truncate import Truncate
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vcd import VCD
@@ -24,10 +27,13 @@ REGISTRY = {
     "act": "vlmfix.hooks.act:ACT",
     "beam": "vlmfix.hooks.beam:Beam",
     "carve": "vlmfix.hooks.carve:CARVE",
+    "chunks": "vlmfix.hooks.chunks:Chunks",
     "contrast": "vlmfix.hooks.contrast:Contrast",
+    "lookback": "vlmfix.hooks.lookback:Lookback",
     "pai": "vlmfix.hooks.pai:PAI",
     "paint": "vlmfix.hooks.paint:PAINT",
     "pyramiddrop": "vlmfix.hooks.pyramiddrop:PyramidDrop",
+    "rerank": "vlmfix.hooks.rerank:Rerank",
     "truncate": "vlmfix.hooks.truncate:Truncate",
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
@@ -45,8 +51,11 @@ __all__ = [
     "VCD",
     "VHR",
     "Beam",
+    "Chunks",
     "Contrast",
+    "Lookback",
     "PyramidDrop",
+    "Rerank",
     "Truncate",
     "ZeroTuning",
 ]

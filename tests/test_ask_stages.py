@@ -10,7 +10,7 @@ import torch
 
 import vlmfix
 from tests.test_contract import footprint
-from vlmfix.hooks import CARVE, REGISTRY, Beam, Truncate
+from vlmfix.hooks import CARVE, REGISTRY, Beam, Chunks, Rerank, Truncate
 from vlmfix.intervention import ASK_STAGES, Intervention, from_json, method_class
 
 SCENES = Path(__file__).parent.parent / "assets" / "scenes" / "images"
@@ -19,6 +19,8 @@ DESCRIBE = "Please describe this image in detail."
 INTERVENTIONS = {
     "beam": (Beam(n=3), DESCRIBE),
     "carve": (CARVE(), "Is there a car in the image?"),
+    "chunks": (Chunks(c=6, k=2), DESCRIBE),
+    "rerank": (Rerank(n=2), DESCRIBE),
     "truncate": (Truncate(words=9), DESCRIBE),
 }
 """Each with a prompt on which it bites."""
