@@ -123,7 +123,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         image_token_ids=ids,
         image_mask_argument=mask_argument,
         bos_token_id=getattr(text, "bos_token_id", None),
-        stages=STAGES if all(map(_through_interface, layers)) else tuple(s for s in STAGES if s not in ATTENTION_STAGES),
+        stages=STAGES
+        if all(map(_through_interface, layers))
+        else tuple(s for s in STAGES if s not in ATTENTION_STAGES),
         n_streams=next(_fields(text, STREAM_FIELDS), 1),
     )
 
@@ -188,4 +190,6 @@ def _through_interface(layer: DecoderLayer) -> bool:
     if layer.attention is None:
         return True
     functions = (inspect.unwrap(f) for f in vars(type(layer.attention)).values() if inspect.isfunction(f))
-    return hasattr(layer.attention, "config") and any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in functions)
+    return hasattr(layer.attention, "config") and any(
+        "ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in functions
+    )

@@ -495,7 +495,9 @@ class Attachment:
     def _run_stream(self, inputs: dict[str, Any]) -> Any:
         """The untouched model on a second stream."""
         seeing = any(inputs.get(argument) is not None for argument in PICTURE_ARGUMENTS)
-        module, parameters = (self.model, self._parameters[0]) if seeing else (self.anatomy.generator, self._parameters[-1])
+        module, parameters = (
+            (self.model, self._parameters[0]) if seeing else (self.anatomy.generator, self._parameters[-1])
+        )
         with self.only(()):
             return module(**inputs, **({"logits_to_keep": 1} if "logits_to_keep" in parameters else {}))
 
