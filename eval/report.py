@@ -225,7 +225,7 @@ def markdown(comparison: Comparison) -> str:
         for label, cells in lines(comparison, rows):
             told = [f"**{gap.removesuffix(' *')}**" if gap.endswith("*") else gap for _, gap in cells]
             found.append(
-                _pipes([label, *(", ".join(filter(None, [v, g])) for (v, _), g in zip(cells, told, strict=True))])
+                _pipes([label, *("<br>".join(filter(None, [v, g])) for (v, _), g in zip(cells, told, strict=True))])
             )
         found.append("")
     head, body = published_table(comparison)
