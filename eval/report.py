@@ -183,9 +183,9 @@ def deviation_text(comparison: Comparison) -> str:
     if protocol is None:
         return ""
     if comparison.deviations:
-        said = f"deviates from protocol {protocol.name} in {'; '.join(comparison.deviations)}"
+        said = f"Deviates from protocol {protocol.name} in {'; '.join(comparison.deviations)}"
     else:
-        said = f"as protocol {protocol.name} has it"
+        said = f"As protocol {protocol.name} has it"
     stand_in = f". {protocol.stand_in[0].upper()}{protocol.stand_in[1:]}" if protocol.stand_in else ""
     return f"{said} (source: {protocol.source}){stand_in}"
 
