@@ -183,9 +183,9 @@ def deviation_text(comparison: Comparison) -> str:
     if protocol is None:
         return ""
     if comparison.deviations:
-        said = f"deviates from protocol {protocol.name} in {'; '.join(comparison.deviations)}"
+        said = f"Deviates from protocol {protocol.name} in {'; '.join(comparison.deviations)}"
     else:
-        said = f"as protocol {protocol.name} has it"
+        said = f"As protocol {protocol.name} has it"
     stand_in = f". {protocol.stand_in[0].upper()}{protocol.stand_in[1:]}" if protocol.stand_in else ""
     return f"{said} (source: {protocol.source}){stand_in}"
 
@@ -225,7 +225,7 @@ def markdown(comparison: Comparison) -> str:
         for label, cells in lines(comparison, rows):
             told = [f"**{gap.removesuffix(' *')}**" if gap.endswith("*") else gap for _, gap in cells]
             found.append(
-                _pipes([label, *(", ".join(filter(None, [v, g])) for (v, _), g in zip(cells, told, strict=True))])
+                _pipes([label, *("<br>".join(filter(None, [v, g])) for (v, _), g in zip(cells, told, strict=True))])
             )
         found.append("")
     head, body = published_table(comparison)

@@ -432,7 +432,9 @@ def test_control_and_honest_columns_stand_next_to_chair(runs):
 
 
 def test_every_method_that_chooses_has_negative_controls():
-    for name in REGISTRY:
+    chosen = [name for name in REGISTRY if {"scores", "weights", "heads"} & set(parse(name)[0].stages())]
+    assert {"pai", "var", "vhr"} <= set(chosen)
+    for name in chosen:
         (method,) = parse(name)
         controls = method.controls()
         assert controls and all(type(c) is type(method) and c != method for c in controls), name
@@ -472,3 +474,18 @@ def test_every_verdict_of_a_run_can_be_written(runs, tmp_path):
     assert len(captions) == 24 and {"start", "synonym", "node", "verdict"} <= set(captions[0]["mentions"][0])
     bench = benchmark("pope")
     assert len(answers) == len(bench.questions(Data.load(limit=24))) and {v["method"] for v in found} == {"none"}
+
+
+def test_first_token_comes_after_methods_that_edit_the_scores(tiny):
+    model, processor = tiny
+    words = {"yes": spellings(processor, "yes"), "no": spellings(processor, "no")}
+    asked = [
+        (ROOT / "assets" / "scenes" / "images" / "test_0001.png", f"Is there a {name} in the image?")
+        for name in ("person", "fork")
+    ]
+    plain = vlmfix.ask_batch(model, processor, asked, first_token=words, max_new_tokens=4)
+    with vlmfix.attachment.wrapped(model, parse("contrast:gamma=1.9"), processor):
+        edited = vlmfix.ask_batch(model, processor, asked, first_token=words, max_new_tokens=4)
+    for one, other in zip(plain, edited, strict=True):
+        assert one.first_token != other.first_token, "the probabilities are those that the answer is chosen by"
+        json.loads(json.dumps(other.first_token, allow_nan=False))

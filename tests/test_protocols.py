@@ -173,7 +173,7 @@ def test_a_run_by_protocol(tmp_path):
     page = tmp_path / "page.html"
     assert run("report", tmp_path, "--output", page, "--markdown", tmp_path / "page.md").exit_code == 0
     assert "Published figures of this protocol" in page.read_text() and "issue PAI#20" in page.read_text()
-    assert "deviates from protocol" in (tmp_path / "page.md").read_text()
+    assert "Deviates from protocol" in (tmp_path / "page.md").read_text()
 
 
 def test_each_way_of_scoring_gives_a_table(tmp_path):

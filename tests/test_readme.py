@@ -58,17 +58,17 @@ def test_table_of_methods():
 
 
 def figures(text):
-    """Table title -> row label -> numbers."""
-    tables, title, method = {}, None, None
+    """Table title -> (figure, method) -> numbers: the figure, its interval, its difference and its interval."""
+    tables, title, methods = {}, None, []
     for line in text.splitlines():
-        cells = [c.strip() for c in line.strip("|").split("|")]
-        if re.match(r"\| (CHAIR|POPE)", line):
-            title = cells[0]
+        cells = [c.strip() for c in line.strip().strip("|").split("|")]
+        if re.match(r"\| (CHAIR|POPE).*pictures", line):
+            title, methods = cells[0], cells[1:]
             tables[title] = {}
-        elif title and line.startswith(("| `", "| difference")):
-            method = method if cells[0] == "difference" else cells[0]
-            numbers = re.findall(r"[-+]?\d+\.\d+", " ".join(cells[1:]).replace("−", "-"))
-            tables[title][(method, cells[0])] = [float(x) for x in numbers]
+        elif title and line.startswith("| ") and len(cells) == len(methods) + 1:
+            for method, cell in zip(methods, cells[1:], strict=True):
+                numbers = re.findall(r"[-+]?\d+\.\d+", cell.replace("−", "-"))
+                tables[title][cells[0], method] = [float(x) for x in numbers]
     return tables
 
 
@@ -79,7 +79,7 @@ def test_figures_are_what_the_main_job_prints(tmp_path):
     runs = sorted((Run.read(p.parent) for p in tmp_path.rglob("records.jsonl")), key=lambda r: r.label)
     fresh = figures("\n".join(report.markdown(c) for c in compare(runs)))
     told = figures(README.split("<!-- results: vlmfix eval -->")[1].split("<!-- end of results -->")[0])
-    assert len(told) == 2
+    assert len(told) == 2 and all(len(rows) >= 18 for rows in told.values())
     for title, rows in told.items():
         assert set(rows) == set(fresh[title])
         for row, numbers in rows.items():
