@@ -77,7 +77,10 @@ class CARVE(Intervention):
     summary: ClassVar[str] = "asks again with what the question is about cut out of the picture"
     paper: ClassVar[str] = "Ge et al., arXiv 2509.06461; variant vicrop: Zhang et al., ICLR 2025, arXiv 2502.17422"
     cost: ClassVar[str] = "two short generations before the answer, which sees two pictures"
-    expect: ClassVar[str] = "questions about a part of the picture; captioning prompts are refused"
+    expect: ClassVar[str] = (
+        "questions about a part of the picture, of models used to two pictures; refuses captioning prompts. On the "
+        "embedded model, used to one, POPE's accuracy falls by 5 to 7 points, and as much with masks at random places"
+    )
     whole_prompt: ClassVar[bool] = True
     token_by_token: ClassVar[bool] = True
 

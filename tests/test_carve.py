@@ -131,6 +131,12 @@ def test_constant_maps_keep_everything():
         assert np.array_equal(mask, ARRAYS[f"degenerate/mask_{kind}"].astype(bool)) and mask.all()
 
 
+def test_pixels_that_the_model_did_not_see_are_never_kept():
+    visible = np.zeros((4, 6), bool)
+    visible[:, 1:5] = True
+    assert np.array_equal(regions.select(np.zeros((4, 6)), visible, 0.2, 3, "max", "sum")[0], visible)
+
+
 def test_grid_that_the_released_code_guesses():
     for n, rows, columns, *want, used in ARRAYS["official_reshape/rows"].tolist():
         got = regions.official_grid(n, rows, columns)
@@ -151,6 +157,14 @@ def test_read_out(case):
     prompt = torch.ones_like(image)
     maps = method._maps(Looked({}, tokens, True, "", memo, Geometry(image, prompt, prompt)))
     np.testing.assert_allclose(maps, want, atol=1e-6)
+
+
+def test_layers_that_keep_a_window_show_nothing_of_keys_outside_it():
+    image = torch.tensor([[False, True, True, True, False]])
+    ones = torch.ones_like(image)
+    memo = {"rows": {0: [(0, torch.arange(5.0)), (2, torch.tensor([20.0, 30.0, 40.0, 50.0]))]}}
+    got = CARVE(layers=(0,))._maps(Looked({}, [7, 2], True, "", memo, Geometry(image, ones, ones)))
+    assert got.tolist() == [[[1.0, 2.0, 3.0]], [[0.0, 20.0, 30.0]]]
 
 
 # ---- properties -------------------------------------------------------------------------------------------------------
@@ -226,6 +240,11 @@ def test_thin_boxes_are_widened_and_others_left_alone(data):
         assert wide[i + 2] - wide[i] == max(box[i + 2] - box[i], -(-size[i] // 16))
 
 
+def test_thin_boxes_are_widened_about_their_centre():
+    assert regions.widened((100, 0, 101, 160), (160, 160)) == (96, 0, 106, 160)
+    assert regions.widened((0, 158, 4, 160), (160, 160)) == (0, 150, 10, 160)
+
+
 def test_hand_computed_contrast_mask_and_picture():
     """A 1 x 2 grid over 4 x 2 pixels: bilinear weights 0, 1/4, 3/4, 1 from left to right."""
     q = np.float32([[[0.1, 0.4]], [[0.2, 0.2]], [[0.1, 0.1]]])
@@ -258,6 +277,10 @@ def test_regions_touch_by_edges_and_ties_go_to_the_first():
     S[0, 0] = 90
     assert np.argwhere(regions.select(S, S > 0, 0.33, 1, "max", "sum")[0]).tolist() == [[0, 0]]
 
+    board = np.indices((10, 20)).sum(0) % 2 == 0
+    kept = np.argwhere(regions.select(board * 1.0, board >= 0, 0.5, 3, "max", "size")[0])
+    assert kept.tolist() == [[0, 0], [0, 2], [0, 4]], "of a hundred equal regions"
+
 
 def test_a_contrast_that_is_not_finite_is_named():
     q = np.ones((3, 2, 4), np.float32)
@@ -280,6 +303,9 @@ def test_sharpest_box_by_hand():
     heat[2, 1] = 0.9  # one cell: 1 - (1 + 1 + 0)/3; the first in x, then y: (3, 1), whose neighbours are 0.9, 1 and 0
     assert regions.sharpest_box(heat, (0, 0, 400, 400), (400, 400), 100) == (100, 200, 300, 400)
     assert regions.sharpest_box(heat, (0, 0, 400, 400), (400, 400), 400) is None
+    cross = np.zeros((4, 4))
+    cross[[0, 2, 1, 1], [1, 1, 0, 2]], cross[1, 1] = 0.5, 1.0  # one cell: 1 - 0.5; 2 x 2 cells: (2 - 2) / 4
+    assert regions.sharpest_box(cross, (0, 0, 400, 400), (400, 400), 100) == (100, 100, 200, 200)
     assert regions.sharpest_box(np.eye(4), (0, 0, 400, 100), (400, 100), 200) == (0, 0, 200, 100), "cut at the borders"
 
 
@@ -596,6 +622,20 @@ def test_what_the_looks_ask(tiny, monkeypatch, method, suffix, budget):
     assert all(len(images) == 1 and images[0].size == (96, 96) for images, *_ in asked)
 
 
+def test_settings_reach_the_maths(tiny, monkeypatch):
+    model, processor = tiny
+    seen, fuse, select = [], regions.fuse, regions.select
+    monkeypatch.setattr(regions, "fuse", lambda *a: seen.append(a) or fuse(*a))
+    monkeypatch.setattr(regions, "select", lambda *a: seen.append(a) or select(*a))
+    with CARVE(steps="end", lam=0.02, layers=(1, 3), p=0.3, K=4, regions="official", score="size")(model):
+        (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).did
+    (q, g, *how), (_, _, *which) = seen
+    assert how == [0.02, "end", (True, True), (1, 3)] and which == [0.3, 4, "official", "size"]
+    assert (len(q), len(g)) == (did["T_Q"], did["T_G"]) and len(q) > 1 < len(g), "both looks end with an end token"
+    want = (q[-2] / (g[-2] + np.float32(0.02))).sum(0).reshape(8, 8)
+    np.testing.assert_allclose(did["heat"], want, rtol=1e-3)
+
+
 @pytest.mark.parametrize("geometry", ["exact", "official"])
 def test_thin_boxes_of_pictures(tiny, geometry):
     model, processor = tiny
@@ -649,6 +689,10 @@ def test_random_place_keeps_size_and_shape(tiny):
             == unpack(a["mask"]).sum()
         )
         boxes.append(a["box"] != b["box"])
+    with control(model):
+        assert [vlmfix.ask(model, processor, path, QUESTION).did[0] for path in PHOTOS] == facts[1], (
+            "the same each time"
+        )
     assert any(boxes)
     mask = np.zeros((5, 7), bool)
     mask[1, 2:4] = True
