@@ -436,3 +436,17 @@ def test_another_weight_edit_before_it_leaves_the_survey_alone():
             vlmfix.wrap(model, given)(**prompt)
         marks.append(vlmfix.report(model)[-1]["samples"][0]["layers"][0]["visual_sinks"])
     assert marks[0] == marks[1] > 0
+
+
+def test_a_survey_of_the_prompt_only():
+    seen = []
+
+    class Survey(Intervention):
+        def survey(self, a, site):
+            seen.append((a.shape[2], site.start, site.positions.tolist()))
+
+    model = llava()
+    with Survey()(model):
+        answer(model, picture_prompt(model))
+    n = picture_prompt(model)["input_ids"].shape[1]
+    assert seen == [(n, 0, list(range(n)))] * 4, "once per layer, not again at every token"

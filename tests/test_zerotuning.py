@@ -68,7 +68,7 @@ def test_only_listed_heads_and_admitted_rows():
 
 
 def test_padding_shifts_the_first_key():
-    s = scores()
+    s = torch.randn(2, 3, 9, 9)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, :4] = False
     out = edited(ZeroTuning(gamma=math.e, **ALL), s, valid)
@@ -162,6 +162,8 @@ def test_heads(tmp_path):
     assert said["head_list"] == "L0H1/L0H5/L2H1/L2H5" and said["layers"] == [0, 2]
     vlmfix.wrap(model, "zerotuning:gamma=2,head_list=1/5,layers=0")
     assert vlmfix.report(model)[0]["head_list"] == "L0H1/L0H5"
+    vlmfix.wrap(model, "zerotuning:head_list=1/5,layers=0,select=random")
+    assert vlmfix.report(model)[0]["head_list"].count("H") == 2
     path = str(tmp_path / "heads.json")
     HeadList(model="", tool="zerotuning", scores=((1.0,) * 6,) * 4).select(top=7).save(path)
     turned, random = ZeroTuning(gamma=4.0, head_list=path).controls()
