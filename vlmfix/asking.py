@@ -83,6 +83,16 @@ def open_picture(picture: Picture) -> Image.Image:
         raise ValueError(f"{picture} is no image that can be read: {error}") from error
 
 
+def spellings(processor: Any, word: str) -> tuple[int, ...]:
+    """Tokens that spell a word, in any case and with or without a blank before it. `ValueError` if there is none."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    found = tuple(i for i, token in enumerate(tokens) if (token or "").lstrip("\u2581\u0120 ").lower() == word.lower())
+    if not found:
+        raise ValueError(f"no single token of the tokenizer spells {word!r}, so the first token cannot tell it")
+    return found
+
+
 def chat(processor: Any, prompt: str, n_images: int) -> str:
     """The prompt in the processor's own chat template, pictures first; without a template: placeholders, newline,
     prompt."""

@@ -245,6 +245,11 @@ def method_class(name: str) -> type[Intervention]:
 def make(name: str, settings: dict[str, Any]) -> Intervention:
     """An intervention from its name and settings. `ValueError` names unknown settings."""
     cls = method_class(name)
+    return cls(**checked_settings(cls, name, settings))
+
+
+def checked_settings(cls: Any, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a dataclass as they came from text or JSON. `ValueError` names unknown ones and wrong kinds."""
     known = [f.name for f in fields(cls)]
     for key in settings:
         if key not in known:
@@ -252,7 +257,18 @@ def make(name: str, settings: dict[str, Any]) -> Intervention:
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     for f in fields(cls):
         _check_kind(name, f.name, str(f.type), settings.get(f.name))
-    return cls(**settings)
+    return settings
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """`p=0.4,layers=1/18-31` as a dictionary."""
+    settings = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: expected setting=value after the colon, got {item!r}")
+        settings[key.strip()] = _value(value.strip())
+    return settings
 
 
 def _check_kind(name: str, key: str, annotation: str, value: Any) -> None:
@@ -300,13 +316,7 @@ def parse(spec: str) -> tuple[Intervention, ...]:
         name, text = ":".join(pieces[:n_name]), ":".join(pieces[n_name:])
         if name == "none" and not text:
             continue
-        settings = {}
-        for item in filter(None, text.split(",")):
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise ValueError(f"{spec!r}: expected setting=value after the colon, got {item!r}")
-            settings[key.strip()] = _value(value.strip())
-        found.append(make(name, settings))
+        found.append(make(name, read_settings(text)))
     return tuple(found)
 
 
