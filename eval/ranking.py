@@ -94,7 +94,7 @@ class Found:
 
     def scores(self, times: np.ndarray | None = None) -> np.ndarray:
         """(L, H), or (N, L, H) with each picture counted `times` (N, P) times."""
-        weights = np.ones(len(self.pictures)) if times is None else times
+        weights = np.ones(len(next(iter(self.counts.values())))) if times is None else times
         with np.errstate(invalid="ignore", divide="ignore"):
             means = {
                 name: np.tensordot(weights, sums, 1) / np.asarray(weights @ self.counts[name])[..., None, None]
@@ -117,13 +117,13 @@ class Found:
         known = np.isfinite(one) & np.isfinite(other)
         if known.sum() < 3:
             return None
-        ranks = [np.unique(x[known], return_inverse=True)[1] for x in (one, other)]
-        ranks = [_mean_ranks(x) for x in ranks]
-        return float(np.corrcoef(*ranks)[0, 1]) if all(r.std() > 0 for r in ranks) else None
+        mine, others = _mean_ranks(one[known]), _mean_ranks(other[known])
+        return float(np.corrcoef(mine, others)[0, 1]) if mine.std() and others.std() else None
 
 
-def _mean_ranks(level: np.ndarray) -> np.ndarray:
-    """Ranks of values given by their level among the different ones; equal values share their mean rank."""
+def _mean_ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks; equal values share their mean rank."""
+    level = np.unique(x, return_inverse=True)[1]
     sizes = np.bincount(level)
     return (sizes.cumsum() - (sizes - 1) / 2)[level]
 
@@ -134,9 +134,16 @@ class Tool:
     name: ClassVar[str]
     source: ClassVar[str]
     """Where it was published."""
-    meaning: str
-    """What a score is, in one line."""
-    direction: ClassVar[str] = "high is good"
+
+    @property
+    def meaning(self) -> str:
+        """What a score is, in one line."""
+        raise NotImplementedError
+
+    @property
+    def direction(self) -> Literal["high is good", "high is bad"]:
+        """What a high score says of a head."""
+        return "high is good"
 
     def measure(self, subject: Subject) -> Found:
         """Look at the model. `ValueError` if the data has nothing that the tool needs."""
@@ -166,7 +173,6 @@ class VHD(Tool):
 
     name: ClassVar[str] = "vhd"
     source: ClassVar[str] = "He et al., ACL 2025, arXiv 2412.13949"
-    meaning: ClassVar[str] = "distance of the head's output with and without the image, at the last prompt token"
 
     distance: Literal["sq_l2", "l2"] = "sq_l2"
     """Squared (release) or plain (paper, Eq. 4)."""
@@ -177,6 +183,12 @@ class VHD(Tool):
     def __post_init__(self) -> None:
         """Check the distance."""
         _one_of("distance", self.distance, ("sq_l2", "l2"))
+
+    @property
+    def meaning(self) -> str:
+        """Of a score."""
+        text = "distance of the head's output with and without the image, at the last prompt token"
+        return f"{text}, over the layer's mean" if self.relative else text
 
     def measure(self, subject: Subject) -> Found:
         """Two passes per picture, one of them without the image."""
@@ -228,12 +240,12 @@ class Ablate(Tool):
             object.__setattr__(self, "eps", 0.0 if self.mode == "output" else 1e-5)
 
     @property
-    def direction(self) -> str:  # type: ignore[override]
+    def direction(self) -> Literal["high is good", "high is bad"]:
         """Heads that push to errors are bad."""
         return "high is good" if self.see == "kl" else "high is bad"
 
     @property
-    def meaning(self) -> str:  # type: ignore[override]
+    def meaning(self) -> str:
         """Of a score."""
         return {
             "kl": "KL divergence of the first answer token when the head is off",
@@ -330,7 +342,6 @@ class Subspace(Tool):
 
     name: ClassVar[str] = "subspace"
     source: ClassVar[str] = "Sahara, Zhou et al., arXiv 2410.13708"
-    meaning: ClassVar[str] = "angle between the leading directions of last hidden states, head on and off, in degrees"
 
     rank: int = 1
     """Leading left singular vectors that are compared; the largest principal angle counts (code: 1)."""
@@ -342,6 +353,11 @@ class Subspace(Tool):
         _one_of("mode", self.mode, ("output", "uniform"))
         if self.rank < 1:
             raise ValueError(f"rank: expected 1 or more, got {self.rank}")
+
+    @property
+    def meaning(self) -> str:
+        """Of a score."""
+        return "angle between the leading directions of last hidden states, head on and off, in degrees"
 
     def measure(self, subject: Subject) -> Found:
         """L * H passes per prompt; the angle is between prompts, so there are no intervals."""
@@ -419,11 +435,14 @@ class _Rows(Intervention):
             keys = image[look.sample]
             row = a[look.sample, :, look.row - start][:, keys]  # (H, image tokens)
             sink = memo["sink"][site.layer][look.sample][keys] if self.dims else torch.zeros_like(keys[keys])
-            memo.setdefault("found", {})[i, site.layer] = torch.stack([
-                retrieval(row, *(torch.as_tensor(m, device=row.device) for m in (target, look.grid)), sink)
-                if target is not None else row.new_full((2, len(row)), float("nan"))
-                for target in (look.target, look.other)
-            ])  # fmt: skip
+            grid = torch.as_tensor(look.grid, device=row.device)
+            both = [
+                row.new_full((2, len(row)), torch.nan)
+                if shows is None
+                else retrieval(row, torch.as_tensor(shows, device=row.device), grid, sink)
+                for shows in (look.target, look.other)
+            ]
+            memo.setdefault("found", {})[i, site.layer] = torch.stack(both)
 
 
 def retrieval(w: Tensor, target: Tensor, grid: Tensor, sink: Tensor) -> Tensor:
@@ -455,7 +474,7 @@ class Visual(Tool):
         _one_of("see", self.see, ("mass", "top1"))
 
     @property
-    def meaning(self) -> str:  # type: ignore[override]
+    def meaning(self) -> str:
         """Of a score."""
         return {
             "mass": "image attention on the object about to be named, less its share of the area",
@@ -492,9 +511,8 @@ class Visual(Tool):
         pictures = [c.item.image for c in captions]
         at_, kind = np.array(at), np.zeros(len(at), int)
         found = Found.of(pictures, ("words",), both[:, :, 0], at_, kind)
-        found.extra["control"] = (
-            np.nan_to_num(np.nanmean(both[:, :, 1], 0), nan=0.0).tolist() if len(both) > 1 else None
-        )
+        control = both[:, :, 1][np.isfinite(both[:, 0, 1, 0])]
+        found.extra["control"] = control.mean(0).tolist() if len(control) else None
         found.extra["pairs"] = len(both)
         if len(both) < FEW_PAIRS:
             warnings.warn(
@@ -544,9 +562,13 @@ class Random(Tool):
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "control"
-    meaning: ClassVar[str] = "a random number"
 
     seed: int = 0
+
+    @property
+    def meaning(self) -> str:
+        """Of a score."""
+        return "a random number"
 
     def measure(self, subject: Subject) -> Found:
         """No pass at all."""
@@ -590,7 +612,7 @@ def rank(
         revision=getattr(model.config, "_commit_hash", None),
         tool=how.name,
         scores=tuple(map(tuple, scores.tolist())),
-        direction=how.direction,  # type: ignore[arg-type]
+        direction=how.direction,
         settings=asdict(how),  # type: ignore[call-overload]
         data={
             "name": data.name,

@@ -220,7 +220,9 @@ class VHR(Intervention):
     def controls(self) -> tuple[Intervention, ...]:
         """Random heads, the heads with the least VHD (of a list: lowest score), and the chosen heads weakened
         instead."""
-        others = ("random",) if parse_heads(self.head_list or "") else ("random", "least")
+        others: tuple[Literal["random", "least"], ...] = (
+            ("random",) if parse_heads(self.head_list or "") else ("random", "least")
+        )
         return *(replace(self, select=other) for other in others), replace(self, alpha=1 / self.alpha)
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:

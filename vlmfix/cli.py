@@ -420,7 +420,7 @@ def heads(
         from vlmfix.eval.headmap import head_map
 
         how, pictures = ranking.tool(tool), Data.load(data, limit)
-        choice = {"top": top, "share": share, "threshold": threshold, "positive": positive}
+        choice: dict[str, Any] = {"top": top, "share": share, "threshold": threshold, "positive": positive}
         if not any(value is not None and value is not False for value in choice.values()):
             choice["share"] = 0.25
         loaded, processor = load_model(model, dtype, device_map, quantize)

@@ -141,10 +141,8 @@ class HeadList:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; a head without a score is null."""
-        data = {k: v for k, v in asdict(self).items() if k not in ("scores", "selected")}
-        scores = [[None if math.isnan(s) else s for s in row] for row in self.scores]
-        shape = {"layers": self.n_layers, "heads": self.n_heads}
-        return {"format": FORMAT, **shape, **data, "selected": [list(h) for h in self.selected], "scores": scores}
+        shape = {"format": FORMAT, "layers": self.n_layers, "heads": self.n_heads}
+        return _plain({**shape, **asdict(self)})
 
     @classmethod
     def from_json(cls, data: Any) -> HeadList:
@@ -188,6 +186,15 @@ class HeadList:
             return cls.from_json(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _plain(data: Any) -> Any:
+    """As JSON knows it: lists for tuples, null for NaN."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and math.isnan(data) else data
 
 
 def check_heads(heads: Iterable[Head], n_layers: int, n_heads: int) -> None:
