@@ -28,7 +28,7 @@ VERIFIERS = ("self", "lookback", "oracle")
 Verdict = tuple[str, Literal["present", "absent", "unsure"], float]
 """Object, verdict, P(present)."""
 ABBREVIATIONS = frozenset(["mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "e.g", "i.e", "approx"])
-_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|\Z)|\n\s*\n")
+_END = re.compile(r"[.!?]+[\"')\]]*(?=\s)|\n\s*\n")
 _YES_NO = re.compile(r"(is|are|was|were|do|does|did|has|have|can|could)\b[^?]*\?\s*$|.*\byes or no\b", re.I | re.S)
 
 
@@ -99,15 +99,13 @@ def round_seed(run: Answering, n: int) -> int:
     return int.from_bytes(h.digest()[:7], "big")
 
 
-def sentence_end(text: str, ended: bool = True) -> int | None:
-    """Characters up to the end of the first sentence, its closing mark included; `None` if none has ended.
+def sentence_end(text: str) -> int | None:
+    """Characters up to the end of the first sentence, its closing mark included; `None` if none has ended yet.
 
-    A full stop, ! or ? before white space, or a blank line; not after an abbreviation or initial. A mark at the very
-    end counts if the text has `ended`; else more of a number may follow.
+    A full stop, ! or ? before white space (more of a number may follow else), or a blank line; not after an
+    abbreviation or initial.
     """
     for m in _END.finditer(text):
-        if not ended and m.end() == len(text) and m[0].strip():
-            return None
         word = text[: m.start()].rsplit(None, 1)[-1:] or [""]
         stops = m[0].startswith(".") and (
             word[0].strip("(\"'").lower() in ABBREVIATIONS or re.fullmatch(r"[A-Z]", word[0])
@@ -267,7 +265,7 @@ class Rerank(Lookback):
         raw = lambda tokens: run.processor.decode(tokens, skip_special_tokens=True)  # noqa: E731
 
         def stop(new: Tensor) -> Tensor:
-            return new.new_tensor([sentence_end(raw(row), ended=False) is not None for row in new], dtype=torch.bool)
+            return new.new_tensor([sentence_end(raw(row)) is not None for row in new], dtype=torch.bool)
 
         def judged(n: int, **sampling: Any) -> list[tuple[Candidate, dict[str, Any]]]:
             found = proposals(run, accepted, n, left, round_seed(run, index), stop, **sampling) if n else []
@@ -431,7 +429,7 @@ def _spellings(processor: Any, word: str) -> list[int]:
 
 def _cut(one: Candidate, raw: Callable[[Sequence[int]], str]) -> Candidate:
     """Up to the end of the first sentence, if something comes after it."""
-    end = sentence_end(raw(one.tokens), ended=False)
+    end = sentence_end(raw(one.tokens))
     if end is None:
         return one
     return one.cut(next(k for k in range(1, len(one.tokens) + 1) if len(raw(one.tokens[:k])) >= end))

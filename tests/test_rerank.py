@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import vlmfix
+from tests.models import ARCHITECTURES, picture_prompt
 from vlmfix.asking import Answering, open_picture
 from vlmfix.attachment import attached, wrapped
 from vlmfix.cli import app
@@ -65,13 +66,13 @@ def test_sentences():
         "A list\n\nof things": "A list",
         "one line\nand more": None,
         "no period at all": None,
+        "It is 3.": None,
         "": None,
         ". then. More": ". then.",
     }
     for text, first in cases.items():
         end = sentence_end(text)
         assert (None if end is None else text[:end]) == first, text
-    assert sentence_end("It is 3.") == 8 and sentence_end("It is 3.", ended=False) is None
 
 
 def say(tiny, method, picture=PICTURES[1], **settings):
@@ -272,6 +273,21 @@ def test_going_on_equals_one_generation(tiny):
             for n in (1, 7, 13):
                 (one,) = proposals(run, whole[:n], 1, 20 - n, seed=0)
                 assert whole[:n] + one.tokens == whole and max(one.logp) <= 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_going_on_in_other_models(architecture):
+    model = ARCHITECTURES[architecture]()
+    settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [58, 59, 60, 61]}
+    with Lookback()(model):
+        run = Answering(model, None, [], picture_prompt(model), settings)
+        (whole,) = run.generate()
+        monitor, found = Lookback(), attached(model)
+        want = monitor.ratios(found.last().memos[0])
+        (one,) = proposals(run, whole[:5], 1, 3, seed=0)
+        assert whole[:5] + one.tokens == whole
+        torch.testing.assert_close(monitor.ratios(found.last().memos[0]), want, rtol=1e-3, atol=1e-4)
+        assert len({tuple(c.tokens) for c in proposals(run, whole[:5], 3, 3, 0, temperature=5.0)}) > 1
 
 
 def test_inputs_of_other_models_are_extended():
