@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint figures link clean
+.PHONY: quickstart test test-models lint figures link clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, with VAR and with VHR
 	$(BIN)/vlmfix eval
 
-test: $(VENV)/.dev lint  ## everything that CI runs
+test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
+
+test-models: $(VENV)/.dev  ## the contract over every model type of transformers; under six minutes
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/test_zoo.py --all-models
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

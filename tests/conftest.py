@@ -24,4 +24,5 @@ def pytest_generate_tests(metafunc):
         from tests import zoo
 
         types = zoo.SUPPORTED if metafunc.config.getoption("--all-models") else zoo.SLICE
-        metafunc.parametrize("model_type", types, scope="module")
+        marked = [pytest.param(t, marks=pytest.mark.xdist_group(t)) for t in types]
+        metafunc.parametrize("model_type", marked, scope="module")

@@ -644,6 +644,29 @@ def show_heads(found: Any, most: int = 20) -> None:
 
 
 @app.command()
+def models(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/models.md.")] = False,
+) -> None:
+    """List the model types of the installed transformers: what can be done on each, and how image tokens are found."""
+    with sentences():
+        from vlmfix import support
+
+        rows = support.table()
+    if as_json:
+        sys.stdout.write(json.dumps([row.to_json() for row in rows]) + "\n")
+        return
+    if markdown:
+        sys.stdout.write(support.to_markdown(rows))
+        return
+    shown = Table("model type", "stages", "image tokens by", "note")
+    for row in sorted(rows, key=lambda row: not row.stages):
+        shown.add_row(row.model_type, ", ".join(row.stages) or "-", row.image_tokens, row.note)
+    out().print(shown)
+    out().print(f"{sum(bool(row.stages) for row in rows)} of {len(rows)} model types are supported.")
+
+
+@app.command()
 def demo(
     model: ModelName = "tiny",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
