@@ -36,7 +36,7 @@ from vlmfix.hooks.vhr import choose
 from vlmfix.intervention import Idle, Intervention, Site, checked_settings, did_you_mean, read_settings
 from vlmfix.state import Prompt
 
-Tell = Callable[[str, int, int], None]
+Tell = Callable[..., None]
 """Progress: what is done, how much of it, of how much."""
 RESAMPLES = 1000
 """Of the bootstrap: enough for an interval to read, for some thousand heads at once."""

@@ -61,11 +61,15 @@ def support(model_type: str) -> Support:
     try:
         parts = anatomy(model)
     except TypeError as error:
-        return Support(model_type, note=str(error).partition(", so ")[0].partition("; vlmfix")[0].partition(": looked")[0])
+        return Support(
+            model_type, note=str(error).partition(", so ")[0].partition("; vlmfix")[0].partition(": looked")[0]
+        )
     fields = [f for f in IMAGE_TOKEN_FIELDS if f in model.config.to_dict()]  # type: ignore[union-attr, operator]
     told = parts.image_mask_argument or (" / ".join(fields) if fields else "image_mask, given by the caller")
     streams = [] if parts.n_streams > 1 else ["layer inputs"]
-    return Support(model_type, tuple(s for s in STAGES if s in parts.stages) + tuple(streams), told, _note(model, parts))
+    return Support(
+        model_type, tuple(s for s in STAGES if s in parts.stages) + tuple(streams), told, _note(model, parts)
+    )
 
 
 def _skeleton(model_type: str) -> torch.nn.Module:
@@ -77,14 +81,19 @@ def _skeleton(model_type: str) -> torch.nn.Module:
         if model_type in COMPLETIONS:
             config = kind.from_dict(_completed(config.to_dict(), COMPLETIONS[model_type]))
         if "timm" in str(getattr(config, "vision_config", "")):  # no matter here, and not always installed
-            tower = CONFIG_MAPPING["clip_vision_model"](model_args={"embed_dim": 768}, vocab_offset=0, rms_norm_eps=1e-6)
+            tower = CONFIG_MAPPING["clip_vision_model"](
+                model_args={"embed_dim": 768}, vocab_offset=0, rms_norm_eps=1e-6
+            )
             config.__dict__["vision_config"] = tower
         with torch.device("meta"):
             return getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
 
 
 def _completed(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    return {**config, **{k: _completed(config[k], v) if isinstance(config.get(k), dict) else v for k, v in more.items()}}
+    return {
+        **config,
+        **{k: _completed(config[k], v) if isinstance(config.get(k), dict) else v for k, v in more.items()},
+    }
 
 
 def _note(model: torch.nn.Module, parts: Anatomy) -> str:
