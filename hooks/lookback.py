@@ -94,7 +94,10 @@ class Lookback(Intervention):
     summary: ClassVar[str] = "monitor: scores how much each answer token looks at the image; changes nothing"
     paper: ClassVar[str] = "Chuang et al., EMNLP 2024, arXiv 2407.07071; on images: ours"
     cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
-    expect: ClassVar[str] = "captions: scores per token and word"
+    expect: ClassVar[str] = (
+        "captions: low scores mark words to doubt (AUROC 0.87 on the embedded model, 0.89 with a detector, 0.67 by position "
+        "alone); yes/no: one number per answer, untested"
+    )
     token_by_token: ClassVar[bool] = True
 
     preset: Literal["lookback", "lookback_text", "tracker", "focus", "prelim"] = "lookback"

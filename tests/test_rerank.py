@@ -99,6 +99,19 @@ def test_greedy_first_with_a_content_verifier_is_greedy(tiny, verifier):
     ), "a sentence that hits the limit is one, too"
 
 
+def test_what_was_said_before_is_not_said_again(tiny):
+    """The greedy answer to this picture repeats a sentence; every repeat is told, and none is taken."""
+    (did,) = say(tiny, Rerank(n=4, greedy_first=True, verifier=present)).did
+    before, repeats = set(), 0
+    for r in did["rounds"]:
+        for c in r["candidates"]:
+            assert c["repeat"] == (c["text"] in before) == (not c["clean"])
+            repeats += c["repeat"]
+        assert not r["candidates"][r["chosen"]]["repeat"]
+        before.add(r["candidates"][r["chosen"]]["text"])
+    assert repeats and did["acted"]
+
+
 def test_nothing_good_enough(tiny):
     """`least` goes on, `drop` tries once more, `stop` ends; each ends."""
     least = say(tiny, Rerank(n=2, verifier=absent, max_sentences=2))
@@ -175,6 +188,8 @@ def test_the_models_own_yes(tiny):
     run = Answering.of(model, processor, [([open_picture(PICTURES[1])], DESCRIBE)], {})
     p = says_yes(run, objects)
     assert [x > 0.5 for x in p] == [text.startswith("Yes") for text in said] and len({x > 0.5 for x in p}) == 2
+    with wrapped(model, Rerank(), processor):
+        assert says_yes(run, objects) == p, "VHR has no say in it"
     first = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=30)
     kept = attached(model).kept[1]
     assert list(kept) == [tuple(first.image_sha256)] and {"person"} <= set(kept[tuple(first.image_sha256)])
@@ -238,6 +253,7 @@ def test_chunks_take_the_best_and_the_first_of_equals(tiny, monkeypatch):
     got = say(tiny, Chunks(c=6, k=4), max_new_tokens=20)
     (did,) = got.did
     sizes = [r["candidates"][r["chosen"]]["tokens"] for r in did["rounds"]]
+    assert got.finish == "length" and len(got.token_ids) == 20, "the last chunk is shorter"
     assert sum(sizes) == len(got.token_ids) == did["tokens_kept"] and all(n == 6 for n in sizes[:-1])
     step = 0
     for r, n in zip(did["rounds"], sizes, strict=True):
