@@ -83,7 +83,10 @@ class PAINT(Intervention):
         "the vision tower once more; attention of one row per token again in float32. With gamma: a second stream "
         "without the image"
     )
-    expect: ClassVar[str] = "captions: nothing at the default; the paper's setting trades sight for repetition"
+    expect: ClassVar[str] = (
+        "captions: on the embedded model fewer inventions for more repetition, and shuffled tokens do as well: it is "
+        "not the selection. On LLaVA-1.5 nothing at the default, and loops at the paper's setting. Yes/no: nothing"
+    )
     whole_prompt: ClassVar[bool] = True
 
     alpha: float = None  # type: ignore[assignment]
