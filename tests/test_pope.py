@@ -213,7 +213,7 @@ def test_vlmevalkit_deletes_at_most_32_full_stops():
 
 def test_parser_names_and_treatment():
     assert {name: parser.unparsed for name, parser in pope.PARSERS.items()} == {
-        **dict.fromkeys(("pope", "negword", "vcd"), "never"),
+        **dict.fromkeys(("pope", "negword", "vcd", "vaf"), "never"),
         **dict.fromkeys(("lmms_eval", "vlmevalkit", "dashb", "amber", "mme", "mme_lmms_eval"), "wrong"),
         **dict.fromkeys(("strict", "sentence"), "wrong"),
         **dict.fromkeys(("repope", "icd"), "dropped"),
