@@ -78,8 +78,8 @@ class CARVE(Intervention):
     paper: ClassVar[str] = "Ge et al., arXiv 2509.06461; variant vicrop: Zhang et al., ICLR 2025, arXiv 2502.17422"
     cost: ClassVar[str] = "two short generations before the answer, which sees two pictures"
     expect: ClassVar[str] = (
-        "questions about a part of the picture, of models used to two pictures; refuses captioning prompts. On the "
-        "embedded model, used to one, POPE's accuracy falls by 5 to 7 points, and as much with masks at random places"
+        "questions about a part of the picture; refuses captioning prompts. On the embedded model POPE's accuracy "
+        "falls by 5 to 7 points, and as much with masks at random places; the same picture twice costs nothing"
     )
     whole_prompt: ClassVar[bool] = True
     token_by_token: ClassVar[bool] = True
@@ -106,7 +106,8 @@ class CARVE(Intervention):
     thing that is not there was asked for in a picture of which something always is left."""
     geometry: Literal["exact", "official"] = None  # type: ignore[assignment]
     """Pixels that the grid of tokens covers: what the processor showed the model (ours), or the whole picture, also
-    where the processor cut out its centre (code)."""
+    where the processor cut out its centre (code). Such a processor cuts the ends off a refined picture that is not
+    square as well, here as in the code."""
     region: Literal["mask", "box"] = None  # type: ignore[assignment]
     """`mask`: CARVE's masked regions; `box`: ViCrop's square window, not masked and not enlarged."""
     side: int | None = None
@@ -160,8 +161,10 @@ class CARVE(Intervention):
         layers = tuple(layer for layer in layers if layer < n)
         if not layers:
             raise Idle(f"the released code reads layers {beyond}, and this model has {n}; give layers that it has")
-        side = getattr(config.vision_config, "image_size", None) if self.side is None else self.side
-        side = (side if isinstance(side, int) else 224) if self.region == "box" else None
+        side = self.side
+        if side is None and self.region == "box":
+            given = getattr(getattr(config, "vision_config", None), "image_size", None) or 224
+            side = given if isinstance(given, int) else given[0]
         return replace(self, layers=layers, side=side), {}
 
     def _default_layers(self, n: int, kind: str) -> tuple[int, ...]:
@@ -255,12 +258,13 @@ class CARVE(Intervention):
 
         seen = views.view(look.model.config, look.processor, asked.inputs, picture.size, q.shape[-1])
         heat = regions.fuse(q, g, self.lam, self.steps, ended, self.layers)
-        grid: tuple[int, int] | None = (seen.rows, seen.columns)
+        first, grid = seen.first, (seen.rows, seen.columns)
         if self.variant == "official":
-            grid = regions.official_grid(len(heat), seen.rows, seen.columns)
-        if grid is None:
-            return np.zeros((1, 1)), (0, 0, *picture.size)
-        heat = heat[seen.first :][: grid[0] * grid[1]].reshape(grid)
+            guess = regions.official_grid(len(heat), *grid)
+            if guess is None:
+                return np.zeros((1, 1)), (0, 0, *picture.size)
+            first, grid = 0, guess
+        heat = heat[first:][: grid[0] * grid[1]].reshape(grid)
         return heat, seen.box if self.geometry == "exact" else (0, 0, *picture.size)
 
     def _cut(self, picture: Image, heat: Any, covers: tuple[int, int, int, int], draw: random.Random) -> Any:

@@ -34,7 +34,8 @@ def view(config: Any, processor: Any, inputs: dict[str, Any], size: tuple[int, i
     `TypeError` where tokens lie on no grid, or on one that is not known; `ValueError` where their number does not fit.
     """
     check_grid(config)
-    kind, whole, vision = config.model_type, (0, 0, *size), config.vision_config
+    kind, whole = config.model_type, (0, 0, *size)
+    vision: Any = getattr(config, "vision_config", None)
     grid, pixels = inputs.get("image_grid_thw"), inputs.get("pixel_values")
     if grid is not None:
         rows, columns = (int(x) // vision.spatial_merge_size for x in grid[0, 1:])
@@ -52,7 +53,7 @@ def view(config: Any, processor: Any, inputs: dict[str, Any], size: tuple[int, i
         per_tile = n // n_tiles
         rows = math.isqrt(per_tile * height // width)
         columns = per_tile // max(rows, 1)
-        if rows * columns * n_tiles != n or rows * width != columns * height:
+        if not rows or rows * columns * n_tiles != n or rows * width != columns * height:
             raise TypeError(f"the {n} image tokens of a {kind} model lie on no grid over {n_tiles} x {width}x{height}")
         found = View(rows, columns, n - per_tile, whole if n_tiles > 1 else covered(processor, size))
     if found.first + found.rows * found.columns > n or (grid is not None and found.rows * found.columns != n):

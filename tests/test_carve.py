@@ -280,6 +280,9 @@ def test_regions_touch_by_edges_and_ties_go_to_the_first():
     board = np.indices((10, 20)).sum(0) % 2 == 0
     kept = np.argwhere(regions.select(board * 1.0, board >= 0, 0.5, 3, "max", "size")[0])
     assert kept.tolist() == [[0, 0], [0, 2], [0, 4]], "of a hundred equal regions"
+    S = board * np.random.default_rng(0).integers(1, 4, board.shape) * 1.0
+    kept = np.argwhere(regions.select(S, board >= 0, 0.5, 60, "max", "sum")[0]).tolist()
+    assert kept == sorted(sorted(np.argwhere(board).tolist(), key=lambda at: -S[tuple(at)])[:60])
 
 
 def test_a_contrast_that_is_not_finite_is_named():
@@ -479,6 +482,10 @@ def test_grids_that_are_not_known_are_refused():
         view(other, CLIP, {"pixel_values": torch.zeros(3, 3, 8, 8)}, (8, 8), 12)
     with pytest.raises(TypeError, match="lie on no grid"):
         view(other, CLIP, {"pixel_values": torch.zeros(1, 3, 8, 8)}, (8, 8), 12)
+    with pytest.raises(TypeError, match="the 0 image tokens of a gemma3 model lie on no grid"):
+        view(other, CLIP, {"pixel_values": torch.zeros(1, 3, 8, 8)}, (8, 8), 0)
+    with pytest.raises(TypeError, match="cannot tell the grid of image tokens of a fuyu model"):
+        view(SimpleNamespace(model_type="fuyu"), CLIP, {}, (8, 8), 4)
     with pytest.raises(TypeError, match="Q-Former"):
         view(SimpleNamespace(model_type="blip-2", qformer_config=object()), None, {}, (8, 8), 16)
     flat = SimpleNamespace(image_processor=SimpleNamespace(do_center_crop=False))
@@ -622,29 +629,32 @@ def test_what_the_looks_ask(tiny, monkeypatch, method, suffix, budget):
     assert all(len(images) == 1 and images[0].size == (96, 96) for images, *_ in asked)
 
 
-def test_settings_reach_the_maths(tiny, monkeypatch):
+@pytest.mark.parametrize("rule", ["max", "official"])
+def test_settings_reach_the_maths(tiny, monkeypatch, rule):
     model, processor = tiny
     seen, fuse, select = [], regions.fuse, regions.select
     monkeypatch.setattr(regions, "fuse", lambda *a: seen.append(a) or fuse(*a))
     monkeypatch.setattr(regions, "select", lambda *a: seen.append(a) or select(*a))
-    with CARVE(steps="end", lam=0.02, layers=(1, 3), p=0.3, K=4, regions="official", score="size")(model):
+    with CARVE(steps="end", lam=0.02, layers=(1, 3), p=0.3, K=4, regions=rule, score="size")(model):
         (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).did
     (q, g, *how), (_, _, *which) = seen
-    assert how == [0.02, "end", (True, True), (1, 3)] and which == [0.3, 4, "official", "size"]
+    assert how == [0.02, "end", (True, True), (1, 3)] and which == [0.3, 4, rule, "size"]
     assert (len(q), len(g)) == (did["T_Q"], did["T_G"]) and len(q) > 1 < len(g), "both looks end with an end token"
     want = (q[-2] / (g[-2] + np.float32(0.02))).sum(0).reshape(8, 8)
     np.testing.assert_allclose(did["heat"], want, rtol=1e-3)
 
 
 @pytest.mark.parametrize("geometry", ["exact", "official"])
-def test_thin_boxes_of_pictures(tiny, geometry):
+def test_thin_boxes_of_pictures(tiny, geometry, monkeypatch):
     model, processor = tiny
+    exact, enlarged = [], regions.enlarged
+    monkeypatch.setattr(regions, "enlarged", lambda *a: exact.append(a[2]) or enlarged(*a))
     with CARVE(p=1e-5, K=1, geometry=geometry)(model):
         (did,) = vlmfix.ask(model, processor, PHOTOS[0], QUESTION).did
     x0, y0, x1, y1 = did["box"]
     width, height = Image.open(PHOTOS[0]).size
     wide = x1 - x0 >= width / 16 and y1 - y0 >= height / 16
-    assert wide == (geometry == "exact") and unpack(did["mask"]).sum() < 20
+    assert exact == [geometry == "exact"] == [wide] and unpack(did["mask"]).sum() < 20
 
 
 def test_the_looks_leave_no_trace_and_others_act_in_the_answer_alone(tiny):
