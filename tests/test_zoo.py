@@ -5,7 +5,7 @@ A few types run by default; `--all-models` (`make test-models`) runs all of them
 
 import functools
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from vlmfix.hooks import VAR, VHR
 from vlmfix.intervention import Intervention
 
 METHODS = INTERVENTIONS | {
-    "var": VAR(dims=(9,), tau=1.0, rho=0.001, min_visual_mass=1e-6, skip_first=0, skip_last=False, require_visual_sink=False),
+    "var": VAR(
+        dims=(9,), tau=1.0, rho=0.001, min_visual_mass=1e-6, skip_first=0, skip_last=False, require_visual_sink=False
+    ),
     "vhr": VHR(layers=(0, 1, 2, 3)),
 }
 """Settings that bite on random models: here a third of all tokens are sinks."""

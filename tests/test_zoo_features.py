@@ -61,17 +61,15 @@ def test_where_pictures_stand(family, layout):
     g = SEEN[-1][1].geometry
     first, last = image[0].nonzero()[[0, -1], 0]
     assert g.system[0].sum() == first and g.instruction[0].sum() == ids.shape[1] - 1 - last
-    for one in METHODS.values():
+    for one in (METHODS[name] for name in METHODS if name != "var"):  # which goes by the picture's own activations
         plain = answer(family, inputs, 2)[1]
         with one(family):
             assert not torch.equal(answer(family, inputs, 2)[1], plain)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "glm4v", "kimi_k25", "lfm3_vl", "gemma4_unified"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "glm4v", "kimi_k25", "lfm3_vl"])
 def test_pictures_of_different_size_in_one_batch(model_type):
     model = zoo.tiny(model_type)
-    if model_type == "gemma4_unified":  # its processor fills up smaller pictures
-        pytest.skip("pictures of one batch have one size here")
     layouts = ["tIttt", "ttJttItt"]
     inputs = zoo.prompt(model, layouts)
     for name in ATTENTION:
@@ -121,9 +119,11 @@ def test_layers_that_keep_a_window_of_keys(model_type):
             same(answer(model, inputs, 5, use_cache=False)[1], edited)
 
 
-@pytest.mark.parametrize("model_type", ["paligemma", "gemma3", "gemma4", "gemma4_unified"])
+@pytest.mark.parametrize("model_type", ["paligemma", "gemma3", "shieldgemma2", "gemma4_unified"])
 def test_prefixes_and_pictures_that_see_both_ways(model_type):
-    model = zoo.tiny(model_type, changes={"text_config": {"use_bidirectional_attention": "vision"}} if "4" in model_type else None)
+    model = zoo.tiny(
+        model_type, changes={"text_config": {"use_bidirectional_attention": "vision"}} if "4" in model_type else None
+    )
     inputs = zoo.prompt(model, ["tttIttt"])
     with Look()(model):
         logits(model, inputs)
@@ -190,7 +190,10 @@ def exact(model):
 def test_sparse_attention_that_picks_its_keys(model_type):
     """Some models ask for their attention's name to know how to hide keys that were not picked."""
     small = {"index_topk": 8, "index_topk_blocks": 1, "index_block_size": 4, "index_local_blocks": 1}
-    model = zoo.tiny(model_type, changes={"text_config": {k: v for k, v in small.items() if k in vars(zoo.tiny_config(model_type).text_config)}})
+    model = zoo.tiny(
+        model_type,
+        changes={"text_config": {k: v for k, v in small.items() if k in vars(zoo.tiny_config(model_type).text_config)}},
+    )
     exact(model)
 
 
@@ -206,7 +209,7 @@ def test_an_image_free_pass_leaves_position_state_alone(model_type, name):
         assert torch.equal(model.model.rope_deltas, before)
 
 
-@pytest.mark.parametrize("name", ["pai", "var"])
+@pytest.mark.parametrize("name", ["var"])
 def test_prefill_in_pieces(family, name):
     if family.config.model_type == "gemma3":
         pytest.skip("pictures see both ways, so transformers cannot cut its prompts")
@@ -235,17 +238,21 @@ def test_ways_to_decode(family, name):
         draws = []
         for _ in range(2):
             torch.manual_seed(3)
-            draws.append(family.generate(**inputs, do_sample=True, max_new_tokens=5, suppress_tokens=list(range(140, zoo.VOCAB))))
+            draws.append(
+                family.generate(**inputs, do_sample=True, max_new_tokens=5, suppress_tokens=list(range(140, zoo.VOCAB)))
+            )
         assert torch.equal(*draws)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_flex_attention_as_base_kernel(family, name):
+@pytest.mark.parametrize("model_type", ["llava", "gemma3", "mistral3", "internvl"])
+def test_flex_attention_as_base_kernel(model_type, name):
+    family = zoo.tiny(model_type)
     inputs = zoo.prompt(family, ["tttIttt", "ttIttttt"])
     with METHODS[name](family):
         want = logits(family, inputs)
     family.set_attn_implementation({"text_config": "flex_attention"})
-    with METHODS[name](family):
+    with METHODS[name](family), torch.compiler.set_stance("force_eager"):  # no compiled flex on every CPU
         found = logits(family, inputs)
     keep = inputs["attention_mask"].bool()
     same(found[keep], want[keep])

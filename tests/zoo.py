@@ -6,7 +6,6 @@ fits together at full size fits together here. `SPECIAL` holds what that cannot 
 
 import inspect
 import re
-import traceback
 import warnings
 
 import torch
@@ -88,49 +87,175 @@ def shrink(config, ids, text=True):
 
 _MROPE = {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}}
 _HALF_MROPE = {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}}
-_CLIP = {"model_type": "clip_vision_model", "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH}
+_CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
 _TOKENS = {"image_token_id": 150, "video_token_id": 151}
 _OPT = {"image_token_index": 150}
 _SAM = {"global_attn_indexes": [1], "window_size": 2, "output_channels": 32, "num_pos_feats": 32, "image_size": 64}
 _EIGHTH = {"vision_config": {"deepstack_visual_indexes": [0, 1]}}
-_GEMMA4 = {"vision_config": {"model_type": "gemma4_vision", "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": 16, "patch_size": PATCH, "pooling_kernel_size": 2, "position_embedding_size": 64}, "text_config": {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16}}
+_GEMMA4 = {
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": 16,
+        "patch_size": PATCH,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    },
+    "text_config": {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16},
+}
 SPECIAL = {
     "aria": {"projector_patch_to_query_dict": {"16": 4}, "max_value_projector_patch_to_query_dict": 4},
-    "blip-2": _OPT, "instructblip": _OPT, "instructblipvideo": {"video_token_index": 150},
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}} | _EIGHTH,
-    "deepseek_ocr2": {"vision_config": {"sam_config": _SAM | {"downsample_channels": [32, WIDTH]}}, "text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2}},
+    "blip-2": _OPT,
+    "instructblip": _OPT,
+    "instructblipvideo": {"video_token_index": 150},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+    }
+    | _EIGHTH,
+    "deepseek_ocr2": {
+        "vision_config": {"sam_config": _SAM | {"downsample_channels": [32, WIDTH]}},
+        "text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2},
+    },
     "deepseek_vl_hybrid": {"high_res_vision_config": _SAM},
-    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}, "moe_intermediate_size": [32, 16]}},
-    "gemma4": _GEMMA4, "diffusion_gemma": _GEMMA4,
-    "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 1, "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH, "mm_posemb_size": 64}, "text_config": {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16}},
-    "glm46v": _MROPE, "glm4v": _MROPE, "glmga": _MROPE, "glm_ocr": _MROPE, "glm4v_moe": _HALF_MROPE,
-    "qwen2_vl": _MROPE, "qwen2_5_vl": _MROPE | {"vision_config": {"fullatt_block_indexes": [1], "window_size": 16}},
-    "qwen3_vl": _EIGHTH, "qwen3_vl_moe": _EIGHTH, "cosmos3_omni": _EIGHTH,
-    "qwen2_5_omni_thinker": _MROPE | {"vision_config": {"fullatt_block_indexes": [1], "window_size": 16}, "vision_start_token_id": 152},
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}, "moe_intermediate_size": [32, 16]}
+    },
+    "gemma4": _GEMMA4,
+    "diffusion_gemma": _GEMMA4,
+    "gemma4_unified": {
+        "vision_config": {
+            "model_type": "gemma4_unified_vision",
+            "patch_size": PATCH,
+            "pooling_kernel_size": 1,
+            "mm_embed_dim": WIDTH,
+            "output_proj_dims": WIDTH,
+            "mm_posemb_size": 64,
+        },
+        "text_config": {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16},
+    },
+    "glm46v": _MROPE,
+    "glm4v": _MROPE,
+    "glmga": _MROPE,
+    "glm_ocr": _MROPE,
+    "glm4v_moe": _HALF_MROPE,
+    "qwen2_vl": _MROPE,
+    "qwen2_5_vl": _MROPE | {"vision_config": {"fullatt_block_indexes": [1], "window_size": 16}},
+    "qwen3_vl": _EIGHTH,
+    "qwen3_vl_moe": _EIGHTH,
+    "cosmos3_omni": _EIGHTH,
+    "qwen2_5_omni_thinker": _MROPE
+    | {"vision_config": {"fullatt_block_indexes": [1], "window_size": 16}, "vision_start_token_id": 152},
     "qwen3_omni_moe_thinker": _MROPE | _EIGHTH | {"vision_start_token_id": 152},
-    "paddleocr_vl": _MROPE, "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},
-    "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1], "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]], "text_config": {"attention_multiplier": 0.25}},
-    "granite_docling": {"vision_config": {"deepstack_visual_indexes": [0, 1], "scale_factor": 2}, "text_config": {"attention_multiplier": 0.25}},
+    "paddleocr_vl": _MROPE,
+    "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 0]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [1],
+        "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
+        "text_config": {"attention_multiplier": 0.25},
+    },
+    "granite_docling": {
+        "vision_config": {"deepstack_visual_indexes": [0, 1], "scale_factor": 2},
+        "text_config": {"attention_multiplier": 0.25},
+    },
     "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "vipllava": {"vision_feature_layer": [-2, -1]},
-    "gemma3n": {"text_config": {"intermediate_size": [WIDTH] * 4, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0}, "audio_config": {"hidden_size": WIDTH, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 4}, "vision_soft_tokens_per_image": 16},
+    "gemma3n": {
+        "text_config": {
+            "intermediate_size": [WIDTH] * 4,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 0,
+        },
+        "audio_config": {"hidden_size": WIDTH, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 4},
+        "vision_soft_tokens_per_image": 16,
+    },
     "kimi_k25": {"text_config": {"qk_rope_head_dim": 16, "head_dim": 16, "first_k_dense_replace": 1}},
-    "muse_glimmer": {"out_hidden_size": 256}, "muse_spark": {"out_hidden_size": 256},
-    "llama4": {"vision_config": {"projector_input_dim": WIDTH, "projector_output_dim": WIDTH, "vision_output_dim": WIDTH, "intermediate_size": 4 * WIDTH}},
-    "minicpmv4_6": _TOKENS | {"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, "minicpmv4_7": _TOKENS | {"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}}, "minicpm_ocr": _TOKENS | {"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}, "vision_config": {"num_position_embeddings": 16}, "text_config": {"rope_scaling_layers": [0, 1, 2, 3]}},
-    "nemotron_h_omni": _TOKENS | {"vision_config": {"patch_dim": 192, "video_patch_dim": 384, "max_img_size": 64}, "text_config": {"n_groups": 2, "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention", "moe"]}},
-    "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 512, "indexer_compress_ratio": 4, "hc_lowrank": 16}},
-    "step3p7": {"text_config": {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 256, "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}}},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_spark": {"out_hidden_size": 256},
+    "llama4": {
+        "vision_config": {
+            "projector_input_dim": WIDTH,
+            "projector_output_dim": WIDTH,
+            "vision_output_dim": WIDTH,
+            "intermediate_size": 4 * WIDTH,
+        }
+    },
+    "minicpmv4_6": _TOKENS | {"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
+    "minicpmv4_7": _TOKENS | {"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
+    "minicpm_ocr": _TOKENS | {"insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
+    "molmo2": {
+        "adapter_config": {"vision_feature_layer": [1, 0]},
+        "vision_config": {"num_position_embeddings": 16},
+        "text_config": {"rope_scaling_layers": [0, 1, 2, 3]},
+    },
+    "nemotron_h_omni": _TOKENS
+    | {
+        "vision_config": {"patch_dim": 192, "video_patch_dim": 384, "max_img_size": 64},
+        "text_config": {
+            "n_groups": 2,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention", "moe"],
+        },
+    },
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 4,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 512,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 16,
+        }
+    },
+    "step3p7": {
+        "text_config": {
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "sliding_window": 256,
+            "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+        }
+    },
     "unlimited_ocr": {"vision_config": {"sam_config": _SAM | {"downsample_channels": [32, WIDTH]}}},
-    "got_ocr2": {"vision_config": _SAM}, "pp_chart2table": {"vision_config": _SAM},
+    "got_ocr2": {"vision_config": _SAM},
+    "pp_chart2table": {"vision_config": _SAM},
 }
 
 
-_RESNET = ("resnet", {"embedding_size": 16, "hidden_sizes": [32, WIDTH], "depths": [1, 1], "layer_type": "basic", "hidden_size": WIDTH, "vocab_offset": 155, "vocab_size": 5, "rms_norm_eps": 1e-6})
-TOWERS = {"fast_vlm": _RESNET, "gemma3n": _RESNET, "perception_lm": ("clip_vision_model", {k: v for k, v in _CLIP.items() if k != "model_type"} | {"model_args": {"embed_dim": WIDTH}})}
+_RESNET = (
+    "resnet",
+    {
+        "embedding_size": 16,
+        "hidden_sizes": [32, WIDTH],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        "hidden_size": WIDTH,
+        "vocab_offset": 155,
+        "vocab_size": 5,
+        "rms_norm_eps": 1e-6,
+    },
+)
+TOWERS = {
+    "fast_vlm": _RESNET,
+    "gemma3n": _RESNET,
+    "perception_lm": (
+        "clip_vision_model",
+        {k: v for k, v in _CLIP.items() if k != "model_type"} | {"model_args": {"embed_dim": WIDTH}},
+    ),
+}
 
 
 def merged(config, changes):
@@ -159,7 +284,12 @@ def tiny(model_type, attn="sdpa", seed=0, changes=None):
     torch.manual_seed(seed)
     cls = getattr(transformers, MAPPING[model_type])
     supported = attn != "sdpa" or cls._supports_sdpa
-    model = cls._from_config(tiny_config(model_type, changes), attn_implementation=({"": attn, "vision_config": "eager"} if model_type in TOWERS else attn) if supported else "eager")
+    model = cls._from_config(
+        tiny_config(model_type, changes),
+        attn_implementation=({"": attn, "vision_config": "eager"} if model_type in TOWERS else attn)
+        if supported
+        else "eager",
+    )
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -239,7 +369,9 @@ def image_token(model):
 
 def _marks(model):
     config = model.config
-    start, end = (getattr(config, f"vision_{k}_token_id", getattr(config, f"image_{k}_token_id", None)) for k in ("start", "end"))
+    start, end = (
+        getattr(config, f"vision_{k}_token_id", getattr(config, f"image_{k}_token_id", None)) for k in ("start", "end")
+    )
     return ([] if start is None else [start]), ([] if end is None else [end])
 
 
@@ -251,8 +383,8 @@ def _find(model, grid):
     """The recipe that a model takes, and the number of image tokens of its picture: found by trying."""
     for i, recipe in enumerate(_recipes(model, grid)):
         inputs = recipe(torch.Generator().manual_seed(0))
-        n = _n_tokens(model, inputs)
-        for n in range(1, 40) if n is None else [n]:
+        counted = _n_tokens(model, inputs)
+        for n in range(1, 40) if counted is None else [counted]:
             try:
                 model(**_write(model, [[5, (inputs, n), 6]]))
                 return i, n
@@ -294,7 +426,9 @@ def _write(model, samples, pad="left"):
     width = max(map(len, rows))
     fill = [[0] * (width - len(row)) for row in rows]
     ids = torch.tensor([f + row if pad == "left" else row + f for f, row in zip(fill, rows, strict=True)])
-    mask = torch.tensor([f + [1] * len(row) if pad == "left" else [1] * len(row) + f for f, row in zip(fill, rows, strict=True)])
+    mask = torch.tensor(
+        [f + [1] * len(row) if pad == "left" else [1] * len(row) + f for f, row in zip(fill, rows, strict=True)]
+    )
     inputs, arguments = {"input_ids": ids, "attention_mask": mask}, inspect.signature(model.forward).parameters
     for i, own in enumerate(pictures if "image_token_pooling" in arguments else []):
         own["image_token_pooling"] = own["image_token_pooling"] + 16 * i  # patches are numbered through the batch
@@ -314,19 +448,91 @@ def prompt(model, layouts, pad="left", first=0):
         g = torch.Generator().manual_seed(b)
         sizes = {"I": (4, 8), "J": (4, 4)}
         samples.append(
-            [picture(model, g, sizes[c]) if c in sizes else int(torch.randint(10, 100, (), generator=g)) for c in layout]
+            [
+                picture(model, g, sizes[c]) if c in sizes else int(torch.randint(10, 100, (), generator=g))
+                for c in layout
+            ]
         )
     return _write(model, samples, pad)
 
+
 SUPPORTED = tuple(
-    "aria aya_vision blip-2 cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl "
-    "deepseek_vl_hybrid dots3_note ernie4_5_vl_moe exaone4_5 fast_vlm gemma3 gemma4 gemma4_unified glm46v glm4v "
-    "glm4v_moe glm5_next glm_ocr glmga got_ocr2 granite4_vision granite_docling hunyuan_vl hyperclovax_vision_v2 "
-    "idefics2 idefics3 instructblip internvl janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next "
-    "llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 molmo2 "
-    "muse_glimmer muse_spark nemotron_h_omni ovis2 paddleocr_vl paligemma perception_lm pp_chart2table qianfan_ocr "
-    "qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp "
-    "shieldgemma2 smolvlm step3p7 unlimited_ocr video_llama_3 video_llava vipllava".split()
+    [
+        "aria",
+        "aya_vision",
+        "blip-2",
+        "cohere2_vision",
+        "cohere_compass",
+        "cosmos3_edge",
+        "cosmos3_omni",
+        "deepseek_ocr2",
+        "deepseek_vl",
+        "deepseek_vl_hybrid",
+        "dots3_note",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "fast_vlm",
+        "gemma3",
+        "gemma4",
+        "gemma4_unified",
+        "glm46v",
+        "glm4v",
+        "glm4v_moe",
+        "glm5_next",
+        "glm_ocr",
+        "glmga",
+        "got_ocr2",
+        "granite4_vision",
+        "granite_docling",
+        "hunyuan_vl",
+        "hyperclovax_vision_v2",
+        "idefics2",
+        "idefics3",
+        "instructblip",
+        "internvl",
+        "janus",
+        "kimi_k25",
+        "lfm2_vl",
+        "lfm3_vl",
+        "lighton_ocr",
+        "llama4",
+        "llava",
+        "llava_next",
+        "llava_next_video",
+        "llava_onevision",
+        "minicpm_ocr",
+        "minicpmv4_6",
+        "minicpmv4_7",
+        "minimax_m3_vl",
+        "mistral3",
+        "mistral_large4",
+        "molmo2",
+        "muse_glimmer",
+        "muse_spark",
+        "nemotron_h_omni",
+        "ovis2",
+        "paddleocr_vl",
+        "paligemma",
+        "perception_lm",
+        "pp_chart2table",
+        "qianfan_ocr",
+        "qwen2_5_omni_thinker",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_omni_moe_thinker",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen4_exp",
+        "shieldgemma2",
+        "smolvlm",
+        "step3p7",
+        "unlimited_ocr",
+        "video_llama_3",
+        "video_llava",
+        "vipllava",
+    ]
 )
 """Types whose tiny models pass the whole contract."""
 SLICE = ("gemma3", "kimi_k25", "qwen3_5", "qwen3_vl")

@@ -72,7 +72,7 @@ class Anatomy:
             )
         if one.acts_at("layer_input") and self.n_streams > 1:
             raise TypeError(
-                f"{one.name} looks at layer inputs, but {self.text_type} has {self.n_streams} residual streams per token"
+                f"{one.name} looks at layer inputs, but {self.text_type} has {self.n_streams} residual streams a token"
             )
 
     @property
@@ -106,7 +106,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     crossing = next((n for n, _ in found.named_modules() if "cross" in n.rpartition(".")[2]), None)
     if crossing is not None:
         raise TypeError(
-            f"{name} reads the picture through cross-attention ({crossing}), so no token of its decoder is an image token"
+            f"{name} reads the picture through cross-attention ({crossing}), so no decoder token is an image token"
         )
     text = config.get_text_config(decoder=True)
     decoder, layers = _layers(found, text)
@@ -123,14 +123,16 @@ def anatomy(model: nn.Module) -> Anatomy:
         image_token_ids=ids,
         image_mask_argument=mask_argument,
         bos_token_id=getattr(text, "bos_token_id", None),
-        stages=STAGES if all(map(_through_interface, layers)) else tuple(s for s in STAGES if s not in ATTENTION_STAGES),
+        stages=STAGES
+        if all(map(_through_interface, layers))
+        else tuple(s for s in STAGES if s not in ATTENTION_STAGES),
         n_streams=next(_fields(text, STREAM_FIELDS), 1),
     )
 
 
 def _generator(model: nn.Module) -> nn.Module:
     names = inspect.unwrap(type(model).generate).__code__.co_names  # type: ignore[attr-defined]
-    inside = (getattr(model, name, None) for name in GENERATOR_NAMES if name in names)
+    inside: Iterator[Any] = (getattr(model, name, None) for name in GENERATOR_NAMES if name in names)
     return next((module for module in inside if hasattr(module, "generate")), model)
 
 
@@ -154,7 +156,7 @@ def _layers(found: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer,
                 if any(layer.attention is not None for layer in layers):
                     return decoder, layers
     raise TypeError(
-        f"cannot find the attention layers of {type(found).__name__}: looked for a ModuleList with layers that have one "
+        f"cannot find the attention layers of {type(found).__name__}: looked for a ModuleList whose layers have one "
         f"of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
     )
 
@@ -188,4 +190,6 @@ def _through_interface(layer: DecoderLayer) -> bool:
     if layer.attention is None:
         return True
     functions = (inspect.unwrap(f) for f in vars(type(layer.attention)).values() if inspect.isfunction(f))
-    return hasattr(layer.attention, "config") and any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in functions)
+    return hasattr(layer.attention, "config") and any(
+        "ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in functions
+    )

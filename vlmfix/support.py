@@ -14,10 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from vlmfix.anatomy import IMAGE_TOKEN_FIELDS, Anatomy, anatomy
 from vlmfix.intervention import STAGES
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 COMPLETIONS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"num_attention_heads": 16}},
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["sparse"] * 32, "num_experts_per_tok": 6}},
     "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}},
     "emu3": {"vocabulary_map": {"<image>": 151851, "<|extra_200|>": 151846}},
@@ -61,11 +62,15 @@ def support(model_type: str) -> Support:
     try:
         parts = anatomy(model)
     except TypeError as error:
-        return Support(model_type, note=str(error).partition(", so ")[0].partition("; vlmfix")[0].partition(": looked")[0])
+        return Support(
+            model_type, note=str(error).partition(", so ")[0].partition("; vlmfix")[0].partition(": looked")[0]
+        )
     fields = [f for f in IMAGE_TOKEN_FIELDS if f in model.config.to_dict()]  # type: ignore[union-attr, operator]
     told = parts.image_mask_argument or (" / ".join(fields) if fields else "image_mask, given by the caller")
     streams = [] if parts.n_streams > 1 else ["layer inputs"]
-    return Support(model_type, tuple(s for s in STAGES if s in parts.stages) + tuple(streams), told, _note(model, parts))
+    return Support(
+        model_type, tuple(s for s in STAGES if s in parts.stages) + tuple(streams), told, _note(model, parts)
+    )
 
 
 def _skeleton(model_type: str) -> torch.nn.Module:
@@ -77,14 +82,18 @@ def _skeleton(model_type: str) -> torch.nn.Module:
         if model_type in COMPLETIONS:
             config = kind.from_dict(_completed(config.to_dict(), COMPLETIONS[model_type]))
         if "timm" in str(getattr(config, "vision_config", "")):  # no matter here, and not always installed
-            tower = CONFIG_MAPPING["clip_vision_model"](model_args={"embed_dim": 768}, vocab_offset=0, rms_norm_eps=1e-6)
+            clip: Any = CONFIG_MAPPING["clip_vision_model"]
+            tower = clip(model_args={"embed_dim": 768}, vocab_offset=0, rms_norm_eps=1e-6)
             config.__dict__["vision_config"] = tower
         with torch.device("meta"):
             return getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
 
 
 def _completed(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    return {**config, **{k: _completed(config[k], v) if isinstance(config.get(k), dict) else v for k, v in more.items()}}
+    return {
+        **config,
+        **{k: _completed(config[k], v) if isinstance(config.get(k), dict) else v for k, v in more.items()},
+    }
 
 
 def _note(model: torch.nn.Module, parts: Anatomy) -> str:
@@ -111,11 +120,12 @@ def table() -> list[Support]:
 def to_markdown(rows: list[Support]) -> str:
     """The page docs/models.md."""
     good, rest = [r for r in rows if r.stages], [r for r in rows if not r.stages]
+    version = transformers.__version__
     lines = [
         "# Models",
         "",
-        f"What `vlmfix models` finds with transformers {transformers.__version__}: {len(good)} of {len(rows)} model types of its",
-        "image-text-to-text mapping are supported. Written by `vlmfix models --markdown`; a test makes it again and compares.",
+        f"What `vlmfix models` finds with transformers {version}: {len(good)} of {len(rows)} model types",
+        "of its image-text-to-text mapping are supported. `vlmfix models --markdown` wrote this page; a test compares.",
         "",
         "| model type | stages | image tokens by | |",
         "|---|---|---|---|",
