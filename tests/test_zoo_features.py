@@ -305,7 +305,9 @@ def test_lora_adapters(family, name):
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_weights_offloaded(family, name):
+@pytest.mark.parametrize("model_type", ["llava", "mistral3", "qwen3_5", "qwen3_vl"])
+def test_weights_offloaded(model_type, name):
+    family = zoo.tiny(model_type)
     from accelerate import cpu_offload
 
     inputs = zoo.prompt(family, ["tttIttt"])

@@ -290,6 +290,9 @@ def tiny(model_type, attn="sdpa", seed=0, changes=None):
         if supported
         else "eager",
     )
+    for parameter in model.parameters():  # projections that training starts from nothing would hide the pictures
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
