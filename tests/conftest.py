@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    if "model_type" in metafunc.fixturenames:
+    if "model_type" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_zoo"):
         from tests import zoo
 
         types = zoo.SUPPORTED if metafunc.config.getoption("--all-models") else zoo.SLICE

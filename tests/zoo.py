@@ -290,6 +290,9 @@ def tiny(model_type, attn="sdpa", seed=0, changes=None):
         if supported
         else "eager",
     )
+    for parameter in model.parameters():  # projections that training starts from nothing would hide the pictures
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -383,8 +386,8 @@ def _find(model, grid):
     """The recipe that a model takes, and the number of image tokens of its picture: found by trying."""
     for i, recipe in enumerate(_recipes(model, grid)):
         inputs = recipe(torch.Generator().manual_seed(0))
-        n = _n_tokens(model, inputs)
-        for n in range(1, 40) if n is None else [n]:
+        counted = _n_tokens(model, inputs)
+        for n in range(1, 40) if counted is None else [counted]:
             try:
                 model(**_write(model, [[5, (inputs, n), 6]]))
                 return i, n

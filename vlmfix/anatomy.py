@@ -72,7 +72,7 @@ class Anatomy:
             )
         if one.acts_at("layer_input") and self.n_streams > 1:
             raise TypeError(
-                f"{one.name} looks at layer inputs, but {self.text_type} has {self.n_streams} residual streams per token"
+                f"{one.name} looks at layer inputs, but {self.text_type} has {self.n_streams} residual streams a token"
             )
 
     @property
@@ -104,7 +104,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     crossing = next((n for n, _ in found.named_modules() if "cross" in n.rpartition(".")[2]), None)
     if crossing is not None:
         raise TypeError(
-            f"{name} reads the picture through cross-attention ({crossing}), so no token of its decoder is an image token"
+            f"{name} reads the picture through cross-attention ({crossing}), so no decoder token is an image token"
         )
     text = config.get_text_config(decoder=True)
     decoder, layers = _layers(found, text)
@@ -130,7 +130,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 def _generator(model: nn.Module) -> nn.Module:
     names = inspect.unwrap(type(model).generate).__code__.co_names  # type: ignore[attr-defined]
-    inside = (getattr(model, name, None) for name in GENERATOR_NAMES if name in names)
+    inside: Iterator[Any] = (getattr(model, name, None) for name in GENERATOR_NAMES if name in names)
     return next((module for module in inside if hasattr(module, "generate")), model)
 
 
@@ -154,7 +154,7 @@ def _layers(found: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer,
                 if any(layer.attention is not None for layer in layers):
                     return decoder, layers
     raise TypeError(
-        f"cannot find the attention layers of {type(found).__name__}: looked for a ModuleList with layers that have one "
+        f"cannot find the attention layers of {type(found).__name__}: looked for a ModuleList whose layers have one "
         f"of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
     )
 

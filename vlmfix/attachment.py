@@ -161,7 +161,7 @@ class Attachment:
         self._warned: set[int] = set()
         self._handles: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
-        self._generate_parameters = list(inspect.signature(type(model).generate).parameters)[1:]
+        self._generate_parameters = list(inspect.signature(type(model).generate).parameters)[1:]  # type: ignore[attr-defined]
         modules = dict.fromkeys((model, self.anatomy.generator))
         self._parameters = [list(inspect.signature(module.forward).parameters) for module in modules]
 
@@ -307,7 +307,7 @@ class Attachment:
         outer, self._local.scope = self._local.scope, _Scope(inputs, prompt_end, image_mask, n_beams)
         run = self._generate
         if guides and self.anatomy.model_type in LOSES_PROCESSORS and kwargs.pop("generation_mode", "text") == "text":
-            run = partial(GenerationMixin.generate, self.model)
+            run = partial(GenerationMixin.generate, self.model)  # type: ignore[arg-type]
         try:
             out = run(*args, **kwargs)
             self._warn_idle(self._local.scope.generation)
@@ -447,7 +447,7 @@ class Attachment:
         generation.geometry = generation.geometry.extended(start, image, valid)
 
     def _image_mask(self, named: dict[str, Any], ids: Tensor | None) -> Tensor | None:
-        """(B, T) bool: image tokens, by their ids or as the caller tells the model itself; `None` if nothing says it."""
+        """(B, T) bool: image tokens, by their ids or as the caller tells the model; `None` if nothing says it."""
         told = named.get(self.anatomy.image_mask_argument or "")
         if told is not None:
             return told.bool()

@@ -59,7 +59,7 @@ class _Name(str):
 def attach(module: nn.Module, view: AttentionView) -> None:
     """Give one attention module its own config view; the decoder's config, and so the masks, stay as they were."""
     AttentionInterface.register(NAME, edited_attention)
-    config = copy.copy(module.config)
+    config: Any = copy.copy(module.config)
     config.__dict__["_attn_implementation_internal"] = _Name(config._attn_implementation)
     config.__dict__["vlmfix_view"] = view
     module.config = config
@@ -112,7 +112,7 @@ class Scores:
         return s.masked_fill(hidden, torch.finfo(s.dtype).min), hidden
 
     def softmax(self, s: Tensor, picked: Any) -> Tensor:
-        """Weights of scores. Where the model has sinks as parameters, they take their share: rows sum to less than 1."""
+        """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
         if (sink := self.extra.get("s_aux")) is not None:
             sink = sink.view(1, -1, 1, 1)
         elif (sink := self.extra.get("sinks")) is not None:

@@ -15,10 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from vlmfix.anatomy import IMAGE_TOKEN_FIELDS, PICTURE_ARGUMENTS, Anatomy, anatomy
 from vlmfix.intervention import STAGES
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 COMPLETIONS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"num_attention_heads": 16}},
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["sparse"] * 32, "num_experts_per_tok": 6}},
     "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}},
     "emu3": {"vocabulary_map": {"<image>": 151851, "<|extra_200|>": 151846}},
@@ -84,9 +85,8 @@ def _skeleton(model_type: str) -> torch.nn.Module:
         if model_type in COMPLETIONS:
             config = kind.from_dict(_completed(config.to_dict(), COMPLETIONS[model_type]))
         if "timm" in str(getattr(config, "vision_config", "")):  # no matter here, and not always installed
-            tower = CONFIG_MAPPING["clip_vision_model"](
-                model_args={"embed_dim": 768}, vocab_offset=0, rms_norm_eps=1e-6
-            )
+            clip: Any = CONFIG_MAPPING["clip_vision_model"]
+            tower = clip(model_args={"embed_dim": 768}, vocab_offset=0, rms_norm_eps=1e-6)
             config.__dict__["vision_config"] = tower
         with torch.device("meta"):
             return getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
@@ -123,11 +123,12 @@ def table() -> list[Support]:
 def to_markdown(rows: list[Support]) -> str:
     """The page docs/models.md."""
     good, rest = [r for r in rows if r.stages], [r for r in rows if not r.stages]
+    version = transformers.__version__
     lines = [
         "# Models",
         "",
-        f"What `vlmfix models` finds with transformers {transformers.__version__}: {len(good)} of {len(rows)} model types of its",
-        "image-text-to-text mapping are supported. Written by `vlmfix models --markdown`; a test makes it again and compares.",
+        f"What `vlmfix models` finds with transformers {version}: {len(good)} of {len(rows)} model types",
+        "of its image-text-to-text mapping are supported. `vlmfix models --markdown` wrote this page; a test compares.",
         "",
         "| model type | stages | image tokens by | |",
         "|---|---|---|---|",

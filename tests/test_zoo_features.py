@@ -1,0 +1,318 @@
+"""What prompts, decoding and runtimes can bring, on at least four families each."""
+
+import copy
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import vlmfix
+from tests import zoo
+from tests.test_zoo import METHODS, answer, logits, same
+from vlmfix.intervention import Intervention
+
+FAMILIES = ("llava", "gemma3", "qwen3_5", "qwen3_vl")
+ATTENTION = [name for name, one in METHODS.items() if not one.acts_at("logits")]
+
+
+@dataclass(frozen=True)
+class Look(Intervention):
+    """Keeps what it sees of the last pass."""
+
+    rows = "all"
+
+    def weights(self, a, site):
+        SEEN.append((a.clone(), site))
+        return a
+
+
+@dataclass(frozen=True)
+class Again(Intervention):
+    """Has every row done again, and changes nothing but by rounding."""
+
+    rows = "all"
+
+    def weights(self, a, site):
+        return a * (1 + 1e-6)
+
+
+SEEN: list = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_seen():
+    SEEN.clear()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return zoo.tiny(request.param)
+
+
+@pytest.mark.parametrize("layout", ["Ittt", "ttIttItt", "tttII", "tItttIttttItt"])
+def test_where_pictures_stand(family, layout):
+    """First, last, in a row, in several turns: geometry follows the placeholders, and every method acts."""
+    inputs = zoo.prompt(family, [layout])
+    with Look()(family):
+        logits(family, inputs)
+    image, ids = SEEN[-1][1].geometry.image, inputs["input_ids"]
+    assert torch.equal(image, ids == zoo.image_token(family))
+    g = SEEN[-1][1].geometry
+    first, last = image[0].nonzero()[[0, -1], 0]
+    assert g.system[0].sum() == first and g.instruction[0].sum() == ids.shape[1] - 1 - last
+    for one in (METHODS[name] for name in METHODS if name != "var"):  # which goes by the picture's own activations
+        plain = answer(family, inputs, 2)[1]
+        with one(family):
+            assert not torch.equal(answer(family, inputs, 2)[1], plain)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "glm4v", "kimi_k25", "lfm3_vl"])
+def test_pictures_of_different_size_in_one_batch(model_type):
+    model = zoo.tiny(model_type)
+    layouts = ["tIttt", "ttJttItt"]
+    inputs = zoo.prompt(model, layouts)
+    for name in ATTENTION:
+        with METHODS[name](model):
+            together = answer(model, inputs, 3)[1]
+            for b, layout in enumerate(layouts):
+                same(answer(model, zoo.prompt(model, [layout], first=b), 3)[1][:, 0], together[:, b])
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_right_padding_equals_left_padding(family, name):
+    layouts = ["tttIttt", "ttIttttttt"]
+    left, right = (zoo.prompt(family, layouts, pad=pad) for pad in ("left", "right"))
+    with METHODS[name](family):
+        a, b = logits(family, left), logits(family, right)
+    last = right["attention_mask"].sum(1) - 1
+    same(a[:, -1], b[torch.arange(2), last])
+
+
+WINDOWS = {
+    "gemma3": {"text_config": {"sliding_window": 6}},
+    "mistral3": {"text_config": {"sliding_window": 6}},
+    "cohere2_vision": {"text_config": {"sliding_window": 6}},
+    "exaone4_5": {"text_config": {"sliding_window": 6}},
+    "gemma4": {"text_config": {"sliding_window": 6}},
+    "muse_glimmer": {"text_config": {"sliding_window": 6}},
+}
+
+
+@pytest.mark.parametrize("model_type", WINDOWS)
+def test_layers_that_keep_a_window_of_keys(model_type):
+    model = zoo.tiny(model_type, changes=WINDOWS[model_type])
+    inputs = zoo.prompt(model, ["tttIttttttt", "ttIttt"])
+    plain = answer(model, inputs, 5)[1]
+    with Again()(model):
+        same(answer(model, inputs, 5)[1], plain)
+    with Look()(model):
+        answer(model, inputs, 5)
+    seen = {site.geometry.n for _, site in SEEN[-4:]}
+    assert min(seen) < inputs["input_ids"].shape[1], "some layer sees the last keys only"
+    for a, site in SEEN:
+        assert a.shape[-1] == site.geometry.n
+        assert not (site.geometry.image & site.geometry.generated).any()
+    for name in ATTENTION:
+        with METHODS[name](model):
+            edited = answer(model, inputs, 5)[1]
+            same(answer(model, inputs, 5, use_cache=False)[1], edited)
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "gemma3", "shieldgemma2", "gemma4_unified"])
+def test_prefixes_and_pictures_that_see_both_ways(model_type):
+    model = zoo.tiny(
+        model_type, changes={"text_config": {"use_bidirectional_attention": "vision"}} if "4" in model_type else None
+    )
+    inputs = zoo.prompt(model, ["tttIttt"])
+    with Look()(model):
+        logits(model, inputs)
+    image = (inputs["input_ids"] == zoo.image_token(model))[0]
+    first, last = image.nonzero()[[0, -1], 0]
+    assert all(a[0, :, first, last].min() > 0 for a, _ in SEEN), "the first image token sees the last one"
+
+
+GPT_OSS = {"model_type": "gpt_oss", "layer_types": ["full_attention", "sliding_attention"] * 2, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize("model_type", ["llava", "internvl", "mistral3", "got_ocr2"])
+def test_sinks_as_parameters(model_type):
+    """Language models of the gpt-oss family can stand in any of these: rows sum to less than 1."""
+    text = zoo.shrink(transformers_config("gpt_oss"), {}) | GPT_OSS | {"sliding_window": 64}
+    model = with_text(model_type, text, "eager")
+    for layer in model.get_decoder().layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    exact(model)
+    with Look()(model):
+        logits(model, zoo.prompt(model, ["tttIttt"]))
+    assert all((a.sum(-1) < 0.999).any() for a, _ in SEEN)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "internvl", "mistral3", "paligemma"])
+def test_softcap(model_type):
+    text = zoo.shrink(transformers_config("gemma2"), {}) | {"attn_logit_softcapping": 0.5, "sliding_window": 64}
+    model = with_text(model_type, text, "eager")
+    exact(model)
+
+
+def transformers_config(kind):
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kind]().to_dict()
+
+
+def with_text(model_type, text, attn):
+    """A tiny model with another language model inside."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    config = zoo.tiny_config(model_type)
+    config.text_config = CONFIG_MAPPING[text["model_type"]].from_dict(text)
+    cls = getattr(transformers, zoo.MAPPING[model_type])
+    model = cls._from_config(config, attn_implementation=attn).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def exact(model):
+    """All rows done again give the model's own answer, and methods that edit attention act."""
+    inputs = zoo.prompt(model, ["tttIttt", "ttIttttt"])
+    plain = answer(model, inputs, 3)[1]
+    with Again()(model):
+        same(answer(model, inputs, 3)[1], plain)
+    for name in ATTENTION:
+        with METHODS[name](model):
+            assert not torch.equal(answer(model, inputs, 3)[1], plain)
+
+
+@pytest.mark.parametrize("model_type", ["mistral_large4", "dots3_note", "minimax_m3_vl"])
+def test_sparse_attention_that_picks_its_keys(model_type):
+    """Some models ask for their attention's name to know how to hide keys that were not picked."""
+    small = {"index_topk": 8, "index_topk_blocks": 1, "index_block_size": 4, "index_local_blocks": 1}
+    model = zoo.tiny(
+        model_type,
+        changes={"text_config": {k: v for k, v in small.items() if k in vars(zoo.tiny_config(model_type).text_config)}},
+    )
+    exact(model)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "ernie4_5_vl_moe"])
+@pytest.mark.parametrize("name", ["vhr", "contrast"])
+def test_an_image_free_pass_leaves_position_state_alone(model_type, name):
+    model = zoo.tiny(model_type)
+    inputs = zoo.prompt(model, ["tttIttttt"])
+    answer(model, inputs, 2)
+    before = model.model.rope_deltas.clone()
+    with METHODS[name](model):
+        answer(model, inputs, 2)
+        assert torch.equal(model.model.rope_deltas, before)
+
+
+@pytest.mark.parametrize("name", ["var"])
+def test_prefill_in_pieces(family, name):
+    if family.config.model_type == "gemma3":
+        pytest.skip("pictures see both ways, so transformers cannot cut its prompts")
+    layouts = ["tttIttttttt"]
+    inputs = zoo.prompt(family, layouts)
+    embeds = family.get_input_embeddings()(inputs["input_ids"]).detach()
+    mask = inputs["input_ids"] == zoo.image_token(family)
+    with METHODS[name](family), torch.no_grad():
+        whole = family(inputs_embeds=embeds, image_mask=mask).logits[:, -1]
+        for cut in (2, 6, 9):
+            first = family(inputs_embeds=embeds[:, :cut], image_mask=mask, use_cache=True)
+            second = family(inputs_embeds=embeds[:, cut:], image_mask=mask, past_key_values=first.past_key_values)
+            if family.config.model_type != "qwen3_5":  # linear layers round otherwise
+                same(second.logits[:, -1], whole)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_ways_to_decode(family, name):
+    inputs = zoo.prompt(family, ["tttIttt"])
+    with METHODS[name](family):
+        said = answer(family, inputs, 6)[0]
+        if family.config.model_type != "qwen3_5":  # linear layers cannot take back what they guessed
+            assert torch.equal(answer(family, inputs, 6, prompt_lookup_num_tokens=2)[0], said)
+        static = answer(family, inputs, 6, cache_implementation="static", disable_compile=True)[0]
+        assert torch.equal(static, said)
+        draws = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            draws.append(
+                family.generate(**inputs, do_sample=True, max_new_tokens=5, suppress_tokens=list(range(140, zoo.VOCAB)))
+            )
+        assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("model_type", ["llava", "gemma3", "mistral3", "internvl"])
+def test_flex_attention_as_base_kernel(model_type, name):
+    family = zoo.tiny(model_type)
+    inputs = zoo.prompt(family, ["tttIttt", "ttIttttt"])
+    with METHODS[name](family):
+        want = logits(family, inputs)
+    family.set_attn_implementation({"text_config": "flex_attention"})
+    with METHODS[name](family), torch.compiler.set_stance("force_eager"):  # no compiled flex on every CPU
+        found = logits(family, inputs)
+    keep = inputs["attention_mask"].bool()
+    same(found[keep], want[keep])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_half_precision(family, name, dtype):
+    model = family.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in zoo.prompt(model, ["tttIttt"]).items()}
+    plain = logits(model, inputs)
+    with METHODS[name](model):
+        edited = logits(model, inputs)
+    assert edited.dtype == dtype and edited.isfinite().all() and not torch.equal(edited, plain)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_copies_and_pickles(family, name):
+    inputs = zoo.prompt(family, ["tttIttt"])
+    vlmfix.wrap(family, METHODS[name])
+    twins = [pickle.loads(pickle.dumps(family)), copy.deepcopy(family)]
+    edited = logits(family, inputs)
+    assert all(torch.equal(logits(twin, inputs), edited) for twin in twins)
+
+
+def test_two_wrapped_models(family):
+    other = zoo.tiny("llava", seed=1)
+    inputs, theirs = zoo.prompt(family, ["tttIttt"]), zoo.prompt(other, ["ttIttttt"])
+    vlmfix.wrap(family, METHODS["pai"])
+    mine = answer(family, inputs)[1]
+    vlmfix.wrap(other, METHODS["vhr"])
+    edited = answer(other, theirs)[1]
+    assert torch.equal(answer(family, inputs)[1], mine)
+    vlmfix.unwrap(family)
+    assert torch.equal(answer(other, theirs)[1], edited)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_lora_adapters(family, name):
+    peft = pytest.importorskip("peft")
+    inputs = zoo.prompt(family, ["tttIttt"])
+    plain = logits(family, inputs)
+    config = peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|o_proj)", init_lora_weights=False)
+    model = peft.get_peft_model(family, config)
+    adapted = logits(model, inputs)
+    assert not torch.equal(adapted, plain)
+    with METHODS[name](family):
+        assert not torch.equal(logits(model, inputs), adapted)
+    assert torch.equal(logits(model, inputs), adapted)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("model_type", ["llava", "mistral3", "qwen3_5", "qwen3_vl"])
+def test_weights_offloaded(model_type, name):
+    family = zoo.tiny(model_type)
+    from accelerate import cpu_offload
+
+    inputs = zoo.prompt(family, ["tttIttt"])
+    with METHODS[name](family):
+        want = answer(family, inputs)[1]
+    cpu_offload(family, execution_device=torch.device("cpu"))
+    with METHODS[name](family):
+        assert torch.equal(answer(family, inputs)[1], want)
