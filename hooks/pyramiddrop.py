@@ -333,8 +333,8 @@ def cut(mask: Any, columns: Tensor, n: int, rows: bool) -> Any:
 
 
 def hide(mask: Any, kept: Tensor, n: int, start: int, device: Any) -> Tensor:
-    """An attention mask in which nobody sees prompt tokens that are not kept (B, P), but each of these itself: a row
-    that sees nothing would spoil the layers above."""
+    """An attention mask in which nobody sees prompt tokens that are not kept (B, P), but each of these itself: in
+    some kernels a row that sees nothing is NaN, and spoils the layers above."""
     import torch
 
     from vlmfix.geometry import fit

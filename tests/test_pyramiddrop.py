@@ -139,6 +139,20 @@ def test_dropping_equals_masking(architecture, attn):
     assert not torch.allclose(found["drop"], generate(model, prompt)[1], atol=1e-2)
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_an_image_may_come_first(attn):
+    """A dropped first token has nobody left to look at, and must not spoil the rest."""
+    model = llava(attn)
+    prompt = picture_prompt(model)
+    ids = torch.cat([torch.full((1, 16), IMAGE), torch.tensor([[5, 9, 20, 33]])], dim=1)
+    found = {}
+    for form in ("drop", "mask"):
+        with PyramidDrop(form=form)(model):
+            found[form] = generate(model, {"input_ids": ids, "pixel_values": prompt["pixel_values"]})[1]
+            assert not state(model).kept[0][0, 0], "the first token goes"
+    torch.testing.assert_close(found["drop"], found["mask"], rtol=0, atol=1e-4)
+
+
 def test_sizes_of_the_paper():
     """32 layers, 576 image tokens: 288, 144, 72 are left, and the caches hold as much."""
     torch.manual_seed(0)
@@ -286,6 +300,11 @@ def test_masks_of_all_forms_are_cut():
     assert torch.equal(cut(four[:, :, -1:], columns, 6, rows=False)[0, 0], four[0, 0, -1:, columns[0]])
     two = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
     assert cut(two, columns, 6, rows=True).tolist() == [[0, 1, 1, 1], [0, 1, 1, 1]]
+    kept = torch.tensor([[False, True, False]])
+    rows = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+    assert hide(None, kept, 4, 0, "cpu")[0, 0].int().tolist() == rows, "kept ones, and each row itself: none is empty"
+    given = torch.zeros(1, 1, 1, 6)
+    assert (hide(given, kept, 4, 3, "cpu")[0, 0, 0] == 0).tolist() == [False, True, False, True, True, True]
     with pytest.raises(ValueError, match="over 6 keys, got 9"):
         cut(torch.zeros(2, 1, 1, 9), columns, 6, rows=False)
     with pytest.raises(TypeError, match="load the model with sdpa or eager"):
