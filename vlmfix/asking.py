@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlmfix.attachment import Attachment, attached, describe, report
+from vlmfix.attachment import Attachment, attached, describe
 
 Picture = str | Path | Image.Image
 
@@ -174,6 +174,9 @@ class Answering:
     settings: dict[str, Any]
     """Of `generate`."""
     seed: int | None = None
+    sources: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    """Question -> generation (`Attachment.last`) and row of its batch that gave the answer, for `decode` stages that
+    generate more than once. Without an entry: the last generation, and the row of the question."""
 
     @classmethod
     def of(
@@ -201,6 +204,17 @@ class Answering:
         sequences = self.model.generate(**inputs, **quiet, **settings)
         answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         return [tokens[: self.end(tokens)] for tokens in answers]
+
+    def after(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """Inputs with the same tokens of an answer appended to every prompt, to go on from there. The rest is for
+        `generate`, with `prompt_end`."""
+        ids, longer = self.inputs["input_ids"], {}
+        for name, x in self.inputs.items():
+            longer[name] = x
+            if isinstance(x, torch.Tensor) and x.shape == ids.shape:  # one entry per token: ids, mask, types (0: text)
+                more = ids.new_tensor(list(tokens)) if name == "input_ids" else int(name == "attention_mask")
+                longer[name] = torch.cat([x, torch.ones_like(x[:, :1]).expand(-1, len(tokens)) * more], dim=1)
+        return longer
 
     def end(self, tokens: Sequence[int]) -> int | None:
         """Length of an answer up to its end token; `None` if it has none."""
@@ -273,10 +287,8 @@ def ask_batch(
     if seed is not None:
         settings["seed"] = seed
     method = [] if found is None else [describe(e) for e in found.entries]
-    did = [r["samples"] for r in report(model)]
     records = []
-    for i, tokens in enumerate(answers):
-        done = [{k: v for k, v in s[i].items() if k != "layers"} if i < len(s) else {"acted": False} for s in did]
+    for i, (tokens, done) in enumerate(zip(answers, _done(run, answers), strict=True)):
         records.append(
             Record(
                 model=model.config._name_or_path,
@@ -323,3 +335,24 @@ def _decode(run: Answering, facts: list[dict[int, dict[str, Any]]]) -> list[list
                 mine[i] = {**mine.get(i, {}), **more}
             return answers
     return run.generate()
+
+
+def _done(run: Answering, answers: list[list[int]]) -> list[list[dict[str, Any]]]:
+    """What each intervention did to each answer, without the detail per layer."""
+    found = attached(run.model)
+    if found is None:
+        return [[] for _ in answers]
+    reports: dict[int, list[list[dict[str, Any]]]] = {}
+    done = []
+    for i, tokens in enumerate(answers):
+        last, row = run.sources.get(i, (found.last(), i))
+        if id(last) not in reports:
+            reports[id(last)] = [r["samples"] for r in found.report(last)]
+        said = []
+        for k, (e, s) in enumerate(zip(found.entries, reports[id(last)], strict=True)):
+            brief = {key: v for key, v in s[row].items() if key != "layers"} if row < len(s) else {"acted": False}
+            if e.active is not None and last is not None and e.active.overrides("answered"):
+                brief |= e.active.answered(last.memos[k], row, run, tokens)
+            said.append(brief)
+        done.append(said)
+    return done

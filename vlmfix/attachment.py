@@ -312,9 +312,9 @@ class Attachment:
         """The last generation of this thread, or anyone's if this thread had none."""
         return self._local.last or self._last
 
-    def report(self) -> list[dict[str, Any]]:
-        """See `vlmfix.report`: this thread's last generation, or anyone's if this thread had none."""
-        last, found = self.last(), []
+    def report(self, last: Generation | None = None) -> list[dict[str, Any]]:
+        """See `vlmfix.report`: of a generation, else this thread's last one, or anyone's if this thread had none."""
+        last, found = last or self.last(), []
         for i, e in enumerate(self.entries):
             samples = [] if e.active is None or last is None else e.active.report(last.memos[i])
             found.append({**describe(e), "samples": samples})

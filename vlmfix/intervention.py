@@ -109,6 +109,9 @@ class Intervention:
     token_by_token: ClassVar[bool] = False
     """True: what it remembers belongs to one answer's tokens in their order, so beams and assisted generation are
     refused."""
+    uses_answers: ClassVar[bool] = False
+    """True: it knows the right answers, for an upper bound; result tables refuse it. A subclass may make it a
+    property."""
 
     def at_layers(self, n_layers: int) -> Iterable[int]:
         """Decoder layers whose stages run, of a model with `n_layers` layers."""
@@ -170,6 +173,10 @@ class Intervention:
         """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the
         keys."""
         return []
+
+    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+        """Add to what `report` says of one answer, now that its tokens are known; in `ask` only. `row` of the batch."""
+        return {}
 
     def idle_hint(self) -> str:
         """What to suspect first when it never acted."""
