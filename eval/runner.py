@@ -29,6 +29,7 @@ from vlmfix.eval.benchmarks import Benchmark, Item
 from vlmfix.eval.data import Data
 from vlmfix.eval.results import HEADER, RECORDS, Run, read_lines
 from vlmfix.heads import HeadList, picture_id
+from vlmfix.hooks.lookback import Detector
 from vlmfix.intervention import Intervention, spec_of
 
 Progress = Callable[[str, int, int], None]
@@ -76,6 +77,8 @@ def answer_all(
     Several processes may share the questions (`workers`); what they leave is what one process would have left.
     """
     workers = workers or Workers()
+    if told := [one.name for one in interventions if one.uses_answers]:
+        raise ValueError(f"{', '.join(told)} with these settings uses the right answers: an upper bound, and no result")
     items = bench.items(data)
     label = spec_of(interventions)
     with wrapped(model, list(interventions), processor):
@@ -127,14 +130,20 @@ def answer_all(
 
 
 def _refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
-    """`ValueError` if heads were chosen on pictures that they are to be judged by."""
-    for used in (one["head_list"] for one in facts if "head_list" in one):
+    """`ValueError` if heads or a detector were chosen on pictures that they are to be judged by."""
+    made = [(file, HeadList.load(file).data.get("ids", ())) for file in _files(facts, "head_list")]
+    made += [(file, Detector.read(file).ids) for file in _files(facts, "detector")]
+    for file, ids in made:
         pictures = {picture_id(path) for path in {item.image for item in items}}
-        if same := pictures.intersection(HeadList.load(used["file"]).data.get("ids", ())):
+        if same := pictures.intersection(ids):
             raise ValueError(
-                f"{used['file']} was made on {len(same)} of the {len(pictures)} pictures that are asked about; heads "
-                f"must not be judged by pictures that they were chosen on: make the list on others"
+                f"{file} was made on {len(same)} of the {len(pictures)} pictures that are asked about; heads and "
+                f"detectors must not be judged by pictures that they were chosen on: make it on others"
             )
+
+
+def _files(facts: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    return [one[kind]["file"] for one in facts if kind in one]
 
 
 def _batches(

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vlmfix.hooks.act import ACT
     from vlmfix.hooks.beam import Beam
     from vlmfix.hooks.contrast import Contrast
+    from vlmfix.hooks.lookback import Lookback
     from vlmfix.hooks.pai import PAI
     from vlmfix.hooks.truncate import Truncate
     from vlmfix.hooks.var import VAR
@@ -21,6 +22,7 @@ REGISTRY = {
     "act": "vlmfix.hooks.act:ACT",
     "beam": "vlmfix.hooks.beam:Beam",
     "contrast": "vlmfix.hooks.contrast:Contrast",
+    "lookback": "vlmfix.hooks.lookback:Lookback",
     "pai": "vlmfix.hooks.pai:PAI",
     "truncate": "vlmfix.hooks.truncate:Truncate",
     "var": "vlmfix.hooks.var:VAR",
@@ -29,7 +31,19 @@ REGISTRY = {
     "zerotuning": "vlmfix.hooks.zerotuning:ZeroTuning",
 }
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = ["ACT", "PAI", "REGISTRY", "VAR", "VCD", "VHR", "Beam", "Contrast", "Truncate", "ZeroTuning"]
+__all__ = [
+    "ACT",
+    "PAI",
+    "REGISTRY",
+    "VAR",
+    "VCD",
+    "VHR",
+    "Beam",
+    "Contrast",
+    "Lookback",
+    "Truncate",
+    "ZeroTuning",
+]
 
 
 def __getattr__(name: str) -> object:

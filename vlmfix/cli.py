@@ -211,6 +211,59 @@ def evaluate(
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
 
 
+@calibrate.command(name="lookback")
+def calibrate_lookback(
+    output: Annotated[Path, typer.Option(help="The detector: a JSON file for lookback:detector=FILE.")] = Path(
+        "lookback.json"
+    ),
+    model: ModelName = "tiny",
+    method: Annotated[str, typer.Option(help="The monitor with its settings, such as lookback:preset=focus.")] = (
+        "lookback"
+    ),
+    data: Annotated[str, typer.Option(help="Pictures to fit on, as --data of vlmfix eval.")] = "calibration",
+    test: Annotated[
+        str, typer.Option(help="Pictures for the figures; the same as --data: a third of it is held out.")
+    ] = "scenes",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures of each; for trying out.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a detector of invented words on lookback ratios, labelled by CHAIR, and tell its AUROC on other pictures."""
+    with sentences():
+        from vlmfix.hooks.lookback import Lookback
+        from vlmfix.intervention import parse
+
+        monitors = parse(method)
+        if len(monitors) != 1 or type(monitors[0]) is not Lookback:
+            raise ValueError(f"method: expected lookback with its settings, got {method!r}")
+        from vlmfix.eval import lookback
+        from vlmfix.eval.data import Data
+
+        pictures = [Data.load(name, limit) for name in (data, test)]
+        loaded, processor = load_model(model, dtype, device_map, quantize)
+        with progress_bar() as progress:
+            found = lookback.calibrate(
+                loaded, processor, monitors[0], *pictures,
+                batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
+            )  # fmt: skip
+        found.write(output)
+    if as_json:
+        sys.stdout.write(json.dumps(found.auroc) + "\n")
+    else:
+        counts = {key: found.auroc[key] for key in ("data", "images", "words", "invented")}
+        table = Table("score", "AUROC", title="{data}: {invented} of {words} words invented".format(**counts))
+        for name, one in found.auroc.items():
+            if name not in counts:
+                sign = "+" if " - " in name else ""
+                table.add_row(name, "{value:{s}.3f} [{low:{s}.3f}, {high:{s}.3f}]".format(s=sign, **one))
+        out().print(table)
+    err.print(f"detector: {output}", soft_wrap=True, markup=False)
+
+
 @app.command()
 def score(
     files: Annotated[

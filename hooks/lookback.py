@@ -1,0 +1,302 @@
+"""Lookback, a monitor: how much of the attention of each answer token looks at the image, and how much at text.
+
+Chuang et al., "Lookback Lens: Detecting and Mitigating Contextual Hallucinations in Large Language Models Using Only
+Attention Maps", EMNLP 2024, arXiv 2407.07071. Per head, the attention on the keys that are looked up (A) is set
+against that on the rest (B): R = A / (A + B), of the row that predicts a token. Words that the model did not look up
+are doubtful. The same statistic with other keys is Attention Tracker's (Hung et al., arXiv 2411.00348) and that of
+attention to the text written so far (arXiv 2511.11502). It only reads: logits stay bit-identical.
+
+`score` needs no training. A detector, logistic regression on the L*H ratios, is made by `vlmfix calibrate lookback`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from vlmfix.heads import head_names, parse_heads, resolve_heads
+from vlmfix.intervention import Idle, Intervention, Site, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vlmfix.anatomy import Anatomy
+    from vlmfix.asking import Answering
+    from vlmfix.geometry import Geometry
+
+PRESETS = {
+    "lookback": ("mean", 0.0),
+    "lookback_text": ("mean", 0.0),
+    "tracker": ("sum", 1e-8),
+    "focus": ("sum", 1e-8),
+    "prelim": ("sum", 0.0),
+}
+"""Preset -> how weights are put together over a set of keys, and what is added to the denominator."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """P(grounded) = sigmoid(w . v + b), where v is the mean of R over the tokens of a word. A JSON file."""
+
+    model: str
+    """Name of the model that it was fitted on; it fits no other."""
+    preset: str
+    agg: str
+    exclude_sinks: bool
+    layers: int
+    heads: int
+    """L and H; w has L*H entries, that of head h in layer l at l*H + h."""
+    w: tuple[float, ...]
+    b: float
+    threshold: float
+    """P below which words of the calibration pictures are best called invented (Youden's index)."""
+    n_images: int
+    """Pictures that it was fitted on."""
+    ids: tuple[str, ...]
+    """The `picture_id` of each: no result may be reported on these."""
+    auroc: dict[str, Any]
+    """On held-out pictures: figures with 95 % intervals, with what they are compared to."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> Detector:
+        """From its file. `ValueError` if there is none or it is something else."""
+        try:
+            data = json.loads(Path(path).read_text("utf-8"))
+            return cls(**{**data, "w": tuple(map(float, data["w"])), "ids": tuple(data["ids"])})
+        except OSError as error:
+            raise ValueError(
+                f"detector {path} cannot be read ({error.strerror}); see vlmfix calibrate lookback"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            names = ", ".join(f.name for f in fields(cls))
+            raise ValueError(f"{path} is no detector: expected a JSON object with {names}") from error
+
+    def write(self, path: str | Path) -> None:
+        """To a file. `ValueError` if that cannot be."""
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps(asdict(self)) + "\n", "utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class Lookback(Intervention):
+    """Lookback ratios of every generated token. Reads attention weights at its own place among the methods in force:
+    put it first to read them before any edit."""
+
+    name: ClassVar[str] = "lookback"
+    summary: ClassVar[str] = "monitor: scores how much each answer token looks at the image; changes nothing"
+    paper: ClassVar[str] = "Chuang et al., EMNLP 2024, arXiv 2407.07071; on images: ours"
+    cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
+    expect: ClassVar[str] = (
+        "captions: low scores mark words to doubt (AUROC on the embedded model 0.87, with a detector 0.89; position "
+        "alone 0.67); yes/no: untested"
+    )
+    token_by_token: ClassVar[bool] = True
+
+    preset: Literal["lookback", "lookback_text", "tracker", "focus", "prelim"] = "lookback"
+    """Keys that are compared. `lookback` (ours), `focus` (ours): image against the prompt after it and the answer so
+    far; `lookback_text` (paper): the prompt without its last `E` tokens against these and the answer; `tracker` (Hung
+    et al., with the image as data): instruction against image at the first token; `prelim` (arXiv 2511.11502, from its
+    abstract): the answer so far against all else, counted as risk, so that scores are 1 - R."""
+    agg: Literal["mean", "sum"] = None  # type: ignore[assignment]
+    """Mean or sum of the weights over a set of keys. `None`: the preset's, mean for `lookback` and `lookback_text`."""
+    E: int = 5
+    """Last tokens of the prompt that `lookback_text` counts as the rest: as many as a suffix like "ASSISTANT:" has."""
+    exclude_sinks: bool = False
+    """Take visual sinks (VAR's rule) out of the keys that are looked up (ours)."""
+    dims: tuple[int, ...] | None = None
+    """Sink dimensions; `None`: found as VAR finds them."""
+    tau: float | None = None
+    """Sink threshold; `None`: as VAR."""
+    head_list: str | None = None
+    """Heads whose mean is the plain score: the file of a head list, or heads such as `L3H1/L3H5`. `None`: all."""
+    detector: str | None = None
+    """File of a detector (`vlmfix calibrate lookback`); `None`: the plain score, mean of R."""
+
+    def __post_init__(self) -> None:
+        """Fill in the preset's way to put weights together and check ranges."""
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: unknown {self.preset!r}; {did_you_mean(str(self.preset), PRESETS)}")
+        if self.agg is None:
+            object.__setattr__(self, "agg", PRESETS[self.preset][0])
+        if isinstance(self.dims, int):
+            object.__setattr__(self, "dims", (self.dims,))
+        if self.agg not in ("mean", "sum"):
+            raise ValueError(f"agg: expected mean or sum, got {self.agg!r}")
+        if self.E < 1:
+            raise ValueError(f"E: expected 1 token or more, got {self.E!r}")
+        if self.detector is not None and self.head_list is not None:
+            raise ValueError("a detector weighs all heads; leave out head_list")
+
+    def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[Intervention, dict[str, Any]]:
+        """Find the sinks, and check that heads and detector are this model's."""
+        n, name, found = len(anatomy.layers) * anatomy.n_heads, getattr(model.config, "_name_or_path", None), self
+        facts: dict[str, Any] = {}
+        if self.head_list is not None:
+            heads, facts = resolve_heads(self.head_list, len(anatomy.layers), anatomy.n_heads, name)
+            found = replace(self, head_list=head_names(heads))
+        if self.detector is not None:
+            own = asdict(Detector.read(self.detector))
+            here = {
+                "model": name,
+                "layers": len(anatomy.layers),
+                "heads": anatomy.n_heads,
+                **{key: getattr(self, key) for key in ("preset", "agg", "exclude_sinks")},
+            }
+            if apart := [key for key in here if own[key] != here[key]]:
+                theirs, ours = (", ".join(f"{key} {x[key]}" for key in apart) for x in (own, here))
+                raise ValueError(f"detector {self.detector} was fitted on {theirs}; here: {ours}. Calibrate it anew")
+            if len(own["w"]) != n:
+                raise ValueError(f"detector {self.detector} has {len(own['w'])} weights, expected {n}")
+            facts["detector"] = {"file": self.detector, **{key: own[key] for key in ("w", "b", "threshold")}}
+        if self.exclude_sinks:
+            from vlmfix.hooks.var import VAR
+
+            try:
+                var, more = VAR(dims=self.dims, tau=self.tau).resolve(model, anatomy, processor)  # type: ignore[arg-type]
+                found, facts = replace(found, dims=var.dims, tau=var.tau), {**facts, **more}
+            except Idle as idle:
+                facts["sinks"] = str(idle)
+        return found, facts
+
+    def acts_at(self, stage: str) -> bool:
+        """Layer inputs are needed to find sinks only."""
+        return super().acts_at(stage) and (stage != "layer_input" or (self.exclude_sinks and self.dims is not None))
+
+    def layer_input(self, x: Tensor, site: Site) -> None:
+        """Mark sinks, as VAR does."""
+        from vlmfix.hooks.var import VAR
+
+        VAR(dims=self.dims, tau=self.tau).layer_input(x, site)  # type: ignore[arg-type]
+
+    def _keys(self, g: Geometry) -> tuple[Tensor, Tensor]:
+        """A and B, bool of shape (B, K)."""
+        if self.preset == "lookback_text":
+            last = g.prompt & (g.prompt.flip(1).cumsum(1).flip(1) <= self.E)
+            return g.prompt & ~last, last | g.generated
+        if self.preset == "tracker":
+            return g.instruction, g.image
+        if self.preset == "prelim":
+            return g.generated, g.prompt
+        return g.image, g.instruction | g.generated
+
+    def weights(self, a: Tensor, site: Site) -> Tensor:
+        """Note R of these rows; NaN where A or B has no keys yet."""
+        import torch
+
+        memo, key = site.memo, (site.start, a.shape[-1], a.device)
+        if site.n_prompt or memo.get("pass") != key:  # for one new token, the sets are the same in all layers
+            at = torch.arange(a.shape[-1], device=a.device) + site.first_key
+            sees = at <= site.positions[:, None]  # (R, K)
+            memo["pass"], memo["sets"] = key, [s[:, None] & sees for s in self._keys(site.geometry)]
+        looked, rest = memo["sets"]  # (B, R, K)
+        if self.acts_at("layer_input"):
+            sink = memo["sinks"][site.layer][:, site.first_key :][:, : a.shape[-1]]
+            looked = looked & ~torch.nn.functional.pad(sink, (0, a.shape[-1] - sink.shape[1]))[:, None]
+        sets = torch.stack([looked, rest], -1).to(a.dtype)  # (B, R, K, 2)
+        n = sets.sum(2)[:, None]  # (B, 1, R, 2)
+        mass = torch.einsum("bhrk,brks->bhrs", a, sets)
+        mass = mass / n if self.agg == "mean" else mass
+        ratio = mass[..., 0] / (mass.sum(-1) + PRESETS[self.preset][1])
+        ratio = ratio.nan_to_num(nan=torch.inf).where((n > 0).all(-1), torch.nan)  # inf: the weights were no numbers
+        steps = memo.setdefault("steps", {}).setdefault(site.layer, {"start": None, "r": [], "rows": []})
+        if site.n_prompt and steps["start"] != key:  # a new prompt, or all of it again without a cache
+            steps.update(start=key, r=[], rows=[])
+        steps["r"].append(ratio)
+        steps["rows"].append(site.rows)
+        return a
+
+    def ratios(self, memo: dict[str, Any]) -> Tensor:
+        """R (B, T, L, H) of the answers of one generation, on the CPU; NaN where A or B was empty, and after the last
+        token of answers that were shorter. `ValueError` where attention weights were no numbers."""
+        import torch
+
+        key = [len(steps["r"]) for steps in memo.get("steps", {}).values()], memo.get("pass")
+        if memo.get("stacked", (None,))[0] == key:
+            return memo["stacked"][1]
+        layers = []
+        for layer, steps in memo.get("steps", {}).items():
+            rows = torch.cat(steps["rows"], 1).cpu()  # (B, R)
+            order = rows.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(rows.sum(1).max())]
+            r = torch.cat(steps["r"], -1).cpu()  # (B, H, R)
+            r = r.where(rows[:, None], torch.nan).gather(-1, order[:, None].expand(-1, r.shape[1], -1))
+            if (bad := r.isinf().flatten(0, 1).any(0)).any():
+                raise ValueError(
+                    f"attention weights of layer {layer} are no numbers at step {int(bad.to(torch.int8).argmax())}; "
+                    f"load the model in bfloat16 or float32"
+                )
+            layers.append(r.transpose(1, 2))
+        memo["stacked"] = key, torch.stack(layers, 2) if layers else torch.empty(0, 0, 0, 0)
+        return memo["stacked"][1]
+
+    def score(self, r: Tensor) -> Tensor:
+        """Score in 0..1, higher: more likely grounded, of spans of tokens; r (..., T, L, H) gives (...)."""
+        import torch
+
+        r = r.nanmean(-3)  # (..., L, H)
+        if self.detector is not None:
+            found = Detector.read(self.detector)
+            return (r.flatten(-2) @ r.new_tensor(found.w) + found.b).sigmoid()
+        heads = parse_heads(self.head_list or "")
+        plain = (r.flatten(-2) if heads is None else torch.stack([r[..., i, h] for i, h in heads], -1)).nanmean(-1)
+        return 1 - plain if self.preset == "prelim" else plain
+
+    def _span(self, r: Tensor) -> Tensor:
+        return self.score(r[..., :1, :, :] if self.preset == "tracker" else r)
+
+    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+        """Per sample: `acted`, whether there was something to compare, and `score` of the whole answer."""
+        r = self.ratios(memo)
+        return [{"acted": not isnan(s), "score": _number(s)} for s in self._span(r).tolist()] if len(r) else []
+
+    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+        """`per_token`: the score of each token; `per_word`: of each word, with the `steps` of its tokens; `score`."""
+        r = self.ratios(memo)
+        if not len(r):
+            return {}
+        if row >= len(r) or not tokens:
+            return {"preset": self.preset, "per_token": [], "per_word": [], "score": None}
+        r = r[row, : len(tokens)]
+        ends = token_ends(tokens, run.text)
+        found = re.finditer(r"\S+", run.text(tokens))
+        spans = [(m[0], steps_of(ends, m.start(), m.end())) for m in found]
+        words = [
+            {"word": word, "steps": steps, "score": _number(float(self.score(r[steps])))}
+            for word, steps in spans
+            if steps and steps[-1] < len(r)
+        ]
+        per_token = [_number(x) for x in self.score(r[:, None]).tolist()]
+        per_token += [None] * (len(tokens) - len(per_token))
+        return {
+            "preset": self.preset,
+            "per_token": per_token,
+            "per_word": words,
+            "score": _number(float(self._span(r))),
+        }
+
+    def idle_hint(self) -> str:
+        """The first suspect is the prompt."""
+        return "the prompts held no image tokens; preset=lookback_text needs none."
+
+
+def token_ends(tokens: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[int]:
+    """Length of the text up to and with each token."""
+    return [len(text(tokens[: k + 1])) for k in range(len(tokens))]
+
+
+def steps_of(ends: Sequence[int], start: int, end: int) -> list[int]:
+    """Tokens that wrote the characters `start .. end` of a text, by `token_ends`. `ValueError` outside the text."""
+    if not 0 <= start < end <= (ends[-1] if ends else 0):
+        raise ValueError(f"span: expected characters within 0..{ends[-1] if ends else 0}, got {start}..{end}")
+    return [k for k, e in enumerate(ends) if e > start and (ends[k - 1] if k else 0) < end]
+
+
+def _number(x: float) -> float | None:
+    return None if isnan(x) else x
