@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlmfix.hooks.act import ACT
     from vlmfix.hooks.beam import Beam
+    from vlmfix.hooks.chunks import Chunks
     from vlmfix.hooks.contrast import Contrast
     from vlmfix.hooks.lookback import Lookback
     from vlmfix.hooks.pai import PAI
+    from vlmfix.hooks.rerank import Rerank
     from vlmfix.hooks.truncate import Truncate
     from vlmfix.hooks.var import VAR
     from vlmfix.hooks.vcd import VCD
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
 REGISTRY = {
     "act": "vlmfix.hooks.act:ACT",
     "beam": "vlmfix.hooks.beam:Beam",
+    "chunks": "vlmfix.hooks.chunks:Chunks",
     "contrast": "vlmfix.hooks.contrast:Contrast",
     "lookback": "vlmfix.hooks.lookback:Lookback",
     "pai": "vlmfix.hooks.pai:PAI",
+    "rerank": "vlmfix.hooks.rerank:Rerank",
     "truncate": "vlmfix.hooks.truncate:Truncate",
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
@@ -39,8 +43,10 @@ __all__ = [
     "VCD",
     "VHR",
     "Beam",
+    "Chunks",
     "Contrast",
     "Lookback",
+    "Rerank",
     "Truncate",
     "ZeroTuning",
 ]

@@ -10,7 +10,7 @@ import torch
 
 import vlmfix
 from tests.test_contract import footprint
-from vlmfix.hooks import REGISTRY, Beam, Truncate
+from vlmfix.hooks import REGISTRY, Beam, Chunks, Rerank, Truncate
 from vlmfix.intervention import ASK_STAGES, Intervention, from_json, method_class
 
 SCENES = Path(__file__).parent.parent / "assets" / "scenes" / "images"
@@ -18,6 +18,8 @@ PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]
 DESCRIBE = "Please describe this image in detail."
 INTERVENTIONS = {
     "beam": (Beam(n=3), DESCRIBE),
+    "chunks": (Chunks(c=6, k=2), DESCRIBE),
+    "rerank": (Rerank(n=2), DESCRIBE),
     "truncate": (Truncate(words=9), DESCRIBE),
 }
 """Each with a prompt on which it bites."""
