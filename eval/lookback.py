@@ -59,14 +59,13 @@ def read_words(
 ) -> Words:
     """Have every picture described, greedily, and read the ratios of the object words."""
     rows: list[tuple[Any, ...]] = []
-    bench = Chair()
     pictures = list(data.images.items())
     with wrapped(model, monitor, processor):
         found: Any = attached(model)
         active: Lookback = found.entries[0].active
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
-            asked = [(path, bench.prompt) for _, path in batch]
+            asked = [(path, Chair.prompt) for _, path in batch]
             records = ask_batch(model, processor, asked, max_new_tokens=max_new_tokens)
             ratios = active.ratios(found.last().memos[0])
             for (key, _), record, r in zip(batch, records, ratios, strict=True):

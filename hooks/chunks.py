@@ -27,7 +27,7 @@ class Chunks(Lookback):
     paper: ClassVar[str] = "Chuang et al., EMNLP 2024, arXiv 2407.07071; on images: ours"
     cost: ClassVar[str] = "k times the decoding and a prefill per chunk"
     expect: ClassVar[str] = (
-        "captions: a little better than sampling, worse than greedy on the embedded model; longer answers, more inventions"
+        "captions: on the embedded model a little better than sampling, and worse than greedy: longer, more inventions"
     )
 
     c: int = 8
