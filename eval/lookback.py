@@ -65,7 +65,7 @@ def read_words(
         active: Lookback = found.entries[0].active
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
-            asked = [(path, Chair.prompt) for _, path in batch]
+            asked = [(path, Chair().prompt) for _, path in batch]
             records = ask_batch(model, processor, asked, max_new_tokens=max_new_tokens)
             ratios = active.ratios(found.last().memos[0])
             for (key, _), record, r in zip(batch, records, ratios, strict=True):

@@ -593,7 +593,7 @@ class _TokensHook:
             if i in call.generation.force:
                 n = call.start + call.n_rows
                 site = call.site(i, one.rows, self.layer, len(layers), n, slice(None), device)
-                look: Any = partial(attention.queries_and_keys, parts.module, parts.attention)
+                look: Any = partial(attention.queries_and_keys, parts.module, parts.attention)  # type: ignore[arg-type]
                 inputs = one.tokens(inputs, site, look)
         return inputs
 

@@ -178,8 +178,9 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="scenes (default), calibration or photos, embedded; coco, aokvqa, gqa, coco_first_release, with --images; "
-            "hf:NAME, from the Hub; or a folder: images/ with instances.json and captions.json, or a benchmark's original files."
+            help="scenes (default), calibration or photos, embedded; coco, aokvqa, gqa, coco_first_release, with "
+            "--images; hf:NAME, from the Hub; or a folder: images/ with instances.json and captions.json, or a "
+            "benchmark's original files."
         ),
     ] = None,
     images: Annotated[str | None, typer.Option(help="Folder of the pictures, such as val2014.")] = None,
