@@ -70,7 +70,10 @@ class ACT(Intervention):
     cost: ClassVar[str] = (
         "no extra pass; attention of all prompt rows again in float32, twice, in pieces of rows; then one row per token"
     )
-    expect: ClassVar[str] = "TODO"
+    expect: ClassVar[str] = (
+        "on the embedded model nothing with all heads: CHAIR_S +0.0 [−2.0, +2.0], POPE's accuracy within 0.5; with "
+        "heads calibrated on yes/no a point less yes, and accuracy +0.7 [+0.0, +1.4] on POPE random alone"
+    )
     whole_prompt: ClassVar[bool] = True
 
     alpha: float = 5.0

@@ -33,7 +33,10 @@ class ZeroTuning(Intervention):
     cost: ClassVar[str] = (
         "no extra pass; at the prefill attention of all rows again in float32, in pieces of rows; one row per token"
     )
-    expect: ClassVar[str] = "TODO"
+    expect: ClassVar[str] = (
+        "an ablation. On the embedded model, whose first token gets little attention, nothing: with gamma and heads "
+        "chosen on calibration scenes CHAIR_S −0.5 [−2.2, +1.2], POPE's accuracy within 0.2"
+    )
     rows: ClassVar[Rows] = "all"
 
     gamma: float = 0.3
