@@ -142,6 +142,11 @@ class VHR(Intervention):
             instead = None if self.select == "vhd" else self.select
             name = getattr(model.config, "_name_or_path", None)
             heads, facts = resolve_heads(self.head_list, n, anatomy.n_heads, name, instead)
+            if self.alpha > 1 and facts.get("head_list", {}).get("direction") == "high is bad" and instead is None:
+                warnings.warn(
+                    f"VHR amplifies the heads of {self.head_list}, whose high scores are bad; weaken them, alpha=0.5",
+                    stacklevel=4,
+                )
             return replace(self, head_list=head_names(heads), select="vhd"), {**facts, "select": self.select}
         if self.layers is None:
             port = (1, *range(max(n - 14, 2), n)) if self.variant == "qwen_port" else None

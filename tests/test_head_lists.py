@@ -21,7 +21,9 @@ def test_file_round_trip(tmp_path):
     assert text["scores"][0][2] is None and text["selected"] == [[1, 0], [0, 0]]
     back = HeadList.load(tmp_path / "new" / "heads.json")
     assert repr(back) == repr(chosen)  # NaN is not equal to itself
-    assert back.facts() == {"tool": "visual", "model": "toy", "settings": {"select": {"top": 2}}, "data": {"n": 1}}
+    assert back.facts() == {
+        "tool": "visual", "model": "toy", "direction": "high is good", "settings": {"select": {"top": 2}}, "data": {"n": 1},
+    }  # fmt: skip
 
 
 def test_ranking_and_selection():

@@ -259,12 +259,12 @@ def test_controls_take_the_selection_out():
     assert chosen["random", 2.0][0] == chosen["random", 2.0][1] not in (chosen["vhd", 2.0][0], chosen["least", 2.0][0])
 
 
-def listed(path, top=3):
+def listed(path, top=3, **more):
     """A head list of the tiny models, four layers of six heads; the best heads are L3H5, L3H4, L3H3."""
     from vlmfix.heads import HeadList
 
     scores = [[layer * 6.0 + head for head in range(6)] for layer in range(4)]
-    HeadList(model="", tool="visual", scores=scores, data={"n": 3, "ids": ["x"]}).select(top=top).save(path)
+    HeadList(model="", tool="visual", scores=scores, data={"n": 3, "ids": ["x"]}, **more).select(top=top).save(path)
     return str(path)
 
 
@@ -328,6 +328,15 @@ def test_listed_heads_leave_text_alone_and_go_through_beams_and_pieces(tmp_path)
             vlmfix.attachment.anatomy(scaled).layers[layer].out_proj.weight[:, head * 8 : head * 8 + 8] *= 2
     assert torch.equal(scaled.generate(**prompt, **settings), whole)
     assert torch.equal(scaled.generate(**prompt, **settings, num_beams=3), beams)
+
+
+def test_harmful_heads_are_to_be_weakened(tmp_path, recwarn):
+    path = listed(tmp_path / "heads.json", direction="high is bad")
+    vlmfix.wrap(tiny_llava(), VHR(head_list=path, alpha=0.5))
+    vlmfix.wrap(tiny_llava(), VHR(head_list=path, select="random"))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="whose high scores are bad; weaken them, alpha=0.5"):
+        vlmfix.wrap(tiny_llava(), VHR(head_list=path))
 
 
 def test_head_lists_refused(tmp_path):

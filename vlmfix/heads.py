@@ -135,6 +135,7 @@ class HeadList:
         return {
             "tool": self.tool,
             "model": self.model,
+            "direction": self.direction,
             "settings": self.settings,
             "data": {k: v for k, v in self.data.items() if k != "ids"},
         }
