@@ -100,8 +100,6 @@ def anatomy(model: nn.Module) -> Anatomy:
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder; vlmfix supports models with a text decoder only")
     arguments = inspect.signature(model.forward).parameters
-    if not any(argument in arguments for argument in PICTURE_ARGUMENTS):
-        raise TypeError(f"{name} takes no pictures")
     found = model.get_decoder()  # type: ignore[operator]
     crossing = next((n for n, _ in found.named_modules() if "cross" in n.rpartition(".")[2]), None)
     if crossing is not None:

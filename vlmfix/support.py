@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlmfix.anatomy import IMAGE_TOKEN_FIELDS, Anatomy, anatomy
+from vlmfix.anatomy import IMAGE_TOKEN_FIELDS, PICTURE_ARGUMENTS, Anatomy, anatomy
 from vlmfix.intervention import STAGES
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -59,6 +60,8 @@ def support(model_type: str) -> Support:
         return Support(model_type, note="not looked at: its vision tower needs timm, which is not installed")
     except Exception as error:
         return Support(model_type, note=f"not looked at: its default config builds no model ({type(error).__name__})")
+    if not any(argument in inspect.signature(model.forward).parameters for argument in PICTURE_ARGUMENTS):
+        return Support(model_type, note=f"{type(model).__name__} takes no pictures")
     try:
         parts = anatomy(model)
     except TypeError as error:
