@@ -70,7 +70,10 @@ class ACT(Intervention):
     cost: ClassVar[str] = (
         "no extra pass; attention of all prompt rows again in float32, twice, in pieces of rows; then one row per token"
     )
-    expect: ClassVar[str] = "TODO"
+    expect: ClassVar[str] = (
+        "yes/no with calibrated heads: about one point fewer yes on the embedded model, accuracy at most 0.7 points "
+        "better, with random heads as much worse; captions: nothing. In all heads: nothing"
+    )
     whole_prompt: ClassVar[bool] = True
 
     alpha: float = 5.0

@@ -35,7 +35,7 @@ def test_python_blocks_run(monkeypatch, capsys):
 def test_commands_exist():
     for line in re.findall(r"^vlmfix (.*)", README, re.MULTILINE):
         command, *rest = shlex.split(line, comments=True)
-        shown = CliRunner().invoke(app, [command, "--help"]).stdout
+        shown = CliRunner().invoke(app, [command, *rest, "--help"]).stdout
         assert all(option in shown for option in rest if option.startswith("--")), line
 
 
