@@ -72,7 +72,7 @@ class ACT(Intervention):
     )
     expect: ClassVar[str] = (
         "yes/no with calibrated heads: about one point fewer yes on the embedded model, accuracy at most 0.7 points "
-        "better, with random heads as much worse; captions: nothing. In all heads: nothing"
+        "better, with random heads as much worse; captions: nothing. In all heads: no gain"
     )
     whole_prompt: ClassVar[bool] = True
 
