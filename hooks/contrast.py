@@ -45,7 +45,10 @@ class Contrast(Intervention):
     summary: ClassVar[str] = "takes off the logits what the model would say without the image"
     paper: ClassVar[str] = "guidance of PAI, arXiv 2407.21771; variant m3id: Favero et al., CVPR 2024, arXiv 2403.14003"
     cost: ClassVar[str] = "a second stream without the image: a short prefill, and one more pass per token"
-    expect: ClassVar[str] = "captions: fewer inventions at equal recall; yes/no: moves the rate of yes"
+    expect: ClassVar[str] = (
+        "captions: on the embedded model a little fewer inventions, CHAIR_S −3.2 [−5.3, −1.3], and no less seen; "
+        "yes/no: nothing"
+    )
     whole_prompt: ClassVar[bool] = True
 
     gamma: float = 1.1

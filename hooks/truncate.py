@@ -23,7 +23,10 @@ class Truncate(Intervention):
     summary: ClassVar[str] = "baseline: cuts answers to a number of words"
     paper: ClassVar[str] = "our control"
     cost: ClassVar[str] = "nothing"
-    expect: ClassVar[str] = "captions: fewer inventions and lower recall; what a method must beat"
+    expect: ClassVar[str] = (
+        "captions: fewer inventions and less seen (18 words on the embedded model: CHAIR_S −6.5 [−9.0, −4.2], "
+        "recall −8.4 [−9.9, −7.0]); what a method must beat"
+    )
 
     words: int = 60
     """Words that are kept, separated by white space."""
