@@ -14,6 +14,7 @@ from vlmfix.eval import calibration
 from vlmfix.eval.benchmarks import benchmark
 from vlmfix.eval.calibration import Questions, Said, calibrate_act, calibrate_zerotuning, said
 from vlmfix.eval.data import Data
+from vlmfix.eval.pope import ordered_objects
 from vlmfix.eval.ranking import Subject
 from vlmfix.eval.runner import answer_all
 from vlmfix.heads import HeadList, picture_id
@@ -43,7 +44,7 @@ def run(*args):
 
 def test_questions_have_their_answers():
     questions = Questions.of(Subject(None, None, DATA))
-    objects = dict(DATA.objects)
+    objects = dict(ordered_objects(DATA.folder / "instances.json"))
     for item, present in zip(questions.items, questions.present, strict=True):
         asked = item.prompt.removeprefix("Is there a").removeprefix("n").removesuffix(" in the image?").strip()
         assert (asked in objects[item.image.rsplit("/", 1)[1]]) == present
@@ -102,7 +103,7 @@ def test_a_list_is_used_on_other_pictures_only(tiny, listed, tmp_path):
     chosen = listed.select(positive=True)
     chosen.save(path)
     bench, method = benchmark("pope"), (replace(METHOD, head_list=path),)
-    with pytest.raises(ValueError, match="heads must not be judged by pictures that they were chosen on"):
+    with pytest.raises(ValueError, match="must not be judged by pictures that they were chosen on"):
         answer_all(*tiny, method, bench, DATA, tmp_path)
     (head,) = answer_all(*tiny, method, bench, Data.load("scenes", 4), tmp_path).header["identity"]["method"]
     assert head["head_list"].count("H") == len(chosen.selected) and head["facts"]["head_list"]["tool"] == "act"

@@ -45,7 +45,7 @@ def few_questions(monkeypatch):
 def columns(model, layer, head):
     """The columns of the output projection that carry one head."""
     parts = anatomy(model)
-    d = parts.head_dim
+    d = parts.layers[0].head_dim
     return parts.layers[layer].out_proj.weight[:, head * d : head * d + d]
 
 
@@ -309,7 +309,7 @@ def test_top1_passes_over_visual_sinks(monkeypatch):
 def test_vhd_finds_a_loud_head(tiny):
     """Values ten times as large and a projection that makes up for it: the same model, and the head has all the VHD."""
     model, processor = copy.deepcopy(tiny[0]), tiny[1]
-    d = anatomy(model).head_dim
+    d = anatomy(model).layers[0].head_dim
     plain = rank(VHD(), model, processor, DATA)
     assert first(plain) != (2, 6)
     with torch.no_grad():
@@ -349,7 +349,7 @@ def test_the_only_head_that_looks_is_found(tiny, monkeypatch, see):
     model, processor = copy.deepcopy(tiny[0]), tiny[1]
     captions = ranking._captions(ranking.Subject(model, processor, DATA), 64)
     monkeypatch.setattr(ranking, "_captions", lambda *_: captions)
-    d = anatomy(model).head_dim
+    d = anatomy(model).layers[0].head_dim
     with torch.no_grad():
         for i, layer in enumerate(anatomy(model).layers):
             kept = layer.attention.q_proj.weight[:d].clone()
