@@ -19,7 +19,10 @@ class Beam(Intervention):
     summary: ClassVar[str] = "baseline: beam search"
     paper: ClassVar[str] = "common baseline of this field, with 5 beams"
     cost: ClassVar[str] = "n sequences at once"
-    expect: ClassVar[str] = "captions: often as good as a method"
+    expect: ClassVar[str] = (
+        "captions: better than most methods; on the embedded model CHAIR_S −20.5 [−26.5, −14.5] at recall +2.0 "
+        "[+0.0, +4.0]"
+    )
 
     n: int = 5
     """Beams."""
