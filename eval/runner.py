@@ -52,7 +52,14 @@ class Workers:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState
+        from torch import distributed
 
+        if not distributed.is_initialized():
+            # `accelerate launch` keeps one store over its restarts: addresses of dead processes must not be found there
+            store, rank, n = next(distributed.rendezvous("env://"))
+            attempt = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backend, store=attempt, rank=rank, world_size=n)
         state = PartialState(cpu=not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 

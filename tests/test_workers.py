@@ -65,8 +65,8 @@ def kill_one(command, out):
     workers = subprocess.run(parents, capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     kept = [line for p in out.rglob("records.?.jsonl") for line in p.read_text().splitlines() if line.endswith("}")]
-    stdout, _ = process.communicate(timeout=180)
-    return kept, process.returncode, stdout
+    stdout, stderr = process.communicate(timeout=180)
+    return kept, process.returncode, stdout, stderr
 
 
 def check_kept(kept, out, alone):
@@ -77,7 +77,7 @@ def check_kept(kept, out, alone):
 
 
 def test_a_process_that_dies_loses_nothing(alone, tmp_path):
-    kept, code, _ = kill_one([*TWO, "--output", str(tmp_path)], tmp_path)
+    kept, code, _, _ = kill_one([*TWO, "--output", str(tmp_path)], tmp_path)
     assert code != 0
     subprocess.run([sys.executable, *EVAL, "--output", tmp_path], env=ENV, check=True, capture_output=True)
     check_kept(kept, tmp_path, alone)
@@ -86,8 +86,10 @@ def test_a_process_that_dies_loses_nothing(alone, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes of a CPU")
 def test_accelerate_goes_on_when_a_process_dies(alone, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    kept, code, said = kill_one([*launch, "--max_restarts", "1", *EVAL, "--output", str(tmp_path)], tmp_path)
-    assert code == 0 and json.loads(said)[0]["rows"][0]["n"] == 30
+    launch += ["--main_process_port", "0", "--max_restarts", "1"]
+    kept, code, said, why = kill_one([*launch, *EVAL, "--output", str(tmp_path)], tmp_path)
+    assert code == 0, why
+    assert json.loads(said)[0]["rows"][0]["n"] == 30
     check_kept(kept, tmp_path, alone)
 
 
