@@ -6,6 +6,7 @@
 | `ablate` | which head, switched off, changes what the model says next? |
 | `subspace` | which head, switched off, turns the last hidden states of many prompts most? |
 | `visual` | which head looks at the object that the model is about to name? |
+| `separate` | whose lookback ratio tells true object words from invented ones? |
 | `random` | none: the control of the others |
 
 None of them mends anything; interventions read the head list that they write (`vlmfix.heads`).
@@ -30,8 +31,10 @@ from vlmfix.eval import naming
 from vlmfix.eval.ablation import each_head_off, logits_at
 from vlmfix.eval.benchmarks import Chair, Item, Pope
 from vlmfix.eval.data import Data
+from vlmfix.eval.lookback import read_words
 from vlmfix.heads import HeadList, picture_id
 from vlmfix.hooks import sinks
+from vlmfix.hooks.lookback import Lookback
 from vlmfix.hooks.vhr import choose
 from vlmfix.intervention import Idle, Intervention, Site, checked_settings, did_you_mean, read_settings
 from vlmfix.state import Prompt
@@ -554,6 +557,64 @@ class Visual(Tool):
         return var.dims, var.tau
 
 
+# ---- lookback ratios ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Separate(Tool):
+    """How far apart a head's lookback ratios are: means over true and over invented object words, less deviations."""
+
+    name: ClassVar[str] = "separate"
+    source: ClassVar[str] = (
+        "the head choice of Attention Tracker, Hung et al., arXiv 2411.00348, on object words (ours)"
+    )
+
+    n: float = 1.0
+    """Standard deviations of both groups that the means must be apart (code: 0 to 5)."""
+    preset: Any = "lookback"
+    """What is compared: a preset of the monitor `lookback`."""
+    max_new_tokens: int = 256
+    """Of the captions."""
+
+    def __post_init__(self) -> None:
+        """Check the range and the preset."""
+        if self.n < 0:
+            raise ValueError(f"n: expected 0 or more, got {self.n}")
+        Lookback(preset=self.preset)
+
+    @property
+    def meaning(self) -> str:
+        """Of a score."""
+        return (
+            f"mean lookback ratio of true object words less that of invented ones, less {self.n:g} deviations of each"
+        )
+
+    def measure(self, subject: Subject) -> Found:
+        """One caption per picture."""
+        words = read_words(
+            subject.model, subject.processor, Lookback(preset=self.preset), subject.data,
+            batch_size=subject.batch_size, max_new_tokens=self.max_new_tokens, progress=subject.tell,
+        )  # fmt: skip
+        for kind, n in (("true", words.grounded.sum()), ("invented", (~words.grounded).sum())):
+            if not n:
+                raise ValueError(f"captions of {subject.data.name} hold no {kind} objects; take more pictures")
+        keys, v = list(subject.data.images), words.v.reshape(-1, *subject.shape).astype(float)
+        at = np.array([keys.index(key) for key in words.image])
+        of = partial(Found.of, list(map(str, subject.data.images.values())), at=at, kind=words.grounded.astype(int))
+        found, squares = of(("invented", "true"), v), of(("invented squared", "true squared"), v**2)
+        found.extra["samples"] = {name: int(n.sum()) for name, n in found.counts.items()}
+        found.sums |= squares.sums
+        found.counts |= squares.counts
+        found.score = partial(separation, n=self.n)
+        return found
+
+
+def separation(means: Mapping[str, np.ndarray], n: float) -> np.ndarray:
+    """mean(true) - mean(invented) - n (std(true) + std(invented)), from the means of ratios and of their squares."""
+    deviations = [np.sqrt(np.maximum(means[f"{k} squared"] - means[k] ** 2, 0)) for k in ("true", "invented")]
+    return means["true"] - means["invented"] - n * sum(deviations)
+
+
 @dataclass(frozen=True)
 class Random(Tool):
     """Scores by chance."""
@@ -574,7 +635,7 @@ class Random(Tool):
         return Found([], {"random": scores}, {"random": np.ones(1)})
 
 
-TOOLS: dict[str, type[Tool]] = {tool.name: tool for tool in (VHD, Ablate, Subspace, Visual, Random)}
+TOOLS: dict[str, type[Tool]] = {tool.name: tool for tool in (VHD, Ablate, Subspace, Visual, Separate, Random)}
 
 
 def tool(spec: str) -> Tool:

@@ -20,14 +20,38 @@ from vlmfix.eval.ablation import SwitchOff, each_head_off, logits_at, tiled
 from vlmfix.eval.benchmarks import Chair
 from vlmfix.eval.data import Data
 from vlmfix.eval.headmap import head_map
-from vlmfix.eval.ranking import VHD, Ablate, Found, Random, Subspace, Visual, kl, rank, retrieval, subspace_angle, tool
+from vlmfix.eval.lookback import Words
+from vlmfix.eval.ranking import (
+    VHD,
+    Ablate,
+    Found,
+    Random,
+    Separate,
+    Subspace,
+    Visual,
+    kl,
+    rank,
+    retrieval,
+    subspace_angle,
+    tool,
+)
 from vlmfix.heads import HeadList
 from vlmfix.hooks.views import View
 from vlmfix.intervention import Intervention
 
 DATA = Data.load("calibration", 6)
 SMALL = Data.load("calibration", 3)
-TOOLS = [VHD(), VHD(relative=True), Ablate(), Ablate("margin"), Ablate("token"), Subspace(), Visual(), Visual("top1")]
+TOOLS = [
+    VHD(),
+    VHD(relative=True),
+    Ablate(),
+    Ablate("margin"),
+    Ablate("token"),
+    Subspace(),
+    Visual(),
+    Visual("top1"),
+    Separate(),
+]
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +237,21 @@ def test_retrieval(n_heads):
     assert retrieval(w, box, part, none)[1].tolist() == pytest.approx([0.07 / 0.11 - 3 / 7] * n_heads)
 
 
+def test_separation_is_the_rule_worked_out_by_hand(tiny, monkeypatch):
+    """Means .8 and .3, deviations .1 and .2; a head that tells nothing gets less than nothing."""
+    v = np.array([[0.7, 0.5], [0.9, 0.5], [0.1, 0.4], [0.5, 0.6]])
+    words = Words(np.array([1, 1, 1, 2]), np.array([True, True, False, False]), v, v[:, 0], np.arange(4))
+    monkeypatch.setattr(ranking, "read_words", lambda *a, **k: words)
+    monkeypatch.setattr(ranking.Subject, "shape", (1, 2))
+    found = Separate(n=1.0).measure(ranking.Subject(*tiny, SMALL))
+    np.testing.assert_allclose(found.scores(), [[0.5 - 0.1 - 0.2, -0.1]])
+    assert found.extra["samples"] == {"invented": 2, "true": 2} and len(found.pictures) == 3
+    np.testing.assert_allclose(Separate(n=0).measure(ranking.Subject(*tiny, SMALL)).scores(), [[0.5, 0]], atol=1e-12)
+    monkeypatch.setattr(ranking, "read_words", lambda *a, **k: words.of([2]))
+    with pytest.raises(ValueError, match="hold no true objects; take more pictures"):
+        Separate().measure(ranking.Subject(*tiny, SMALL))
+
+
 def test_means_intervals_and_agreement():
     """Samples are averaged, pictures resampled."""
     values = np.array([[[1.0, 0.0]], [[3.0, 0.0]], [[5.0, 4.0]]])
@@ -393,6 +432,7 @@ def test_random_heads_are_random():
         ("ablate:sea=kl", "ablate has no setting 'sea'; did you mean 'see'"),
         ("ablate:see=all", "see: expected kl or margin or token, got 'all'"),
         ("ablate:mode=off", "mode: expected output or uniform, got 'off'"),
+        ("separate:preset=lookbak", "did you mean 'lookback'?"),
         ("visual:see=top", "see: expected mass or top1, got 'top'"),
         ("vhd:distance=l3", "distance: expected sq_l2 or l2, got 'l3'"),
         ("subspace:rank=0", "rank: expected 1 or more, got 0"),

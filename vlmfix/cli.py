@@ -288,6 +288,16 @@ def evaluate(
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
 
 
+def only(spec: str, kind: type) -> Any:
+    """The one intervention of a spec, which must be of this class: it is what a command calibrates."""
+    from vlmfix.intervention import parse
+
+    found = parse(spec)
+    if len(found) != 1 or type(found[0]) is not kind:
+        raise ValueError(f"method: expected {kind.name} with its settings, got {spec!r}")  # type: ignore[attr-defined]
+    return found[0]
+
+
 @calibrate.command(name="lookback")
 def calibrate_lookback(
     output: Annotated[Path, typer.Option(help="The detector: a JSON file for lookback:detector=FILE.")] = Path(
@@ -312,11 +322,8 @@ def calibrate_lookback(
     """Fit a detector of invented words on lookback ratios, labelled by CHAIR, and tell its AUROC on other pictures."""
     with sentences():
         from vlmfix.hooks.lookback import Lookback
-        from vlmfix.intervention import parse
 
-        monitors = parse(method)
-        if len(monitors) != 1 or type(monitors[0]) is not Lookback:
-            raise ValueError(f"method: expected lookback with its settings, got {method!r}")
+        monitor = only(method, Lookback)
         from vlmfix.eval import lookback
         from vlmfix.eval.data import Data
 
@@ -324,7 +331,7 @@ def calibrate_lookback(
         loaded, processor = load_model(model, dtype, device_map, quantize)
         with progress_bar() as progress:
             found = lookback.calibrate(
-                loaded, processor, monitors[0], *pictures,
+                loaded, processor, monitor, *pictures,
                 batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
             )  # fmt: skip
         found.write(output)
@@ -558,9 +565,7 @@ def protocols(as_json: Json = False) -> None:
 def heads(
     tool: Annotated[
         str,
-        typer.Option(
-            help="vhd, ablate, subspace, visual or random, with settings as in ablate:see=margin,mode=uniform."
-        ),
+        typer.Option(help="vhd, ablate, subspace, visual, separate or random, with settings as in ablate:see=margin."),
     ] = "vhd",
     model: ModelName = "tiny",
     data: Annotated[
@@ -665,11 +670,8 @@ def calibrate_act(
     """Find the heads in which ACT helps to answer yes/no questions, one at a time; by default all with a gain."""
     with sentences():
         from vlmfix.hooks import ACT
-        from vlmfix.intervention import parse
 
-        asked = parse(method)
-        if len(asked) != 1 or not isinstance(asked[0], ACT):
-            raise ValueError(f"method: expected act with its settings, got {method!r}")
+        asked = only(method, ACT)
         from vlmfix.eval import calibration
         from vlmfix.eval.data import Data
 
@@ -679,9 +681,7 @@ def calibrate_act(
         pictures = Data.load(data, limit)
         loaded, processor = load_model(model, dtype, device_map, quantize)
         with progress_bar() as progress:
-            found = calibration.calibrate_act(
-                loaded, processor, asked[0], pictures, batch_size=batch_size, tell=progress
-            )
+            found = calibration.calibrate_act(loaded, processor, asked, pictures, batch_size=batch_size, tell=progress)
         found = found.select(**choice)
         found.save(output)
     if as_json:
@@ -716,11 +716,8 @@ def calibrate_zerotuning(
     """Choose ZeroTuning's heads and gamma by yes/no questions."""
     with sentences():
         from vlmfix.hooks import ZeroTuning
-        from vlmfix.intervention import parse
 
-        asked = parse(method)
-        if len(asked) != 1 or not isinstance(asked[0], ZeroTuning):
-            raise ValueError(f"method: expected zerotuning with its settings, got {method!r}")
+        asked = only(method, ZeroTuning)
         from vlmfix.eval import calibration
         from vlmfix.eval.data import Data
 
@@ -728,7 +725,7 @@ def calibrate_zerotuning(
         loaded, processor = load_model(model, dtype, device_map, quantize)
         with progress_bar() as progress:
             tuned = calibration.calibrate_zerotuning(
-                loaded, processor, asked[0], pictures,
+                loaded, processor, asked, pictures,
                 by=by, share=share, probe=probe, batch_size=batch_size, tell=progress,
             )  # fmt: skip
         tuned.heads.save(output)
