@@ -17,7 +17,7 @@ test-models: $(VENV)/.dev  ## the contract over every model type of transformers
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typed/vlmfix && ln -sfn $(CURDIR)/vlmfix/*.py $(addprefix $(CURDIR)/,hooks eval demo) build/typed/vlmfix
+	mkdir -p build/typed/vlmfix && ln -sfn $(CURDIR)/vlmfix/*.py $(addprefix $(CURDIR)/,vlmfix/cli hooks eval demo) build/typed/vlmfix
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vlmfix
 
 figures: $(VENV)/.dev  ## the picture of the README

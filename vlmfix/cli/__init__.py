@@ -1,0 +1,69 @@
+"""The command line, a file per command. Each loads only what it needs: `vlmfix --help` and `vlmfix methods` import no
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from vlmfix.cli.ask import ask
+from vlmfix.cli.calibrate import calibrate_act, calibrate_lookback, calibrate_zerotuning
+from vlmfix.cli.console import out
+from vlmfix.cli.demo import demo
+from vlmfix.cli.evaluate import evaluate
+from vlmfix.cli.heads import heads
+from vlmfix.cli.lists import methods, models, protocols
+from vlmfix.cli.score import report, score
+
+app = typer.Typer(
+    name="vlmfix",
+    help="Make vision-language models say what is in the picture: training-free attention interventions, measured "
+    "honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+calibrate = typer.Typer(
+    help="Choose a method's heads and settings on labelled pictures that no result is reported on.",
+    no_args_is_help=True,
+)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of the program itself."""
+    if version:
+        import vlmfix
+
+        out().print(f"vlmfix {vlmfix.__version__}")
+        raise typer.Exit()
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "ask": ask,
+    "eval": evaluate,
+    "score": score,
+    "report": report,
+    "heads": heads,
+    "methods": methods,
+    "protocols": protocols,
+    "models": models,
+    "demo": demo,
+}
+CALIBRATE: dict[str, Callable[..., None]] = {
+    "lookback": calibrate_lookback,
+    "act": calibrate_act,
+    "zerotuning": calibrate_zerotuning,
+}
+for program, commands in ((app, COMMANDS), (calibrate, CALIBRATE)):
+    for name, command in commands.items():
+        program.command(name=name)(command)
+app.add_typer(calibrate, name="calibrate")
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="vlmfix")

@@ -1,0 +1,69 @@
+"""`vlmfix ask`: one picture, one prompt, answers side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlmfix.cli.console import (
+    METHOD_HELP,
+    DeviceMap,
+    Dtype,
+    Json,
+    ModelName,
+    Quantize,
+    Speed,
+    load_model,
+    out,
+    sentences,
+)
+
+
+def ask(
+    image: Annotated[str, typer.Argument(help="Picture.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
+    model: ModelName = "tiny",
+    method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP + " Give it once per answer.")] = None,
+    speed: Speed = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
+    as_json: Json = False,
+) -> None:
+    """Ask about one picture and print the answers side by side (default: none and vhr)."""
+    with sentences():
+        from vlmfix.intervention import parse, spec_of, split_methods, with_accelerator
+
+        if prompt is None:
+            raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {image!r}")
+        specs = [one for text in method or ["none,vhr"] for one in split_methods(text)]
+        parsed = with_accelerator([parse(spec) for spec in specs], speed)
+        specs = specs if speed is None else [spec_of(interventions) for interventions in parsed]
+        from vlmfix.asking import ask as ask_model
+        from vlmfix.asking import open_picture
+        from vlmfix.attachment import wrapped
+
+        open_picture(image)
+        loaded, processor = load_model(model, dtype, device_map, quantize)
+        records = []
+        for interventions in parsed:
+            with wrapped(loaded, list(interventions), processor):
+                records.append(ask_model(loaded, processor, image, prompt, max_new_tokens=max_new_tokens))
+    if as_json:
+        for record in records:
+            out().print(record.to_json(), markup=False, soft_wrap=True)
+        return
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=60 * len(records))
+    table = Table(title=Text(f"{prompt}  ({Path(image).name}, {model})"), title_justify="left", show_lines=True)
+    for spec in specs:
+        table.add_column(Text(spec), overflow="fold", ratio=1)
+    table.add_row(*(Text(record.text) for record in records))
+    table.add_row(*(f"{len(r.token_ids)} tokens, {r.seconds:.2f} s" for r in records), style="dim")
+    console.print(table)

@@ -1,0 +1,131 @@
+"""What all commands share: streams, options, errors, the model, the progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+err = Console(stderr=True, highlight=False)
+METHOD_HELP = (
+    "Method: none, a name, or a name with settings (var:p=0.4,rho=0.8; lists as layers=1/18-31); join with + to "
+    "combine. `vlmfix methods` lists them."
+)
+SPEED_HELP = "Accelerator to put beside each method: pyramiddrop. The untouched model stays, as the reference."
+Speed = Annotated[str | None, typer.Option(help=SPEED_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ModelName = Annotated[str, typer.Option("--model", help="tiny, tiny-sinks (embedded), a Hub id, or a local folder.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Passed to from_pretrained, for instance auto.")]
+VARIANT_HELP = "chair: rohrbach (default), opera, opera_approx, inflect, strict."
+PARSER_HELP = "How answers are read: pope, strict, margin (the first token's probabilities), ..."
+SIMILARITY_HELP = "amber_captions: off (default), or spacy:MODEL; the official one is spacy:en_core_web_lg."
+Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit; needs bitsandbytes.")]
+
+
+def out() -> Console:
+    """Standard output; wide where it is no terminal, so that tables do not break."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=240)
+
+
+def fail(message: str, code: int = 1) -> typer.Exit:
+    """One line on stderr and a non-zero exit code."""
+    err.print(f"vlmfix: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """The user's mistakes end in one line, never in a traceback; warnings are one line each."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            err.print(f"note: {message}", markup=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            raise fail(str(error)) from error
+
+
+def load_model(name: str, dtype: str | None, device_map: str | None, quantize: str | None) -> tuple[Any, Any]:
+    """`vlmfix.load` with the command line's options."""
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    import vlmfix
+
+    hf_logging.set_verbosity_error()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+        options["dtype"] = getattr(torch, dtype)
+    if device_map is not None:
+        options["device_map"] = device_map
+    if quantize is not None:
+        if quantize not in ("8bit", "4bit"):
+            raise ValueError(f"quantize: expected 8bit or 4bit, got {quantize!r}")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+    return vlmfix.load(name, **options)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A bar on stderr in a terminal; plain lines otherwise."""
+    if not err.is_terminal:
+        from vlmfix.eval.runner import PlainProgress
+
+        yield PlainProgress()
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    class RateColumn(ProgressColumn):
+        """Answers a second."""
+
+        def render(self, task: Task) -> Text:
+            """`3.2/s`."""
+            return Text("" if task.finished or not task.speed else f"{task.speed:.1f}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        RateColumn(),
+        TextColumn("{task.fields[figure]}"),
+    )
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(label: str, done: int, total: int, figure: str = "") -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total, completed=done, figure=figure)
+            bars.update(tasks[label], completed=done, figure=figure)
+
+        yield tell
