@@ -11,8 +11,8 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, BitsAn
 import vlmfix
 from tests import zoo
 from tests.test_contract import footprint
-from tests.test_zoo import METHODS, answer, logits, same
-from tests.test_zoo_features import ATTENTION, FAMILIES, Again
+from tests.test_zoo import answer, logits, same
+from tests.test_zoo_features import ATTENTION, FAMILIES, METHODS, Again
 from vlmfix.attachment import wrapped
 from vlmfix.hooks import PAI, VHR
 

@@ -33,6 +33,8 @@ from vlmfix.state import Call, Generation, Prompt, Stream
 ATTRIBUTE = "_vlmfix"
 LOSES_PROCESSORS = ("janus",)
 """Models whose own `generate` drops logits processors when it writes text; what it calls then does not."""
+MISPLACES_CACHE = ("instructblipvideo",)
+"""Models whose own forward pass hands the cache to their vision side, where it does not belong."""
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Settings of `generate` that let something else propose tokens."""
 
@@ -501,6 +503,8 @@ class Attachment:
     def _run_stream(self, inputs: dict[str, Any]) -> Any:
         """The untouched model on a second stream."""
         seeing = any(inputs.get(argument) is not None for argument in PICTURE_ARGUMENTS)
+        if seeing and self.anatomy.model_type in MISPLACES_CACHE:
+            raise TypeError(f"{self.anatomy.model_type} cannot run a second stream with pictures of its own")
         module, parameters = (
             (self.model, self._parameters[0]) if seeing else (self.anatomy.generator, self._parameters[-1])
         )
