@@ -11,8 +11,8 @@ quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, 
 test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
 
-test-models: $(VENV)/.dev  ## the contract over every model type of transformers; under six minutes
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/test_zoo.py --all-models
+test-models: $(VENV)/.dev  ## the contract over every model type of transformers, and compiled code; under six minutes
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/test_zoo.py tests/test_runtime.py --all-models
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

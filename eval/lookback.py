@@ -21,7 +21,7 @@ from vlmfix.eval.benchmarks import Chair
 from vlmfix.eval.data import Data
 from vlmfix.eval.stats import Estimate
 from vlmfix.heads import picture_id
-from vlmfix.hooks.lookback import Detector, Lookback, steps_of, token_ends
+from vlmfix.hooks.lookback import Detector, Lookback, features, steps_of, token_ends
 
 RESAMPLES = 1000
 
@@ -72,7 +72,7 @@ def read_words(
                 ends = token_ends(record.token_ids, lambda t: processor.decode(t, skip_special_tokens=True).strip())
                 for m in chair.mentions(record.text):
                     steps = steps_of(ends, m.start, m.end)
-                    v = r[steps].nanmean(0).flatten()
+                    v = features(r[steps])
                     if not v.isnan().any():
                         rows.append(
                             (key, m.node in data.truth[key], v.numpy(), float(active.score(r[steps])), steps[0])

@@ -206,6 +206,7 @@ class Lookback(Intervention):
         mass = mass / n if self.agg == "mean" else mass
         ratio = mass[..., 0] / (mass.sum(-1) + PRESETS[self.preset][1])
         ratio = ratio.nan_to_num(nan=torch.inf).where((n > 0).all(-1), torch.nan)  # inf: the weights were no numbers
+        memo["n_layers"] = site.n_layers
         steps = memo.setdefault("steps", {}).setdefault(site.layer, {"start": None, "r": [], "rows": []})
         if site.n_prompt and steps["start"] != key:  # a new prompt, or all of it again without a cache
             steps.update(start=key, r=[], rows=[])
@@ -214,14 +215,15 @@ class Lookback(Intervention):
         return a
 
     def ratios(self, memo: dict[str, Any]) -> Tensor:
-        """R (B, T, L, H) of the answers of one generation, on the CPU; NaN where A or B was empty, and after the last
-        token of answers that were shorter. `ValueError` where attention weights were no numbers."""
+        """R (B, T, L, H) of the answers of one generation, on the CPU; NaN where A or B was empty, after the last token
+        of answers that were shorter, and for heads that a layer does not have. `ValueError` where attention weights
+        were no numbers."""
         import torch
 
         key = [len(steps["r"]) for steps in memo.get("steps", {}).values()], memo.get("pass")
         if memo.get("stacked", (None,))[0] == key:
             return memo["stacked"][1]
-        layers = []
+        layers = {}
         for layer, steps in memo.get("steps", {}).items():
             rows = torch.cat(steps["rows"], 1).cpu()  # (B, R)
             order = rows.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(rows.sum(1).max())]
@@ -232,19 +234,24 @@ class Lookback(Intervention):
                     f"attention weights of layer {layer} are no numbers at step {int(bad.to(torch.int8).argmax())}; "
                     f"load the model in bfloat16 or float32"
                 )
-            layers.append(r.transpose(1, 2))
-        memo["stacked"] = key, torch.stack(layers, 2) if layers else torch.empty(0, 0, 0, 0)
-        return memo["stacked"][1]
+            layers[layer] = r.transpose(1, 2)  # (B, T, H)
+        every = torch.empty(0, 0, 0, 0)
+        if layers:
+            n_heads, some = max(r.shape[-1] for r in layers.values()), next(iter(layers.values()))
+            every = some.new_full((*some.shape[:2], memo["n_layers"], n_heads), torch.nan)
+            for layer, found in layers.items():
+                every[:, :, layer, : found.shape[-1]] = found
+        memo["stacked"] = key, every
+        return every
 
     def score(self, r: Tensor) -> Tensor:
         """Score in 0..1, higher: more likely grounded, of spans of tokens; r (..., T, L, H) gives (...)."""
         import torch
 
-        r = r.nanmean(-3)  # (..., L, H)
         if self.detector is not None:
             found = Detector.read(self.detector)
-            return (r.flatten(-2) @ r.new_tensor(found.w) + found.b).sigmoid()
-        heads = parse_heads(self.head_list or "")
+            return (features(r) @ r.new_tensor(found.w) + found.b).sigmoid()
+        heads, r = parse_heads(self.head_list or ""), r.nanmean(-3)  # (..., L, H)
         plain = (r.flatten(-2) if heads is None else torch.stack([r[..., i, h] for i, h in heads], -1)).nanmean(-1)
         return 1 - plain if self.preset == "prelim" else plain
 
@@ -284,6 +291,13 @@ class Lookback(Intervention):
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""
         return "the prompts held no image tokens; preset=lookback_text needs none."
+
+
+def features(r: Tensor) -> Tensor:
+    """Means over the tokens of spans: r (..., T, L, H) gives (..., L*H). Heads that a layer does not have count 0;
+    all are NaN where there was nothing to compare."""
+    v = r.nanmean(-3).flatten(-2)
+    return v.where(v.isnan().all(-1, keepdim=True), v.nan_to_num(0.0))
 
 
 def token_ends(tokens: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[int]:

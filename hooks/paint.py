@@ -44,9 +44,12 @@ def tower(model: Any) -> tuple[nn.Module, Any]:
         said = f"{type(found).__name__} has none" if names else "no vision tower was found"
         raise TypeError(f"PAINT needs a vision tower with a class token, such as CLIP's in LLaVA-1.5: {said}")
     for module in found.modules():
-        if all(hasattr(layer, "layer_norm1") and hasattr(layer, "self_attn") for layer in [*module.children()] or [0]):
-            return found, list(module.children())
-    raise TypeError(f"PAINT reads layers such as CLIP's (layer_norm1, self_attn); {type(found).__name__} has none")
+        layers: Any = list(module.children())
+        if layers and all(hasattr(x, "layer_norm1") and hasattr(getattr(x, "self_attn", 0), "q_proj") for x in layers):
+            return found, layers
+    raise TypeError(
+        f"PAINT reads layers such as CLIP's (layer_norm1, self_attn.q_proj); {type(found).__name__} has none"
+    )
 
 
 def class_attention(layer: Any, x: Tensor) -> Tensor:

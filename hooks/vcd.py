@@ -94,12 +94,16 @@ class VCD(Intervention):
 
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""
+        from vlmfix.anatomy import PICTURE_ARGUMENTS
+
         pixels = {k: v for k, v in prompt.inputs.items() if k.startswith("pixel_values") and v.is_floating_point()}
         memo["seen"] = prompt.geometry.image.any(1) & bool(pixels)
+        if other := [k for k in PICTURE_ARGUMENTS if k != "pixel_values" and prompt.inputs.get(k) is not None]:
+            raise TypeError(f"vcd noises pixel_values; the pictures of this model come as {other[0]}")
         if not pixels:
             return
-        config: Any = prompt.model.config
-        frames, share = getattr(config.vision_config, "temporal_patch_size", 1), kept(self.t)
+        vision: Any = getattr(prompt.model.config, "vision_config", None)
+        frames, share = getattr(vision, "temporal_patch_size", 1), kept(self.t)
         noised = {
             k: x * share**0.5 + noise_like(x, prompt.inputs, self.seed, frames) * (1 - share) ** 0.5
             for k, x in pixels.items()

@@ -115,11 +115,36 @@ _GEMMA4 = {
     },
     "text_config": {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16},
 }
+_CODES = {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "num_attention_heads": 1}
+_WIDE = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "head_dim": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+"""Layers with more heads than others."""
+_DEEP = {"text_config": {"layers": LAYERS}}
 SPECIAL = {
     "aria": {"projector_patch_to_query_dict": {"16": 4}, "max_value_projector_patch_to_query_dict": 4},
     "blip-2": _OPT,
     "instructblip": _OPT,
     "instructblipvideo": {"video_token_index": 150},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 150} | {f"IMGIMG{letter}Z": 100 + i for i, letter in enumerate("ABCDEFGH")},
+        "vq_config": _CODES | {"num_embeddings": 8},
+        "image_token_id": 150,
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 150, "<|extra_200|>": 108}
+        | {f"<|visual token {i:06}|>": 100 + i for i in range(8)},
+        "vq_config": _CODES | {"codebook_size": 8, "hidden_size": 32},
+        "image_token_id": 150,
+    },
+    "dots3_note": {"text_config": {"per_layer_config": {"1": _WIDE, "3": _WIDE}}},
     "cohere_compass": {
         "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
     }
@@ -185,6 +210,8 @@ SPECIAL = {
         "audio_config": {"hidden_size": WIDTH, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 4},
         "vision_soft_tokens_per_image": 16,
     },
+    "kosmos-2": _DEEP,
+    "kosmos-2.5": _DEEP,
     "kimi_k25": {"text_config": {"qk_rope_head_dim": 16, "head_dim": 16, "first_k_dense_replace": 1}},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
@@ -321,6 +348,16 @@ def _recipes(model, grid):
         for shape in ((n, 6 * p * p), (n, 3 * p * p), (n, 3, p, p), (1, n, 3, p, p)):
             yield recipe(*shape, **thw)
         yield recipe(4 * n, 3 * p * p, **thw)
+        k = p * getattr(vision, "spatial_merge_size", 1)
+        yield recipe(n, k, k, 3, **thw)
+    if "flattened_patches" in arguments:
+
+        def flat(g):
+            at = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+            pixels = torch.randn(n, vision.patch_embed_hidden_size, generator=g)
+            return {"flattened_patches": torch.cat([at, pixels], dim=1)[None]}
+
+        yield flat
     if "image_grid_hw" in arguments:
         yield recipe(n, 3 * p * p, image_grid_hw=hw)
     if "image_position_ids" in arguments:
@@ -345,6 +382,9 @@ def _recipes(model, grid):
         more = {"image_sizes": torch.tensor([[side, side]])}
     yield recipe(1, 3, side, side, **more)
     yield recipe(1, 1, 3, side, side, **more)
+    yield recipe(1, n, 3 * p * p)
+    yield recipe(n, 2, p, p, 3)
+    yield recipe(1, 4, 3, side, side, **more)
     if more:
         yield recipe(1, 5, 3, side, side, image_sizes=torch.tensor([[side, 2 * side]]))  # tiles and an overview
     yield recipe(1, 3, 64, 64, **more)
@@ -352,9 +392,9 @@ def _recipes(model, grid):
 
 def _n_tokens(model, picture):
     """Image tokens of one picture: what the model's own vision side makes of it. `None` if it cannot take it."""
-    get = getattr(model, "get_image_features", None) or model.model.get_image_features
+    get = getattr(model, "get_image_features", None) or getattr(model, "get_video_features", None)
     try:
-        out = get(**picture)
+        out = (get or model.model.get_image_features)(**picture)
     except Exception:
         return None
     features = next(
@@ -365,9 +405,9 @@ def _n_tokens(model, picture):
 
 
 def image_token(model):
-    """The placeholder id of images."""
+    """The placeholder id of images; where a mask tells them, any id does."""
     fields = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
-    return next(t for f in fields if isinstance(t := getattr(model.config, f, None), int))
+    return next((t for f in fields if isinstance(t := getattr(model.config, f, None), int)), 150)
 
 
 def _marks(model):
@@ -437,6 +477,8 @@ def _write(model, samples, pad="left"):
         own["image_token_pooling"] = own["image_token_pooling"] + 16 * i  # patches are numbered through the batch
     for key in pictures[0] if pictures else ():
         inputs[key] = torch.cat([x[key] for x in pictures], dim=JOINED.get(kind, {}).get(key, 0))
+    if "image_embeds_position_mask" in arguments:
+        inputs["image_embeds_position_mask"] = (ids == token).long()
     kinds = (ids == token).int() * (kind != "paligemma")  # there, 0 marks the prefix: all of a prompt
     return inputs | {k: kinds for k in ("mm_token_type_ids", "token_type_ids") if k in arguments}
 
@@ -464,6 +506,7 @@ SUPPORTED = tuple(
         "aria",
         "aya_vision",
         "blip-2",
+        "chameleon",
         "cohere2_vision",
         "cohere_compass",
         "cosmos3_edge",
@@ -472,9 +515,11 @@ SUPPORTED = tuple(
         "deepseek_vl",
         "deepseek_vl_hybrid",
         "dots3_note",
+        "emu3",
         "ernie4_5_vl_moe",
         "exaone4_5",
         "fast_vlm",
+        "fuyu",
         "gemma3",
         "gemma4",
         "gemma4_unified",
@@ -491,10 +536,15 @@ SUPPORTED = tuple(
         "hyperclovax_vision_v2",
         "idefics2",
         "idefics3",
+        "inkling2",
+        "inkling_mm_model",
         "instructblip",
+        "instructblipvideo",
         "internvl",
         "janus",
         "kimi_k25",
+        "kosmos-2",
+        "kosmos-2.5",
         "lfm2_vl",
         "lfm3_vl",
         "lighton_ocr",
@@ -541,9 +591,49 @@ SUPPORTED = tuple(
 SLICE = ("gemma3", "kimi_k25", "qwen3_5", "qwen3_vl")
 """Those that the default tests run: windows and bidirectional images, latent attention, a hybrid with gates, M-RoPE."""
 QUIRKS = {
+    "fuyu": ("beams",),  # as llama4
     "hunyuan_vl": ("batch",),  # a rotary axis counts the pictures of the whole batch
+    "kosmos-2": ("batch", "cache"),  # tokens that come from a cache count the padding before them
+    "kosmos-2.5": ("batch", "cache"),
     "llama4": ("beams",),  # its beam search fails: it does not repeat the pictures for each beam
 }
 """What the untouched model does not keep."""
-REFUSED = {("var", "glm5_next"), ("var", "qwen4_exp")}
-"""Methods that are refused with a reason: layer inputs of several residual streams."""
+REFUSED = {
+    "paint": set(SUPPORTED) - {"llava", "video_llava", "vipllava"},  # class token, one image token per patch
+    "pyramiddrop": {  # windows, hybrid decoders, learnt positions
+        "aya_vision",
+        "blip-2",
+        "cohere2_vision",
+        "dots3_note",
+        "exaone4_5",
+        "gemma3",
+        "gemma4",
+        "gemma4_unified",
+        "glm5_next",
+        "idefics2",
+        "inkling2",
+        "inkling_mm_model",
+        "instructblip",
+        "instructblipvideo",
+        "kosmos-2",
+        "kosmos-2.5",
+        "lfm3_vl",
+        "llama4",
+        "minicpm_ocr",
+        "minicpmv4_6",
+        "minicpmv4_7",
+        "mistral_large4",
+        "muse_glimmer",
+        "muse_spark",
+        "nemotron_h_omni",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen4_exp",
+        "shieldgemma2",
+        "step3p7",
+        "unlimited_ocr",
+    },
+    "vcd": {"instructblipvideo", "kosmos-2.5"},  # no second stream with pictures; no pixel values
+    "var": {"glm5_next", "qwen4_exp"},  # several residual streams
+}
+"""Methods that are refused, each with a reason that names it."""

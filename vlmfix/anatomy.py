@@ -75,6 +75,15 @@ class Anatomy:
                 f"{one.name} looks at layer inputs, but {self.text_type} has {self.n_streams} residual streams a token"
             )
 
+    def must_be_as_found(self) -> None:
+        """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace projections."""
+        for layer in self.layers:
+            if layer.attention is not None and layer.out_proj not in layer.attention._modules.values():
+                raise ValueError(
+                    "the model's projections were replaced after it was wrapped, by an adapter perhaps; unwrap it and "
+                    "wrap it again"
+                )
+
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have heads to edit: all, but in hybrid decoders."""
@@ -129,6 +138,8 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def _generator(model: nn.Module) -> nn.Module:
+    if hasattr(model, "get_base_model"):  # PEFT's adapters stand around it
+        model = model.get_base_model()  # type: ignore[operator]
     names = inspect.unwrap(type(model).generate).__code__.co_names  # type: ignore[attr-defined]
     inside: Iterator[Any] = (getattr(model, name, None) for name in GENERATOR_NAMES if name in names)
     return next((module for module in inside if hasattr(module, "generate")), model)

@@ -33,6 +33,8 @@ from vlmfix.state import Call, Generation, Prompt, Stream
 ATTRIBUTE = "_vlmfix"
 LOSES_PROCESSORS = ("janus",)
 """Models whose own `generate` drops logits processors when it writes text; what it calls then does not."""
+MISPLACES_CACHE = ("instructblipvideo",)
+"""Models whose own forward pass hands the cache to their vision side, where it does not belong."""
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Settings of `generate` that let something else propose tokens."""
 
@@ -52,6 +54,7 @@ def wrap(model: nn.Module, interventions: Interventions, processor: Any = None) 
     `generate` and the forward pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens
     cannot be told from `input_ids`; `generate` also `prompt_end`, where the prompt already holds some of the answer:
     the number of columns that are prompt.
+    What torch.compile made is compiled again after `wrap` and `unwrap`; edits run between the compiled pieces.
 
     Raises `ValueError` for unknown methods and unfit settings, `TypeError` for a model that cannot be wrapped.
     """
@@ -226,6 +229,7 @@ class Attachment:
             for layer in one.at_layers(n):
                 if self.anatomy.layers[layer].attention is not None:
                     by_layer[layer].append((i, one))
+        torch.compiler.reset()  # compiled code does not see that hooks came or went
         hooks: list[Any] = []
         self._handles = hooks
         for module in dict.fromkeys((self.model, self.anatomy.generator)):
@@ -261,6 +265,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Take everything off."""
+        torch.compiler.reset()
         for handle in self._handles:
             handle.remove()
         for module, config in self._configs:
@@ -351,6 +356,7 @@ class Attachment:
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
+    @attention.between_compiled_pieces
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Find out what this forward pass is, and start a generation if it is a prefill."""
         local, scope = self._local, self._local.scope
@@ -382,6 +388,7 @@ class Attachment:
         if n_prompt and generation.geometry.n != start + n_prompt:
             self._extend(generation, named, rows, start, n_prompt, image_mask)
         if new:
+            self.anatomy.must_be_as_found()
             if start or end > n_prompt:
                 self._need_whole_prompt()
             self._begin(generation, module, named, n_prompt)
@@ -390,6 +397,7 @@ class Attachment:
         local.call = Call(generation, start, n_rows, n_prompt)
         return args, kwargs
 
+    @attention.between_compiled_pieces
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is not self._local.owner:
             return  # a part of a pass
@@ -495,6 +503,8 @@ class Attachment:
     def _run_stream(self, inputs: dict[str, Any]) -> Any:
         """The untouched model on a second stream."""
         seeing = any(inputs.get(argument) is not None for argument in PICTURE_ARGUMENTS)
+        if seeing and self.anatomy.model_type in MISPLACES_CACHE:
+            raise TypeError(f"{self.anatomy.model_type} cannot run a second stream with pictures of its own")
         module, parameters = (
             (self.model, self._parameters[0]) if seeing else (self.anatomy.generator, self._parameters[-1])
         )
@@ -545,6 +555,7 @@ class _HeadHook:
     def __init__(self, attachment: Attachment, layer: int, edits: list[tuple[int, Intervention]]):
         self.attachment, self.layer, self.edits = attachment, layer, edits
 
+    @attention.between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         a, local = self.attachment.anatomy, self.attachment._local
         x = args[0]
@@ -570,6 +581,7 @@ class _TokensHook:
     def __init__(self, attachment: Attachment, layer: int, edits: list[tuple[int, Intervention]]):
         self.attachment, self.layer, self.edits = attachment, layer, edits
 
+    @attention.between_compiled_pieces
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook on a layer."""
         given = {"hidden_states": args[0], **kwargs} if args else kwargs
@@ -578,6 +590,7 @@ class _TokensHook:
             return None
         return ((new["hidden_states"], *args[1:]), {k: new[k] for k in kwargs}) if args else ((), new)
 
+    @attention.between_compiled_pieces
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook on the last layer."""
         x = output[0] if isinstance(output, tuple) else output
@@ -604,6 +617,7 @@ class _InputHook:
     def __init__(self, attachment: Attachment, layer: int, edits: list[tuple[int, Intervention]]):
         self.attachment, self.layer, self.edits = attachment, layer, edits
 
+    @attention.between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.attachment.call()
         if call is None or call.n_prompt == 0:

@@ -20,6 +20,10 @@ LOOK = "vlmfix_look"
 PIECE = 256
 """Rows that are done at a time: bounds the memory of methods that edit or survey all rows of a long prompt."""
 Edits = list[tuple[int, Intervention]]
+between_compiled_pieces: Any = torch.compiler.disable(
+    reason="edits run between the compiled pieces of a model, so a wrapped model cannot be compiled with fullgraph=True"
+)
+"""Keeps a function out of what torch.compile makes."""
 
 
 class AttentionView:
@@ -50,7 +54,7 @@ class _Name(str):
         return hash(NAME)
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) is True or other == NAME
+        return other in (str(self), NAME)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -65,6 +69,7 @@ def attach(module: nn.Module, view: AttentionView) -> None:
     module.config = config
 
 
+@between_compiled_pieces
 def edited_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
