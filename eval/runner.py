@@ -11,9 +11,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import transformers
 from accelerate.utils.memory import should_reduce_batch_size
 
 import vlmfix
-from vlmfix.asking import Record, ask_batch, spellings
+from vlmfix.asking import Record, ask_batch, open_picture, spellings
 from vlmfix.attachment import attached, describe, wrapped
 from vlmfix.eval import stats
 from vlmfix.eval.benchmarks import Benchmark, Item, YesNo
@@ -33,6 +35,7 @@ from vlmfix.eval.yesno import MARGIN
 from vlmfix.heads import HeadList, picture_id
 from vlmfix.hooks.lookback import Detector
 from vlmfix.intervention import Intervention, did_you_mean, spec_of
+from vlmfix.sharing import can_share
 
 Progress = Callable[[str, int, int, str], None]
 """Is told how far a run is: its label, answers on disk, answers in all, and the figure so far."""
@@ -136,7 +139,7 @@ def answer_all(
             _write(folder / HEADER, json.dumps({**header, "environment": environment}, indent=2, ensure_ascii=False))
         on_disk = {r["id"]: r for path in _parts(folder) for r in read_lines(path)[0]}
         workers.wait()  # everyone has seen what is done before anyone adds to it
-        todo = [item for item in items if item.id not in on_disk][workers.rank :: workers.n]
+        todo = _share([item for item in items if item.id not in on_disk], workers)
         _check_pictures(todo, data.where or bench.where)
         so_far, n_done = _Running(bench, data), len(on_disk)
         so_far.add(list(on_disk.values()))
@@ -145,7 +148,7 @@ def answer_all(
         ask = _asking(model, processor, bench, {"max_new_tokens": identity["max_new_tokens"], **settings}, seed)
         own = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
         with _appending(folder / own) as file:
-            for batch, records in _batches(todo, 1 if settings["do_sample"] else batch_size, ask):
+            for batch, records in _answers(todo, 1 if settings["do_sample"] else batch_size, ask):
                 named = [
                     replace(record, id=item.id, image=[Path(item.image).name])
                     for item, record in zip(batch, records, strict=True)
@@ -192,10 +195,24 @@ def _templated(processor: Any, template: str) -> Iterator[None]:
         processor.chat_template = own
 
 
-def _asking(
-    model: Any, processor: Any, bench: Benchmark, settings: dict[str, Any], seed: int
-) -> Callable[[Sequence[Item]], list[Record]]:
-    """How a batch of items is asked. Answers to yes/no questions also tell the first token's probabilities."""
+def _share(items: Sequence[Item], workers: Workers) -> list[Item]:
+    """The part of the questions that this process asks; those about one picture stay together, in order."""
+    pictures: dict[str, list[Item]] = {}
+    for item in items:
+        pictures.setdefault(item.image, []).append(item)
+    return [item for asked in list(pictures.values())[workers.rank :: workers.n] for item in asked]
+
+
+Ask = Callable[[Sequence[Item], Mapping[str, Any]], list[Record]]
+"""Asks a batch of items; the mapping has the opened picture of each path."""
+
+
+def _asking(model: Any, processor: Any, bench: Benchmark, settings: dict[str, Any], seed: int) -> Ask:
+    """How a batch of items is asked. Answers to yes/no questions also tell the first token's probabilities.
+
+    Questions about one picture share the pass over it. The first batch in which some do is asked without sharing, too:
+    should an answer differ, the model cannot share, and all are asked plainly.
+    """
     words = None
     if isinstance(bench, YesNo):
         try:
@@ -205,10 +222,21 @@ def _asking(
                 raise
             warnings.warn(str(error), stacklevel=2)
 
-    def ask(batch: Sequence[Item]) -> list[Record]:
-        questions = [(item.image, item.prompt) for item in batch]
+    trust = None if can_share(model, settings) else False
+
+    def ask(batch: Sequence[Item], pictures: Mapping[str, Any]) -> list[Record]:
+        nonlocal trust
+        questions = [(pictures[item.image], item.prompt) for item in batch]
         own = {"seed": _seed(seed, batch[0].id)} if settings["do_sample"] else {}
-        return ask_batch(model, processor, questions, first_token=words, **settings, **own)
+        run = partial(ask_batch, model, processor, questions, first_token=words, **settings, **own)
+        records = run(share=trust is not False)
+        if trust is None and len({item.image for item in batch}) < len(batch):
+            plain = run(share=False)
+            trust = [r.token_ids for r in plain] == [r.token_ids for r in records]
+            if not trust:
+                warnings.warn("questions about one picture cannot share the pass over it on this model", stacklevel=2)
+                return plain
+        return records
 
     return ask
 
@@ -289,23 +317,35 @@ def _files(facts: Sequence[dict[str, Any]], kind: str) -> list[str]:
     return [one[kind]["file"] for one in facts if kind in one]
 
 
-def _batches(
-    items: Sequence[Item], size: int, ask: Callable[[Sequence[Item]], list[Record]]
-) -> Iterator[tuple[Sequence[Item], list[Record]]]:
-    """Answers batch by batch; a batch that does not fit into memory is halved, and so are those after it."""
-    start = 0
-    while start < len(items):
-        batch = items[start : start + size]
-        try:
-            records = ask(batch)
-        except Exception as error:
-            if len(batch) == 1 or not should_reduce_batch_size(error):
-                raise
-            size = len(batch) // 2
-            warnings.warn(f"out of memory with {len(batch)} questions at once; going on with {size}", stacklevel=2)
-            continue
-        yield batch, records
-        start += len(batch)
+def _answers(items: Sequence[Item], size: int, ask: Ask) -> Iterator[tuple[Sequence[Item], list[Record]]]:
+    """Answers batch by batch; a batch that does not fit into memory is halved, and so are those after it. While one is
+    answered, a thread opens the pictures of the next."""
+    start, opening = 0, {}
+    with ThreadPoolExecutor(1) as thread:
+        while start < len(items):
+            batch = items[start : _end_of_batch(items, start, size)]
+            ahead = items[start : _end_of_batch(items, start + len(batch), size)]
+            paths = dict.fromkeys(item.image for item in ahead)
+            opening = {path: opening.get(path) or thread.submit(open_picture, path) for path in paths}
+            try:
+                records = ask(batch, {item.image: opening[item.image].result() for item in batch})
+            except Exception as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
+                    raise
+                size = len(batch) // 2
+                warnings.warn(f"out of memory with {len(batch)} questions at once; going on with {size}", stacklevel=2)
+                continue
+            yield batch, records
+            start += len(batch)
+
+
+def _end_of_batch(items: Sequence[Item], start: int, size: int) -> int:
+    """Where a batch of at most `size` ends: where a picture's questions do, unless they alone are more than that."""
+    end = min(start + size, len(items))
+    border = end
+    while start < border < len(items) and items[border].image == items[border - 1].image:
+        border -= 1
+    return border if border > start else end
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -314,13 +354,13 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _merge(folder: Path, items: Sequence[Item]) -> None:
-    """Make one file, in the order of the questions, of what several processes wrote."""
+    """Make one file, in the order of the questions, of what one process or several wrote."""
     pieces = _parts(folder)
-    if pieces == [folder / RECORDS]:
-        return
     found = {r["id"]: r for path in pieces for r in read_lines(path)[0]}
-    lines = [json.dumps(found[item.id], ensure_ascii=False) for item in items if item.id in found]
-    _write(folder / RECORDS, "\n".join(lines))
+    ordered = [item.id for item in items if item.id in found]
+    if pieces == [folder / RECORDS] and ordered == list(found):
+        return
+    _write(folder / RECORDS, "\n".join(json.dumps(found[key], ensure_ascii=False) for key in ordered))
     for path in pieces:
         if path.name != RECORDS:
             path.unlink()

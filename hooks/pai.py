@@ -63,6 +63,11 @@ class PAI(Intervention):
         return self.gamma is not None
 
     @property
+    def shares_pictures(self) -> bool:  # type: ignore[override]
+        """Without guidance only rows that predict tokens are edited."""
+        return self.gamma is None
+
+    @property
     def rows(self) -> Rows:
         """Rows whose scores are raised."""
         return "generated" if self.variant == "release" and self.gamma is not None else "last"

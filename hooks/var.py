@@ -44,6 +44,8 @@ class VAR(Intervention):
         "yes/no and captions of models with visual sinks; idle, and says so, where calibration finds none"
     )
 
+    shares_pictures: ClassVar[bool] = True
+
     p: float = None  # type: ignore[assignment]
     """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""
     rho: float = None  # type: ignore[assignment]
@@ -132,7 +134,7 @@ class VAR(Intervention):
         for i, part in enumerate(parts):
             masks[..., i] = part
         site.memo.setdefault("masks", {})[site.layer] = masks
-        site.memo.setdefault("counts", {})[site.layer] = 0
+        site.memo.setdefault("counts", {}).setdefault(site.layer, 0)
 
     @staticmethod
     def _random(image: Tensor, n: Tensor, layer: int) -> Tensor:

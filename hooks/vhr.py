@@ -161,6 +161,11 @@ class VHR(Intervention):
         """The choice of heads needs the end of the prompt."""
         return self.head_list is None
 
+    @property
+    def shares_pictures(self) -> bool:  # type: ignore[override]
+        """Listed heads are the same for every question."""
+        return self.head_list is not None
+
     def acts_at(self, stage: str) -> bool:
         """Listed heads take no pass before the first."""
         return super().acts_at(stage) and (stage != "begin" or self.head_list is None)

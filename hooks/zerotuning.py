@@ -38,6 +38,7 @@ class ZeroTuning(Intervention):
         "attention, so that yes/no answers stay as they are and captions do not gain"
     )
     rows: ClassVar[Rows] = "all"
+    shares_pictures: ClassVar[bool] = True
 
     gamma: float = 0.3
     """Factor on the first token's weight, above 0. No value fits all: 0.3 is the authors' for one yes/no task, 1.5 to 4

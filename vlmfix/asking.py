@@ -289,12 +289,18 @@ def ask_batch(
     max_new_tokens: int = 256,
     seed: int | None = None,
     first_token: Mapping[str, Sequence[int]] | None = None,
+    share: bool = True,
     **generate: Any,
 ) -> list[Record]:
     """`ask` for several (image, prompt) pairs at once, padded on the left; answers come in the order of the
     questions. `first_token` names words by the tokens that begin them (`spellings`); records hold their probability.
+    Questions about the same path or picture object share the pass over it, where model, methods and decoding allow it;
+    `share=False` does without.
     """
+    from vlmfix.sharing import Sharing
+
     opened, names = [], []
+    known: dict[Any, Image.Image] = {}
     for image, prompt in questions:
         several = [image] if isinstance(image, (str, Path, Image.Image)) else list(image or ())
         if not several:
@@ -303,7 +309,12 @@ def ask_batch(
             )
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt: expected some text, got {prompt!r}")
-        pictures = [open_picture(one) for one in several]
+        pictures = []
+        for one in several:
+            key = id(one) if isinstance(one, Image.Image) else one
+            if key not in known:
+                known[key] = open_picture(one)
+            pictures.append(known[key])
         opened.append((pictures, prompt))
         named = zip(several, pictures, strict=True)
         names.append([str(s) if isinstance(s, (str, Path)) else f"{p.width}x{p.height}" for s, p in named])
@@ -316,19 +327,21 @@ def ask_batch(
         refined, facts = _refine(model, processor, opened)
         first = FirstToken(first_token or {})
         noting = {"logits_processor": [*settings.get("logits_processor", ()), first]} if first_token else {}
-        run = Answering.of(model, processor, refined, {**settings, **noting}, seed)
+        build = Sharing.of_pictures if share else Answering.of
+        run = build(model, processor, refined, {**settings, **noting}, seed)
         answers = _decode(run, facts)
     seconds = (time.perf_counter() - began) / len(questions)
     if seed is not None:
         settings["seed"] = seed
     method = [] if found is None else [describe(e) for e in found.entries]
+    digests = {id(p): hashlib.sha256(p.tobytes()).hexdigest() for p in known.values()}
     records = []
     for i, (tokens, done) in enumerate(zip(answers, _done(run, answers), strict=True)):
         records.append(
             Record(
                 model=model.config._name_or_path,
                 image=names[i],
-                image_sha256=[hashlib.sha256(p.tobytes()).hexdigest() for p in opened[i][0]],
+                image_sha256=[digests[id(p)] for p in opened[i][0]],
                 prompt=opened[i][1],
                 method=method,
                 text=run.text(tokens),

@@ -315,7 +315,8 @@ class Attachment:
             run = partial(GenerationMixin.generate, self.model)  # type: ignore[arg-type]
         try:
             out = run(*args, **kwargs)
-            self._warn_idle(self._local.scope.generation)
+            if self._local.scope.position >= (prompt_end or 0):
+                self._warn_idle(self._local.scope.generation)
             return out
         finally:
             self._local.scope, self._local.call = outer, None
@@ -345,6 +346,10 @@ class Attachment:
     def last(self) -> Generation | None:
         """The last generation of this thread, or anyone's if this thread had none."""
         return self._local.last or self._last
+
+    def branch(self, cache: Any, index: Tensor) -> None:
+        """Let several prompts that begin alike go on from one cache: its samples are now those of `index`, in turn."""
+        self._generations[cache] = self._generations[cache].branched(index)
 
     def report(self, last: Generation | None = None) -> list[dict[str, Any]]:
         """See `vlmfix.report`: of a generation, else this thread's last one, or anyone's if this thread had none."""
@@ -394,7 +399,7 @@ class Attachment:
             self._begin(generation, module, named, n_prompt)
         if scope is not None:
             scope.generation, scope.position = generation, start + n_rows
-        local.call = Call(generation, start, n_rows, n_prompt)
+        local.call = Call(generation, start, n_rows, n_prompt, ends=end <= start + n_rows)
         return args, kwargs
 
     @attention.between_compiled_pieces

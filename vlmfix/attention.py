@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ NAME = "vlmfix"
 LOOK = "vlmfix_look"
 PIECE = 256
 """Rows that are done at a time: bounds the memory of methods that edit or survey all rows of a long prompt."""
+FLOATS = {"cpu": 2**19}
+"""Entries of 16-bit keys that are float32 at a time: what the caches of a CPU core hold (2 MB)."""
+MOST_FLOATS = 2**24
+"""The same elsewhere, where few large steps are better."""
 Edits = list[tuple[int, Intervention]]
 between_compiled_pieces: Any = torch.compiler.disable(
     reason="edits run between the compiled pieces of a model, so a wrapped model cannot be compiled with fullgraph=True"
@@ -78,33 +83,37 @@ def edited_attention(
     The weights returned beside the output, where the kernel gives any, are the unedited ones.
     """
     view: AttentionView = module.config.vlmfix_view  # type: ignore[union-attr, assignment]
-    out, weights = view.kernel()(view.original, query, key, value, attention_mask, **kwargs)
+    stock = cache(partial(view.kernel(), view.original, query, key, value, attention_mask, **kwargs))
     call = view.current()
-    if call is not None:
-        edit_rows(view, call, out, Scores(view, call, query, key, attention_mask, kwargs), value)
-    return out, weights
+    if call is None:
+        return stock()
+    scores = Scores(view, call, query, key, attention_mask, kwargs)
+    if not call.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
+        return edit_rows(view, call, lambda: stock()[0], scores, value), None  # runs only where a row stays as it is
+    out, weights = stock()
+    return edit_rows(view, call, lambda: out, scores, value), weights
 
 
 class Scores:
-    """Attention scores of one layer's pass, done again for some rows at a time: rows x keys, in float32.
+    """Attention scores of one layer's pass, done again for some rows at a time: rows x keys, in float32. Keys of fewer
+    bits become float32 piece by piece, so that scores are exact and no copy of all keys is made.
 
     `extra` is what the attention module tells its kernel: `scaling`, `softcap`, `position_bias` (B, H, Q, K), attention
     sinks as parameters (`s_aux` (H,), or `sinks` (B, H, Q, 1)), `sliding_window`, `is_causal`.
     """
 
     def __init__(self, view: AttentionView, call: Call, query: Tensor, key: Tensor, mask: Any, extra: dict[str, Any]):
-        self.call, self.query, self.mask, self.extra = call, query, mask, extra
+        self.call, self.query, self.key, self.mask, self.extra = call, query, key, mask, extra
         self.n_queries, self.n_keys = query.shape[2], key.shape[2]
         self.group = query.shape[1] // key.shape[1]
-        self._keys = key.float().transpose(-1, -2)
         causal = extra.get("is_causal")
         self.causal = getattr(view.original, "is_causal", True) if causal is None else causal
 
     def rows(self, picked: Any) -> tuple[Tensor, Tensor | None]:
         """(B, H, R, K) scores as the kernel sees them, and where a row may not look; `None`: nowhere."""
         q = self.query[:, :, picked].float()
-        s = by_key_head(q, self.group) @ self._keys
-        s = s.view(*q.shape[:3], self.n_keys) * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
+        s = self._products(by_key_head(q, self.group)).view(*q.shape[:3], self.n_keys)
+        s = s * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
         if (cap := self.extra.get("softcap")) is not None:
             s = cap * (s / cap).tanh()
         if (bias := self.extra.get("position_bias")) is not None:
@@ -115,6 +124,17 @@ class Scores:
         if isinstance(self.mask, Tensor) and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
             s = s + self.mask[:, :, picked, : self.n_keys].float()
         return s.masked_fill(hidden, torch.finfo(s.dtype).min), hidden
+
+    def _products(self, q: Tensor) -> Tensor:
+        """(B, Hk, R, K) of queries (B, Hk, R, d) with all keys."""
+        key = self.key
+        if key.dtype == q.dtype:
+            return q @ key.transpose(-1, -2)
+        b, n_key_heads, n_keys, d = key.shape
+        n = min(max(FLOATS.get(key.device.type, MOST_FLOATS) // (b * n_key_heads * d), 1), n_keys)
+        room = q.new_empty(b, n_key_heads, n, d)  # one for all pieces: fresh memory would cost more than the maths
+        parts = (room[:, :, : part.shape[2]].copy_(part) for part in key.split(n, dim=2))
+        return torch.cat([q @ part.transpose(-1, -2) for part in parts], dim=-1)
 
     def softmax(self, s: Tensor, picked: Any) -> Tensor:
         """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
@@ -160,18 +180,19 @@ def by_key_head(x: Tensor, group: int) -> Tensor:
     return x.reshape(b, h // group, group * r, n)
 
 
-def edit_rows(view: AttentionView, call: Call, out: Tensor, scores: Scores, value: Tensor) -> None:
-    """Recompute the rows that an intervention may edit, in float32, and write those that it changed into `out` (B, Q,
-    H, d).
+def edit_rows(view: AttentionView, call: Call, stock: Callable[[], Tensor], scores: Scores, value: Tensor) -> Tensor:
+    """The output `stock` (B, Q, H, d) of the original kernel, with the rows that an intervention changed overwritten.
 
     Work and memory are rows x keys; rows, heads and samples that no edit changed keep the kernel's output bit for bit.
+    Weights are edited in float32; the rows that they give are summed as kernels do it: weights in the dtype of the
+    values, sums in float32.
     """
     edits = [(i, e) for i, e in view.edits if i in call.generation.force]
     index = call.row_index(frozenset(e.rows for _, e in edits)) if edits else torch.empty(0)
     surveys = [(i, e) for i, e in edits if call.n_prompt and e.acts_at("survey")]
     if index is not None and index.numel() == 0 and not surveys:
-        return
-    device, values = value.device, value.float()
+        return stock()
+    device = value.device
 
     def site(i: int, policy: Rows, picked: Any) -> Site:
         return call.site(i, policy, view.layer, view.n_layers, scores.n_keys, picked, device)
@@ -184,7 +205,7 @@ def edit_rows(view: AttentionView, call: Call, out: Tensor, scores: Scores, valu
     picks: Any = [slice(None)] if index is None else index.to(device).split(PIECE)
     for picked in picks:
         s, hidden = scores.rows(picked)
-        a = stock = scores.softmax(s, picked)
+        a = plain = scores.softmax(s, picked)
         sites = {i: site(i, e.rows, picked) for i, e in edits}
         if any(e.acts_at("scores") for _, e in edits):
             edited = s
@@ -194,14 +215,19 @@ def edit_rows(view: AttentionView, call: Call, out: Tensor, scores: Scores, valu
                 a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
         for i, e in edits:
             a = e.weights(a, sites[i])
-        if a is stock:
+        if a is plain:
             continue
         admitted = torch.stack([each.rows for each in sites.values()]).any(0)
-        changed = (a != stock).any(-1) & admitted[:, None]  # (B, H, R)
-        if changed.device.type == "cpu" and not changed.any():  # elsewhere, asking would wait for the device
+        changed = (a != plain).any(-1) & admitted[:, None]  # (B, H, R)
+        known = changed.device.type == "cpu"  # elsewhere, asking would wait for the device
+        if known and not changed.any():
             continue
-        new = (by_key_head(a, scores.group) @ values).view(*a.shape[:3], value.shape[-1]).transpose(1, 2)
+        new = (by_key_head(a, scores.group).to(value.dtype) @ value).view(*a.shape[:3], -1).transpose(1, 2)
+        if index is None and known and changed.all():
+            return new.to(scores.query.dtype)
+        out = stock()
         out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
+    return stock()
 
 
 class _Seen(Exception):

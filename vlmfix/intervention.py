@@ -108,6 +108,9 @@ class Intervention:
     make it a field."""
     whole_prompt: ClassVar[bool] = False
     """True: the prompt must go through the model in one piece (no chunked prefill)."""
+    shares_pictures: ClassVar[bool] = False
+    """True: what is done to a prompt's row depends on nothing after it, and tensors in the memo begin with the axis of
+    samples. Questions about one picture may then share the pass over it. A subclass may make it a property."""
     accelerator: ClassVar[bool] = False
     """True: made for speed, not against hallucination; put in force beside methods, never ranked among them."""
     token_by_token: ClassVar[bool] = False

@@ -73,6 +73,12 @@ class Generation:
     seen: Tensor | None = None
     """(B, T) token ids that the streams have got, prompt included."""
 
+    def branched(self, index: Tensor) -> Generation:
+        """The state of several prompts that begin alike: the b-th goes on from what was sample `index[b]`."""
+        g = self.geometry
+        geometry = Geometry(*(mask[index.to(mask.device)] for mask in (g.image, g.prompt, g.valid)))
+        return Generation(geometry, [_taken(memo, index) for memo in self.memos], self.force)
+
     def follow(self, ids: Tensor, n_beams: int, image_ids: Iterable[int]) -> None:
         """Pass the tokens of `ids` (B, T) that are new on to the streams. `n_beams` rows in a row share a sample."""
         if self.seen is not None and self.streams and ids.shape[1] > self.seen.shape[1]:
@@ -87,6 +93,15 @@ class Generation:
             for stream in self.streams:
                 stream.follow(new, parents)
         self.seen = ids
+
+
+def _taken(found: Any, index: Tensor) -> Any:
+    """What a memo holds, with its tensors' samples taken by index."""
+    if isinstance(found, Tensor):
+        return found[index.to(found.device)]
+    if isinstance(found, dict):
+        return {key: _taken(value, index) for key, value in found.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,8 @@ class Call:
     start: int
     n_rows: int
     n_prompt: int
+    ends: bool = True
+    """Whether no more prompt follows."""
     _geometries: dict[Any, Geometry] = field(default_factory=dict)
     _rows: dict[Any, Any] = field(default_factory=dict)
 
@@ -192,7 +209,7 @@ class Call:
                 mask = torch.ones_like(g.image[:, :1]).expand(-1, self.n_rows)
             else:
                 if policy == "last":
-                    prompt = torch.zeros_like(g.image).scatter(1, g.last_prompt[:, None], True) & g.prompt
+                    prompt = torch.zeros_like(g.image).scatter(1, g.last_prompt[:, None], self.ends) & g.prompt
                 else:
                     kinds = {"after_last_image": g.instruction, "text": g.prompt & ~g.image, "all": g.prompt}
                     prompt = kinds[policy] if policy != "generated" else torch.zeros_like(g.image)
