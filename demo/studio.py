@@ -84,6 +84,8 @@ class Answer:
     chosen: tuple[Intervention, ...]
     picture: Image.Image
     """RGB, upright."""
+    file: str
+    """Name of the picture's file, as the visitor has it."""
     record: Record
 
 
