@@ -201,22 +201,22 @@ def probe(studio: Studio, path: str | None, specs: Sequence[str]) -> Iterator[st
         yield problem(error)
         return
     names, _ = _together()
-    chosen: dict[str, Sequence[Intervention] | None] = {}
+    methods: dict[str, Sequence[Intervention]] = {}
     answers: dict[str, dict[str, float] | str] = {}
     for spec in specs:
         try:
-            method = interventions(spec)
-            chosen[spec_of(method)], answers[spec_of(method)] = method, ""
+            chosen = interventions(spec)
+            methods[spec_of(chosen)], answers[spec_of(chosen)] = chosen, ""
         except (ValueError, TypeError) as error:
             answers[spec] = str(error)
     known = truth(picture)
-    for spec, method in chosen.items():
+    for spec, method in methods.items():
         try:
-            answers[spec] = p_yes(studio, picture, method or (), names)
+            answers[spec] = p_yes(studio, picture, method, names)
         except (ValueError, TypeError) as error:
             answers[spec] = str(error)
         yield Probe(known, dict(answers)).html()
-    if not chosen:
+    if not methods:
         yield Probe(known, answers).html()
 
 
