@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import secrets
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from vlmfix.anatomy import anatomy
-from vlmfix.asking import Answering
 from vlmfix.demo import maps
+from vlmfix.demo.looks import bands, carved, heat_maps, notes, verdicts, vhd_heads, word_heads
 from vlmfix.demo.studio import (
     METHODS,
     Answer,
@@ -26,13 +25,8 @@ from vlmfix.demo.studio import (
     read_prompt,
     truth,
 )
-from vlmfix.demo.watch import Inspection, Seen, Shown, Sinks, inspect
-from vlmfix.eval.chair import mentions
-from vlmfix.eval.ranking import divergence
-from vlmfix.hooks import carve
+from vlmfix.demo.watch import Inspection, Sinks, inspect
 
-SAME = 1e-3
-"""Attention that differs by less is the same: passes with and without a cache round differently."""
 CLICK = """
 element.addEventListener('click', event => {
   const button = event.target.closest('button[data-word]');
@@ -43,162 +37,57 @@ element.addEventListener('click', event => {
 });
 """
 """Buttons are marked here, not by a new strip from the server: the keyboard's place would be lost."""
-KEPT = 3600
-"""Seconds that an answer's attention is kept for a visitor who does nothing."""
-INTRO = "Ask, then choose a word of the answer: the map shows what the model looked at when it wrote it."
-
-
-def bands(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Choices of layers by name: all, thirds of the depth, and each by itself."""
-    found = {f"All {len(layers)} layers": tuple(layers)}
-    for name, part in zip(("Early", "Middle", "Late"), np.array_split(np.array(layers), 3), strict=True):
-        if len(part) > 1:
-            found[f"{name}: {part[0]} to {part[-1]}"] = tuple(map(int, part))
-    return {**found, **{f"Layer {layer}": (layer,) for layer in layers}}
-
-
-def heat_maps(found: Inspection, word: int, layers: Sequence[int], head: int | None) -> str:
-    """The attention that produced a word, over the picture: of the untouched model, before the edit and after it."""
-    chosen = found.words[word]
-    heat = {id(seen): seen.heat(chosen.steps, layers, head) for seen in found.looks}
-    before, after = heat[id(found.before)], heat[id(found.after)]
-    edited = bool(abs(after - before).max() > SAME)
-    looks: list[tuple[str, Seen, Shown]] = []
-    if found.untouched is not None:
-        looks.append(("Untouched model, same words", found.untouched, found.original))
-    for i, shown in enumerate(found.shown):
-        which = f", picture {i + 1}" if len(found.shown) > 1 else ""
-        if edited:
-            looks.append((f"{found.spec}, before its edit{which}", found.before, shown))
-        looks.append((f"{found.spec}{', after' if edited else ''}{which}", found.after, shown))
-    if gridless := next((shown.gridless for *_, shown in looks if shown.view is None), ""):
-        return problem(f"There is no map over the picture: {gridless}.")
-    grids = [shown.grid(heat[id(seen)]) for _, seen, shown in looks]
-    top = max(float(grid.max()) for grid in grids)
-    figures = []
-    for (title, seen, shown), grid in zip(looks, grids, strict=True):
-        assert shown.view is not None
-        row, column = np.unravel_index(grid.argmax(), grid.shape)
-        said = f"{100 * grid.sum():.1f} % of the attention; the strongest token has {100 * grid.max():.1f} %"
-        alt = f"Attention over the picture. {said}, in row {row + 1} and column {column + 1} of {grid.shape[0]} x "
-        drawn = maps.over(shown.picture, grid, shown.view.box, top, shown.grid(seen.marked(layers)))
-        figures.append(maps.figure(drawn, title, said, f"{title}. {alt}{grid.shape[1]}"))
-    several = len(chosen.steps) > 1
-    lines = [
-        f"Behind “{chosen.text}”: attention of the row{'s' * several} that predict{'s' * (not several)} its "
-        f"token{'s, averaged' * several}. One scale for all maps; grey: none, red: most."
-    ]
-    if found.untouched is not None and not edited:
-        plain = heat[id(found.untouched)]
-        alike = plain.shape == after.shape and abs(plain - after).max() < SAME
-        lines.append(
-            f"{found.spec} leaves attention as it is, here: the untouched model looks at the same."
-            if alike
-            else f"{found.spec} does not edit the attention shown here; the maps differ because what comes before does."
-        )
-    lines.append(sinks_text(found, layers))
-    return maps.panels(figures) + "".join(f'<p class="quiet">{escape(line)}</p>' for line in lines)
-
-
-def sinks_text(found: Inspection, layers: Sequence[int]) -> str:
-    """How many image tokens are visual sinks, or why none is marked."""
-    told = found.sinks
-    if not told.dims:
-        return f"No visual sinks are marked: {told.origin}."
-    n, of = int(found.after.marked(layers).sum()), found.after.image.shape[-1]
-    which = f"dimensions {', '.join(map(str, told.dims))}, tau {told.tau:.3g}, {told.origin}"
-    if not n:
-        return f"No image token is a visual sink in at least half of these layers ({which})."
-    return f"✕ marks the {n} of {of} image tokens that are visual sinks in at least half of these layers ({which})."
-
-
-def notes(found: Inspection) -> str:
-    """What the method has to say: that it is idle, or did nothing, and which answer it gave."""
-    lines = []
-    for method, did in zip(found.record.method, found.record.did, strict=True):
-        if idle := method["facts"].get("idle"):
-            lines.append(f"{method['name']} does not act on this model: {idle}.")
-        elif not did.get("acted"):
-            lines.append(f"{method['name']} found nothing to act on in this answer.")
-    return "".join(f'<p class="quiet">{escape(line)}</p>' for line in lines)
-
-
-def word_heads(found: Inspection, word: int) -> str:
-    """Layers x heads: how much each looks at the picture behind a word."""
-    chosen = found.words[word]
-    shares = 100 * found.after.by_head(chosen.steps)
-    values = {layer: row.tolist() for layer, row in zip(found.after.layers, shares, strict=True)}
-    return maps.heads(values, found.heads, f"Behind “{chosen.text}”: attention on the picture, in percent", " %")
-
-
-def vhd_heads(studio: Studio, picture: Image.Image, prompt: str, chosen: dict[int, tuple[int, ...]]) -> str:
-    """Layers x heads: VHD, over the mean of the layer."""
-    inputs = Answering.of(studio.model, studio.processor, [([picture], prompt)], {}).inputs
-    with studio.under() as twin:
-        vhd = {layer: choice.vhd[0] for layer, choice in divergence(twin, inputs).items()}
-    values = {layer: (row / row.mean()).tolist() for layer, row in vhd.items()}
-    return maps.heads(values, chosen, "VHD: change of a head's output when the picture is there, over its layer's mean")
-
-
-def carved(found: Inspection) -> str:
-    """CARVE's contrast, mask and crop, as its record has them; empty where CARVE was not asked for or did not look."""
-    for method, did in zip(found.record.method, found.record.did, strict=True):
-        if method["name"] == "carve" and "heat" in did:
-            heat, picture = np.array(did["heat"]), found.original.picture
-            drawn = maps.over(picture, heat, tuple(did["covers"]), float(heat.max()))
-            first = f"Its first look said “{did['first']}”."
-            figures = [maps.figure(drawn, "CARVE's contrast", f"Question against description. {first}", "contrast map")]
-            if did["acted"]:
-                mask = None if did["mask"] is None else carve.unpack(did["mask"])
-                kept = "a square window" if mask is None else f"{100 * did['area']:.0f} % of the pixels"
-                kept += "" if mask is None else f", with {100 * did['share']:.0f} % of the contrast"
-                box, size = did["box"], did["size"]
-                figures += [
-                    maps.figure(maps.masked(picture, mask, tuple(box)), "Mask and box", f"Kept: {kept}.", "mask"),
-                    maps.figure(
-                        carve.redraw(did, picture), "Refined picture", f"Enlarged to {size[0]} x {size[1]}.", "crop"
-                    ),
-                ]
-            else:
-                figures.append("<p>The mask takes in everything, so the answer saw the picture as it is.</p>")
-            return f"<h4>What CARVE cut out</h4>{maps.panels(figures)}"
-    return ""
-
-
-def verdicts(found: Inspection, known: frozenset[str] | None) -> list[str]:
-    """Of each word: `present` or `invented` where it names an object of a picture whose content is known, `object`
-    where it is not, else empty."""
-    spans = [(m.start(), m.end()) for m in re.finditer(r"\S+", found.record.text)]
-    kinds = [""] * len(found.words)
-    for mention in mentions(found.record.text):
-        kind = "object" if known is None else "present" if mention.node in known else "invented"
-        for i, (start, end) in enumerate(spans[: len(kinds)]):
-            if start < mention.end and mention.start < end:
-                kinds[i] = kind
-    return kinds
+KEPT = 2 * 1024**3
+"""Bytes of attention that are kept for all visitors together: an answer of 100 words of a 7B model takes about half a
+gigabyte, one of the embedded model less than a megabyte."""
+INTRO = (
+    "Asks the prompt about the picture of Compare. Then choose a word of the answer: the map shows what the model "
+    "looked at when it wrote it."
+)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a visitor looks at."""
+    """An answer that a visitor looks into."""
 
     found: Inspection
     kinds: list[str]
     """Of its words, see `verdicts`."""
-    word: int
 
-    @classmethod
-    def at_an_object(cls, found: Inspection) -> Opened:
-        """At the first invented word, else at the first that names an object."""
-        kinds = verdicts(found, truth(found.record))
-        named = (kinds.index(kind) for kind in ("invented", "object", "present") if kind in kinds)
-        return cls(found, kinds, next(named, 0))
+    def first(self) -> int:
+        """The first invented word, else the first that names an object, else the first."""
+        named = (self.kinds.index(kind) for kind in ("invented", "object", "present") if kind in self.kinds)
+        return next(named, 0)
 
-    def strip(self, layers: Sequence[int], head: int | None) -> str:
+    def strip(self, word: int, layers: Sequence[int], head: int | None) -> str:
         """The words of the answer, each with its share of attention on the picture."""
         shares = self.found.after.shares(layers, head)
         words = [(w.text, float(shares[list(w.steps)].mean())) for w in self.found.words]
-        return notes(self.found) + maps.strip(words, self.kinds, self.word)
+        asked = f"{self.found.spec} on “{self.found.record.prompt}”: share of each word's attention on the picture"
+        return f'<p class="quiet">{escape(asked)}</p>{notes(self.found)}{maps.strip(words, self.kinds, word)}'
+
+
+class Shelf:
+    """Answers that visitors look into, up to so many bytes; those that were put there first go first."""
+
+    def __init__(self, most: int = KEPT):
+        self._most, self._kept, self._lock = most, {}, threading.Lock()  # type: ignore[var-annotated]
+
+    def put(self, one: Opened) -> str:
+        """Keep it, and give a ticket for it."""
+        ticket = secrets.token_hex(8)
+        with self._lock:
+            self._kept[ticket] = one
+            while len(self._kept) > 1 and sum(kept.found.nbytes for kept in self._kept.values()) > self._most:
+                del self._kept[next(iter(self._kept))]
+        return ticket
+
+    def get(self, ticket: str) -> Opened:
+        """What the ticket stands for. `ValueError` if it is gone."""
+        with self._lock:
+            if ticket in self._kept:
+                return self._kept[ticket]
+        raise ValueError("Others have looked inside since, and this answer is no longer kept; look inside again.")
 
 
 def tab(studio: Studio, shared: Shared) -> None:
@@ -214,7 +103,7 @@ def tab(studio: Studio, shared: Shared) -> None:
         band = gr.Dropdown(list(layers), label="Layers", info="of the maps and shares", min_width=150)
         head = gr.Dropdown(list(heads), label="Heads", info="of the maps and shares", min_width=150)
     button = gr.Button("Look inside", variant="primary")
-    opened = gr.State(time_to_live=KEPT)
+    shelf, place = Shelf(), gr.State()  # ticket and word
     strip = gr.HTML(elem_classes="inside", js_on_load=CLICK)
     drawn = gr.HTML(elem_classes="inside")
     with gr.Row():
@@ -226,37 +115,44 @@ def tab(studio: Studio, shared: Shared) -> None:
         try:
             picture, prompt, method = read_picture(path), read_prompt(prompt), interventions(spec)
             found = inspect(studio, picture, prompt, method, known)
-            one = Opened.at_an_object(found)
-            shown = one.strip(layers[band], heads[head]), *word_maps(one, band, head)
-            yield one, *shown, "", carved(found)
+            one = Opened(found, verdicts(found, truth(found.record)))
+            at = shelf.put(one), one.first()
+            shown = one.strip(at[1], layers[band], heads[head]), *word_maps(one, at[1], band, head)
+            yield at, *shown, "", carved(found)
             yield *(gr.skip() for _ in range(4)), vhd_heads(studio, picture, prompt, found.heads), gr.skip()
         except (ValueError, TypeError) as error:
             yield None, problem(error), "", "", "", ""
 
-    def word_maps(one: Opened, band: str, head: str) -> tuple[str, str]:
-        return heat_maps(one.found, one.word, layers[band], heads[head]), word_heads(one.found, one.word)
+    def word_maps(one: Opened, word: int, band: str, head: str) -> tuple[str, str]:
+        return heat_maps(one.found, word, layers[band], heads[head]), word_heads(one.found, word)
 
-    def choose(one: Opened | None, band: str, head: str, event: gr.EventData) -> tuple[Any, ...]:
+    def choose(at: tuple[str, int] | None, band: str, head: str, event: gr.EventData) -> tuple[Any, ...]:
         """Another word; its number comes from the visitor's browser."""
-        word = getattr(event, "word", None)
-        if one is None or not isinstance(word, int) or not 0 <= word < len(one.found.words):
-            return one, gr.skip(), gr.skip()
-        one = replace(one, word=word)
-        return one, *word_maps(one, band, head)
+        try:
+            one, word = shelf.get(at[0] if at else ""), getattr(event, "word", None)
+            if not isinstance(word, int) or not 0 <= word < len(one.found.words):
+                raise ValueError("Choose a word of the answer.")
+        except ValueError as error:
+            return at, problem(error), ""
+        return (at[0] if at else "", word), *word_maps(one, word, band, head)
 
-    def narrow(one: Opened | None, band: str, head: str) -> tuple[Any, ...]:
+    def narrow(at: tuple[str, int] | None, band: str, head: str) -> tuple[Any, ...]:
         """Other layers or heads."""
-        if one is None:
+        if at is None:
             return gr.skip(), gr.skip(), gr.skip()
-        return one.strip(layers[band], heads[head]), *word_maps(one, band, head)
+        try:
+            one = shelf.get(at[0])
+        except ValueError as error:
+            return gr.skip(), problem(error), ""
+        return one.strip(at[1], layers[band], heads[head]), *word_maps(one, at[1], band, head)
 
     def offer(answers: tuple[Answer, ...]) -> Any:
         """Put the methods that were compared first, and take the last of them."""
         asked = list(dict.fromkeys(one.spec for one in answers))
         return gr.update(choices=list(dict.fromkeys([*asked, *METHODS])), value=asked[-1]) if asked else gr.skip()
 
-    asked, narrowed = [shared.picture, shared.prompt, method, band, head], [opened, band, head]
-    button.click(look, asked, [opened, strip, drawn, by_head, vhd, refined], api_name="look_inside")
-    strip.click(choose, narrowed, [opened, drawn, by_head], api_visibility="private", show_progress="hidden")
+    asked, narrowed = [shared.picture, shared.prompt, method, band, head], [place, band, head]
+    button.click(look, asked, [place, strip, drawn, by_head, vhd, refined], api_name="look_inside")
+    strip.click(choose, narrowed, [place, drawn, by_head], api_visibility="private", show_progress="hidden")
     gr.on([band.change, head.change], narrow, narrowed, [strip, drawn, by_head], api_visibility="private")
     shared.answers.change(offer, shared.answers, method, api_visibility="private")

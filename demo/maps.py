@@ -81,8 +81,8 @@ def over(picture: Image.Image, heat: Array, box: Box, top: float, marked: Array 
     for row, column in np.argwhere(marked) if marked is not None else ():
         width, height = (x1 - x0) / heat.shape[1], (y1 - y0) / heat.shape[0]
         left, up = x0 + column * width, y0 + row * height
-        arms = left + 0.25 * width, up + 0.25 * height, left + 0.75 * width, up + 0.75 * height
-        for colour, thick in (("black", 4), ("white", 2)):
+        arms = left + 0.35 * width, up + 0.35 * height, left + 0.65 * width, up + 0.65 * height
+        for colour, thick in (("black", 3), ("white", 1)):
             pen.line((arms[0], arms[1], arms[2], arms[3]), colour, thick)
             pen.line((arms[0], arms[3], arms[2], arms[1]), colour, thick)
     return drawn

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,7 +35,7 @@ class Seen:
     layers: tuple[int, ...]
     """Decoder layers that attend, A of them; in hybrid decoders some do not."""
     image: Array
-    """(T, A, H, N) float32: weights of the row that predicts each token."""
+    """(T, A, H, N) float16, which halves what large models take: weights of the row that predicts each token."""
     total: Array
     """(T, A, H) float32: its weights on all keys; 1, but where a layer has attention sinks as parameters."""
     sinks: Array
@@ -43,18 +44,19 @@ class Seen:
     def heat(self, steps: Sequence[int], layers: Sequence[int], head: int | None = None) -> Array:
         """(N,) attention behind some tokens, averaged over them, some layers, and all heads or one."""
         found = self.image[list(steps)][:, self._at(layers)]
-        return (found.mean(2) if head is None else found[:, :, head]).mean((0, 1))
+        return (found if head is None else found[:, :, [head]]).mean((0, 1, 2), dtype=np.float32)
 
     def shares(self, layers: Sequence[int], head: int | None = None) -> Array:
         """(T,) share of each token's attention that lies on the image, over the same layers and heads."""
-        image, total = self.image.sum(-1)[:, self._at(layers)], self.total[:, self._at(layers)]
+        at = self._at(layers)
+        image, total = self.image[:, at].sum(-1, dtype=np.float32), self.total[:, at]
         if head is not None:
             image, total = image[..., head], total[..., head]
         return image.reshape(len(image), -1).sum(1) / total.reshape(len(total), -1).sum(1)
 
     def by_head(self, steps: Sequence[int]) -> Array:
         """(A, H) share of the attention behind some tokens that lies on the image."""
-        return (self.image[list(steps)].sum(-1) / self.total[list(steps)]).mean(0)
+        return (self.image[list(steps)].sum(-1, dtype=np.float32) / self.total[list(steps)]).mean(0)
 
     def marked(self, layers: Sequence[int]) -> Array:
         """(N,) bool: sinks in at least half of some layers."""
@@ -113,7 +115,7 @@ class Watch(Intervention):
             looks.update({"pass": this_pass, "parts": []})
         columns = memo["columns"].to(a.device)[:, None, None].expand(-1, a.shape[1], a.shape[2], -1)
         looked = pad(a, (site.first_key, 0)).gather(-1, columns)
-        looks["parts"].append((looked.cpu(), a.sum(-1).cpu(), site.rows.cpu()))
+        looks["parts"].append((looked.half().cpu(), a.sum(-1).cpu(), site.rows.cpu()))
 
     def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
         """`seen`: what the answer looked at; `pictures`: what it was given."""
@@ -217,7 +219,7 @@ class Inspection:
     before: Seen
     """As each layer computed it, in the pass that gave the answer."""
     after: Seen
-    """As the method left it."""
+    """As the method left it; `before` itself where that is the same."""
     untouched: Seen | None
     """As the untouched model has it when it reads the same words; None where the answer is the untouched model's."""
     shown: tuple[Shown, ...]
@@ -232,6 +234,11 @@ class Inspection:
     def looks(self) -> tuple[Seen, ...]:
         """All that was read."""
         return self.before, self.after, *([] if self.untouched is None else [self.untouched])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, about."""
+        return sum(seen.image.nbytes for seen in {id(seen): seen for seen in self.looks}.values())
 
 
 def inspect(
@@ -250,6 +257,9 @@ def inspect(
     first, *did, last = record.did
     if not ("seen" in first and "seen" in last and record.token_ids):
         raise ValueError("Nothing was read: the model has no softmax attention, or it gave no answer.")
+    before, after = first["seen"], last["seen"]
+    if np.array_equal(before.image, after.image):
+        after = before
     untouched = reread(studio, picture, prompt, record.token_ids, watch) if method else None
     model, processor = studio.model, studio.processor
     shown: list[Shown] = []
@@ -259,8 +269,8 @@ def inspect(
         spec=spec_of(method),
         record=replace(record, did=did, method=record.method[1:-1]),
         words=words_of(processor, record.token_ids),
-        before=first["seen"],
-        after=last["seen"],
+        before=before,
+        after=after,
         untouched=untouched,
         shown=tuple(shown),
         original=Shown.of(model, processor, picture, prompt),
