@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from vlmfix.demo import compare
+from vlmfix.demo import compare, inside, probe, results
 from vlmfix.demo.studio import Studio
 
-STYLE = Path(str(files("vlmfix.demo") / "style.css"))
+STYLE = (files("vlmfix.demo") / "style.css").read_text("utf-8")
 INTRO = """<header><h1>vlmfix</h1><p>What {model} says of a picture, untouched and under published interventions.
 Where the content of the picture is known, objects are marked: <span class="there">present</span>,
 <del class="wrong">invented</del>.</p></header>"""
@@ -29,7 +29,13 @@ def build(model_name: str = "tiny") -> gr.Blocks:
             dark = gr.Button("Light / dark", size="sm", min_width=90, elem_id="theme")
         dark.click(None, None, None, js="() => { document.body.classList.toggle('dark'); }")
         with gr.Tab("Compare"):
-            compare.tab(studio)
+            shared = compare.tab(studio)
+        with gr.Tab("Look inside"):
+            inside.tab(studio, shared)
+        with gr.Tab("Probe"):
+            probe.tab(studio, shared)
+        with gr.Tab("Results"):
+            results.tab()
     return page.queue(max_size=20, default_concurrency_limit=2)
 
 
@@ -43,8 +49,7 @@ def serve(page: gr.Blocks, **where: Any) -> None:
             font=["ui-sans-serif", "system-ui", "sans-serif"],
             font_mono=["ui-monospace", "Consolas", "monospace"],
         ),
-        css_paths=STYLE,
-        head=compare.forms(),
+        head=f"<style>{STYLE}</style>{compare.forms()}",
         allowed_paths=[],
         blocked_paths=[str(Path.home())],
         footer_links=["gradio", "settings"],

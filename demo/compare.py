@@ -102,7 +102,7 @@ def tab(studio: Studio) -> Shared:
             with gr.Row(elem_classes="actions"):
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)
-            message = gr.HTML(elem_id="message")
+                message = gr.HTML(elem_id="message")
             with gr.Row(elem_classes="grid"):
                 shown = [_shown(n) for n in range(COLUMNS[1])]
             with gr.Row(elem_classes="share"):

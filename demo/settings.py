@@ -44,7 +44,7 @@ class Setting:
     choices: tuple[str, ...]
     """What it may be; empty if it is free."""
     about: str
-    """Meaning, unit and source: the field's docstring."""
+    """Meaning, unit and source: the field's docstring, where an empty field stands for `None`."""
 
 
 @cache
@@ -81,7 +81,8 @@ def _docstrings(cls: type) -> dict[str, str]:
         for field, text in pairwise(body):
             said = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and text.value.value
             if isinstance(field, ast.AnnAssign) and isinstance(said, str):
-                found[field.target.id] = " ".join(said.split())  # type: ignore[union-attr]
+                words = " ".join(said.split()).replace("`None`", "Empty").replace("`", "")
+                found[field.target.id] = words  # type: ignore[union-attr]
     return found
 
 

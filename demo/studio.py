@@ -76,7 +76,7 @@ class Studio:
         return replace(record, generation={k: v for k, v in record.generation.items() if k != "streamer"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a state of the page must be hashable, and pictures are not
 class Answer:
     """What a column of the page holds once it is done."""
 
