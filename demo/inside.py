@@ -98,16 +98,16 @@ def tab(studio: Studio, shared: Shared) -> None:
     heads = {"All heads": None, **{f"Head {h}": h for h in range(parts.n_heads)}}
     gr.HTML(f"<style>{maps.STYLE}</style><p>{INTRO}</p>", elem_classes="inside")
     with gr.Row():
-        hint = "pick or type, e.g. vhr:alpha=1.5"
-        method = gr.Dropdown(METHODS, value="vhr", label="Method", info=hint, allow_custom_value=True, min_width=150)
-        band = gr.Dropdown(list(layers), label="Layers", info="of the maps and shares", min_width=150)
-        head = gr.Dropdown(list(heads), label="Heads", info="of the maps and shares", min_width=150)
+        hint = "Method: pick or type, e.g. vhr:alpha=1.5"
+        method = gr.Dropdown(METHODS, value="vhr", label=hint, allow_custom_value=True, min_width=300)
+        band = gr.Dropdown(list(layers), label="Layers", min_width=140)
+        head = gr.Dropdown(list(heads), label="Heads", min_width=140)
     button = gr.Button("Look inside", variant="primary")
     shelf, place = Shelf(), gr.State()  # ticket and word
     strip = gr.HTML(elem_classes="inside", js_on_load=CLICK)
     drawn = gr.HTML(elem_classes="inside")
-    with gr.Row():
-        by_head, vhd = (gr.HTML(elem_classes="inside", min_width=280) for _ in range(2))
+    with gr.Row(elem_classes="inside-maps"):
+        by_head, vhd = (gr.HTML(elem_classes="inside") for _ in range(2))
     refined = gr.HTML(elem_classes="inside")
 
     def look(path: str | None, prompt: str, spec: str, band: str, head: str) -> Iterator[tuple[Any, ...]]:

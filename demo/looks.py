@@ -48,7 +48,7 @@ def heat_maps(found: Inspection, word: int, layers: Sequence[int], head: int | N
         return problem(f"There is no map over the picture: {gridless}.")
     grids = [shown.grid(heat[id(seen)]) for _, seen, shown in looks]
     top = max(float(grid.max()) for grid in grids)
-    figures = []
+    figures = [maps.figure(found.original.picture, "The picture", "", "The picture")]
     for (title, seen, shown), grid in zip(looks, grids, strict=True):
         assert shown.view is not None
         row, column = np.unravel_index(grid.argmax(), grid.shape)

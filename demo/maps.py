@@ -38,11 +38,13 @@ STYLE = """
 .inside .words .invented { color: var(--wrong, #c62828); text-decoration: line-through; }
 .inside .words .present { border-bottom: 1px dotted currentColor; }
 .inside .words small { font-size: .72em; color: var(--quiet); text-align: left; font-variant-numeric: tabular-nums; }
-.inside .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 215px), 1fr)); gap: 1em;
+.inside .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); gap: 1em;
   margin: .6em 0; }
 .inside .panels figure { margin: 0; max-width: 420px; }
 .inside .panels img { width: 100%; height: auto; display: block; border-radius: 6px; }
 .inside .panels figcaption b { display: block; color: var(--body-text-color); font-weight: 600; }
+.inside-maps { flex-wrap: wrap; }
+.inside-maps > * { flex: 1 1 300px !important; min-width: min(100%, 300px) !important; }
 .inside .scroll { overflow-x: auto; max-width: 100%; }
 .inside table.heads { border-collapse: separate; border-spacing: 2px; font-size: .8em; margin: .2em 0;
   font-variant-numeric: tabular-nums; width: auto; border: 0; }
@@ -102,13 +104,18 @@ def masked(picture: Image.Image, mask: Array | None, box: Box) -> Image.Image:
     return drawn
 
 
+def source(picture: Image.Image, longest: int = SIDE) -> str:
+    """A picture as a data address, made smaller if it is larger than `longest`."""
+    small, file = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((longest, longest))
+    small.save(file, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
 def figure(picture: Image.Image, title: str, caption: str, alt: str) -> str:
     """A picture as safe HTML."""
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=85)
-    source = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
     return (
-        f'<figure><img src="{source}" alt="{escape(alt)}"><figcaption><b>{escape(title)}</b>{escape(caption)}'
+        f'<figure><img src="{source(picture)}" alt="{escape(alt)}"><figcaption><b>{escape(title)}</b>{escape(caption)}'
         "</figcaption></figure>"
     )
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlmfix.asking import ask_batch, spellings
+from vlmfix.demo import maps
 from vlmfix.demo.studio import Shared, Studio, interventions, problem, read_picture, truth
 from vlmfix.eval.chair import Vocabulary, coco_truth
 from vlmfix.eval.plots import PALETTE, UNTOUCHED
@@ -23,10 +24,12 @@ from vlmfix.intervention import Intervention, spec_of
 
 BATCH = 20
 """Questions that go through the model at once."""
+SMALL = 200
+"""Longest side of the picture beside the bars, in pixels."""
 NEAR = 10
 """Absent objects that are shown however they are answered: those seen most often with what is there."""
 INTRO = (
-    "Asks “Is there a … in the image?” for all 80 objects of COCO, with the methods of Compare. A bar is "
+    "Asks “Is there a … in the image?” of Compare's picture, for all 80 objects of COCO, with its methods. A bar is "
     "the probability that the answer begins with yes, of yes and no."
 )
 STYLE = """
@@ -45,7 +48,9 @@ STYLE = """
   font-size: .85em; font-variant-numeric: tabular-nums; }
 .probe .bar i { display: block; height: .6em; border-radius: 2px; background: linear-gradient(to right,
   var(--c) var(--v), transparent var(--v)), linear-gradient(to right, transparent calc(50% - 1px),
-  var(--quiet) calc(50% - 1px), var(--quiet) 50%, transparent 50%), var(--line); }
+  var(--quiet) calc(50% - 1px), var(--quiet) calc(50% + 1px), transparent calc(50% + 1px)), var(--line); }
+.probe .head { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; }
+.probe .head img { max-width: 9em; max-height: 9em; border-radius: 6px; } .probe .head > div { flex: 1 1 15em; }
 .probe .bar span { white-space: nowrap; }
 .probe .wrong { color: var(--wrong, #c62828); }
 .probe details summary { cursor: pointer; margin: .8em 0 .3em; font-weight: 600; }
@@ -107,6 +112,7 @@ def p_yes(
 class Probe:
     """Answers about all objects of one picture."""
 
+    picture: Image.Image
     known: frozenset[str] | None
     """Objects that are there, where that is known."""
     answers: dict[str, dict[str, float] | str]
@@ -171,7 +177,8 @@ class Probe:
                 "<p class='quiet'>What this picture shows is not known here, so no answer is called right or wrong.</p>"
             )
         )
-        return f'<ul class="methods">{"".join(lines)}</ul>{where}'
+        methods = f'<div><ul class="methods">{"".join(lines)}</ul>{where}</div>'
+        return f'<div class="head"><img src="{maps.source(self.picture, SMALL)}" alt="The picture">{methods}</div>'
 
     def _row(self, name: str, near: dict[str, float]) -> str:
         bars = []
@@ -215,9 +222,9 @@ def probe(studio: Studio, path: str | None, specs: Sequence[str]) -> Iterator[st
             answers[spec] = p_yes(studio, picture, method, names)
         except (ValueError, TypeError) as error:
             answers[spec] = str(error)
-        yield Probe(known, dict(answers)).html()
+        yield Probe(picture, known, dict(answers)).html()
     if not methods:
-        yield Probe(known, answers).html()
+        yield Probe(picture, known, answers).html()
 
 
 def tab(studio: Studio, shared: Shared) -> None:

@@ -233,13 +233,18 @@ def test_heads_are_a_table_with_the_chosen_framed():
 def test_maps_before_and_after(looked):
     titles = lambda html: re.findall(r"<figcaption><b>([^<]*)</b>", html)  # noqa: E731
     maps_of = lambda spec: looks.heat_maps(looked(spec), 0, range(6), None)  # noqa: E731
-    assert titles(maps_of("none")) == ["none"]
-    assert titles(maps_of("pai")) == ["Untouched model, same words", "pai, before its edit", "pai, after"]
-    assert titles(maps_of("vhr")) == ["Untouched model, same words", "vhr"]
+    assert titles(maps_of("none")) == ["The picture", "none"]
+    assert titles(maps_of("pai")) == [
+        "The picture",
+        "Untouched model, same words",
+        "pai, before its edit",
+        "pai, after",
+    ]
+    assert titles(maps_of("vhr")) == ["The picture", "Untouched model, same words", "vhr"]
     assert "does not edit the attention shown here" in maps_of("vhr")
     assert "the untouched model looks at the same" in maps_of("lookback")
     carve = looks.heat_maps(looked("carve", "Is there a person in the image?", PHOTO), 0, range(6), None)
-    assert titles(carve) == ["Untouched model, same words", "carve, picture 1", "carve, picture 2"]
+    assert titles(carve) == ["The picture", "Untouched model, same words", "carve, picture 1", "carve, picture 2"]
     assert "has not seen" in carve and "has not seen" not in maps_of("vhr")
 
 
@@ -288,7 +293,7 @@ CHOICE = ("All 6 layers", "All heads")
 def test_the_tab_answers_word_by_word(handlers):
     first, last = handlers["look"](str(SCENE), DESCRIBE, "vhr", *CHOICE)
     at, strip, drawn, by_head, vhd, refined = first
-    assert strip.count("<button") > 10 and drawn.count("<figure>") == 2 and f"vhr on “{DESCRIBE}”" in strip
+    assert strip.count("<button") > 10 and drawn.count("<figure>") == 3 and f"vhr on “{DESCRIBE}”" in strip
     assert by_head.count("class=on") == 16 and vhd == refined == ""
     assert last[4].count("class=on") == 16 and "VHD" in last[4]
     changed, *shown = handlers["choose"](at, *CHOICE, type("Event", (), {"word": 2}))

@@ -14,6 +14,7 @@ from vlmfix.eval.chair import coco_truth
 from vlmfix.intervention import parse
 
 SCENE = known_pictures()["test_0032"]  # a dining table and a vase
+GREY = Image.new("RGB", (300, 200), "grey")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def answers(yes):
 
 def test_what_is_there_comes_first_then_what_is_seen_with_it():
     known = frozenset({"cat", "dog"})
-    html = probe.Probe(known, {"none": answers({"cat", "toaster"}), "vhr": answers({"cat", "dog"})}).html()
+    html = probe.Probe(GREY, known, {"none": answers({"cat", "toaster"}), "vhr": answers({"cat", "dog"})}).html()
     names, near = rows(html), probe.beside(known)
     assert len(names) == 80 and set(names[:2]) == known
     absent = names[2:]
@@ -91,7 +92,7 @@ def test_what_is_there_comes_first_then_what_is_seen_with_it():
 
 def test_wrong_answers_are_named_and_counted():
     known = frozenset({"cat", "dog"})
-    html = probe.Probe(known, {"none": answers({"cat", "toaster"}), "vhr": answers({"cat", "dog"})}).html()
+    html = probe.Probe(GREY, known, {"none": answers({"cat", "toaster"}), "vhr": answers({"cat", "dog"})}).html()
     assert "none 78 of 80 right, 1 invented, 1 missed; yes to 2" in text(html)
     assert "vhr 80 of 80 right, 0 invented, 0 missed; yes to 2" in text(html)
     assert 'title="none: 0.900 invented"' in html and 'title="none: 0.100 missed"' in html
@@ -100,14 +101,14 @@ def test_wrong_answers_are_named_and_counted():
 
 
 def test_an_unknown_picture_is_not_judged():
-    html = probe.Probe(None, {"none": answers({"cat", "toaster"}), "vhr": answers({"dog"})}).html()
+    html = probe.Probe(GREY, None, {"none": answers({"cat", "toaster"}), "vhr": answers({"dog"})}).html()
     assert set(rows(html)[:2]) == {"cat", "toaster"}  # what the first method says is there
     assert "Said to be there: 2" in html and "no answer is called right or wrong" in html
     assert "class=wrong" not in html and "none yes to 2" in text(html)
 
 
 def test_methods_have_letters_and_colours():
-    html = probe.Probe(None, {"vhr": answers(()), "none": answers(()), "<b>": "no <such> method"}).html()
+    html = probe.Probe(GREY, None, {"vhr": answers(()), "none": answers(()), "<b>": "no <such> method"}).html()
     keys = re.findall(r'<li><b class="key" style="--c:(#\w+)">(\w)</b>', html)
     assert [key for _, key in keys] == ["A", "B", "C"] and len({colour for colour, _ in keys}) == 3
     assert keys[1][0] == probe.UNTOUCHED
