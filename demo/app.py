@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,7 +17,7 @@ INTRO = """<header><h1>vlmfix</h1><p>What {model} says of a picture, untouched a
 Where the content of the picture is known, objects are marked: <span class="there">present</span>,
 <del class="wrong">invented</del>.</p></header>"""
 LIMITS: dict[str, Any] = {"max_file_size": "10mb", "state_session_capacity": 100}
-EXPOSED = "anyone who reaches this address can use this machine and its model; pictures and prompts are not kept"
+HERE = ("127.0.0.1", "localhost", "::1")
 
 
 def build(model_name: str = "tiny") -> gr.Blocks:
@@ -51,7 +51,6 @@ def serve(page: gr.Blocks, **where: Any) -> None:
         ),
         head=f"<style>{STYLE}</style>{compare.forms()}",
         allowed_paths=[],
-        blocked_paths=[str(Path.home())],
         footer_links=["gradio", "settings"],
         run_history=False,
         ssr_mode=False,
@@ -67,6 +66,9 @@ def launch(model_name: str, host: str = "127.0.0.1", port: int | None = None, sh
     Raises `ValueError` if the model cannot be loaded or the port is taken.
     """
     page = build(model_name)
+    if share or host not in HERE:
+        who = "whoever has the public link" if share else f"whoever can reach {host} on this machine"
+        warnings.warn(f"{who} can use the model, without a password", stacklevel=2)
     try:
         serve(page, server_name=host, server_port=port, share=share)
     except OSError as error:

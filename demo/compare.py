@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from vlmfix.asking import open_picture
 from vlmfix.demo.columns import stream
 from vlmfix.demo.links import COLUMNS, Question
 from vlmfix.demo.settings import METHODS, settings
@@ -81,6 +82,7 @@ def tab(studio: Studio) -> Shared:
             picture = gr.Image(
                 examples[0],
                 type="filepath",
+                format="png",  # no pixel is lost, so that examples are recognised
                 sources=["upload", "webcam", "clipboard"],
                 label="Picture",
                 height=280,
@@ -212,5 +214,5 @@ def restored(read: Callable[[Any], Question | None], said: Any) -> list[Any]:
         return [problem(f"Not restored: {error}"), *as_is]
     if found is None:
         return [gr.skip(), *as_is]
-    picture = gr.skip() if found.picture is None else str(known_pictures()[found.picture])
+    picture = gr.skip() if found.picture is None else open_picture(known_pictures()[found.picture])
     return ["", picture, found.prompt, len(found.methods), *found.methods, *FIRST[len(found.methods) :]]

@@ -28,7 +28,7 @@ class Question:
 
     def __post_init__(self) -> None:
         """Check what came from outside."""
-        if self.picture is not None and self.picture not in known_pictures():
+        if self.picture is not None and (not isinstance(self.picture, str) or self.picture not in known_pictures()):
             raise ValueError(f"picture: {str(self.picture)[:40]!r} is none of the examples")
         if not isinstance(self.prompt, str) or len(self.prompt) > LONGEST_PROMPT:
             raise ValueError(f"prompt: expected text of up to {LONGEST_PROMPT} characters")
