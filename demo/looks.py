@@ -111,7 +111,7 @@ def vhd_heads(studio: Studio, picture: Image.Image, prompt: str, chosen: dict[in
     inputs = Answering.of(studio.model, studio.processor, [([picture], prompt)], {}).inputs
     with studio.under() as twin:
         vhd = {layer: choice.vhd[0] for layer, choice in divergence(twin, inputs).items()}
-    values = {layer: (row / row.mean()).tolist() for layer, row in vhd.items()}
+    values = {layer: (row / row.mean().clamp(min=1e-12)).tolist() for layer, row in vhd.items()}
     return maps.heads(values, chosen, "VHD: change of a head's output when the picture is there, over its layer's mean")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Collection, Mapping, Sequence
+from heapq import nlargest
 from html import escape
 from typing import Any
 
@@ -57,6 +58,8 @@ STYLE = """
 """
 FEW_HEADS = 12
 """Up to so many heads a layer, their numbers fit into the map."""
+TOLD = 8
+"""Of more heads, so many are told in words."""
 
 
 def over(picture: Image.Image, heat: Array, box: Box, top: float, marked: Array | None = None) -> Image.Image:
@@ -163,8 +166,14 @@ def heads(
         f'<tr><th scope="row">{layer}</th>{"".join(cell(layer, h, value) for h, value in enumerate(row))}</tr>'
         for layer, row in values.items()
     )
+    told = ""
+    if many:
+        every_head = ((value, layer, h) for layer, row in values.items() for h, value in enumerate(row))
+        best = (f"L{layer}H{h} {value:.1f}{unit}" for value, layer, h in nlargest(TOLD, every_head))
+        told = f'<p class="quiet">Highest: {", ".join(best)}</p>'
     return (
-        f'<div class="scroll"><table class="heads{" many" if many else ""}"><caption>{escape(caption)}</caption>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f'<table class="heads{" many" if many else ""}"><caption>{escape(caption)}</caption>'
         f'<thead><tr><th scope="col" title="layers down, heads across">L\\H</th>{top}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{told}"
     )

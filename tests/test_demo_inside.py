@@ -226,8 +226,9 @@ def test_heads_are_a_table_with_the_chosen_framed():
     assert re.findall(r"<th scope=\"row\">(\d)</th>", html) == ["1", "4"]
     assert html.count("class=on") == 1 and 'title="layer 4, head 1: 4.0, chosen">4.0' in html
     assert 'style="--v:42%" title="layer 1, head 1: 2.0"' in html
-    wide = maps.heads({0: [1.0] * 32}, {}, "what")
-    assert "many" in wide and ">1.0<" not in wide
+    wide = maps.heads({0: [1.0] * 32, 2: [0.5] * 7 + [3.0] + [0.5] * 24}, {}, "what", " %")
+    assert "many" in wide and ">1<" not in wide and "Highest: L2H7 3.0 %, L0H31 1.0 %" in wide
+    assert "Highest" not in html
 
 
 def test_maps_before_and_after(looked):
