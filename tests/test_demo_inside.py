@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.models import ARCHITECTURES, IMAGE, picture_prompt
 from vlmfix.asking import Answering
+from vlmfix.attachment import attached, wrapped
 from vlmfix.demo import inside, looks, maps
 from vlmfix.demo.studio import Answer, Shared, Studio, known_pictures
-from vlmfix.demo.watch import Seen, Shown, Sinks, inspect, words_of
+from vlmfix.demo.watch import Seen, Shown, Sinks, Watch, inspect, words_of
 from vlmfix.hooks import views
 from vlmfix.intervention import parse
 
@@ -68,6 +70,24 @@ def test_it_is_the_attention_that_the_model_itself_computes(studio, looked):
     np.testing.assert_allclose(found.before.image, wanted, atol=5e-4)
     np.testing.assert_allclose(found.before.total, 1, atol=1e-5)
     assert found.after is found.before and found.untouched is None
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_so_it_is_on_other_models(kind):
+    model = ARCHITECTURES[kind]("eager")
+    inputs = picture_prompt(model)
+    with wrapped(model, [Watch(moment="before"), Watch()]):
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        memos = attached(model).last().memos
+    before, after = (Watch().seen(memo, 0, slice(4)) for memo in memos)
+    grown = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    if "mm_token_type_ids" in inputs:
+        grown["mm_token_type_ids"] = (tokens[:, :-1] == IMAGE).int()
+    with torch.no_grad():
+        layers = model(input_ids=tokens[:, :-1], **grown, use_cache=False, output_attentions=True).attentions
+    wanted = torch.stack([a[0, :, -4:][..., tokens[0, :-1] == IMAGE] for a in layers]).permute(2, 0, 1, 3)
+    np.testing.assert_allclose(before.image, wanted.numpy(), atol=1e-3)
+    np.testing.assert_array_equal(before.image, after.image)
 
 
 def test_the_untouched_model_reads_the_same_words(looked):
