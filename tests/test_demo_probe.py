@@ -73,7 +73,7 @@ def test_co_occurrence_is_counted_in_coco():
 
 
 def answers(yes):
-    return {name: 0.9 if name in yes else 0.1 for name in probe.beside(frozenset())}
+    return {name: 0.51 if name in yes else 0.49 for name in probe.beside(frozenset())}
 
 
 def test_what_is_there_comes_first_then_what_is_seen_with_it():
@@ -95,7 +95,7 @@ def test_wrong_answers_are_named_and_counted():
     html = probe.Probe(GREY, known, {"none": answers({"cat", "toaster"}), "vhr": answers({"cat", "dog"})}).html()
     assert "none 78 of 80 right, 1 invented, 1 missed; yes to 2" in text(html)
     assert "vhr 80 of 80 right, 0 invented, 0 missed; yes to 2" in text(html)
-    assert 'title="none: 0.900 invented"' in html and 'title="none: 0.100 missed"' in html
+    assert 'title="none: 0.510 invented"' in html and 'title="none: 0.490 missed"' in html
     assert html.count("class=wrong") == 2
     assert "In the picture: 2" in html and "Not in the picture: 78" in html
 
