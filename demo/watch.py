@@ -75,8 +75,8 @@ class Watch(Intervention):
     token_by_token: ClassVar[bool] = True
 
     moment: Literal["before", "after"] = "after"
-    """What is read: `before`, what the layer itself computes; `after`, what the methods before it in the list have made
-    of that."""
+    """What is read: `before`, what the layer itself computes (of attention sinks that are parameters it knows nothing);
+    `after`, what the methods before it in the list have made of that."""
     rows: Rows = "last"  # type: ignore[misc]
     """Prompt rows that are read: `last` predicts the answer's first token."""
     dims: tuple[int, ...] | None = None

@@ -1,6 +1,7 @@
 """Look inside: what is read of the attention is what the model computes, and the maps show it where it belongs."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import gradio as gr
@@ -162,6 +163,17 @@ def test_words_hold_all_their_tokens(studio):
     assert " ".join(word.text for word in words) == "A dining table, a surfboard."
     assert sorted(step for word in words for step in word.steps) == list(range(len(tokens)))
     assert len(words[2].steps) > 1  # the comma is a token of its own
+
+
+def test_visitors_do_not_see_each_other(studio, looked):
+    specs = ["none", "vhr", "pai", "vhr"]
+    picture = Image.open(SCENE).convert("RGB")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda spec: inspect(studio, picture, DESCRIBE, parse(spec), Sinks()), specs))
+    for one, spec in zip(found, specs, strict=True):
+        assert one.record.token_ids == looked(spec).record.token_ids
+        np.testing.assert_allclose(one.after.image, looked(spec).after.image, atol=1e-3)
+    assert attached(studio.model) is None
 
 
 # Sums
