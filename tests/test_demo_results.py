@@ -122,7 +122,7 @@ def test_filters(root):
 def test_the_report_is_the_one_of_the_command_line(root):
     page = results.report(results.find(root)[0])
     assert page.startswith("<!DOCTYPE html>") and "CHAIR (rohrbach), model tiny" in page and "POPE" in page
-    assert "<code>vhr</code>" in page
+    assert "<code>vhr</code>" in page and "; methods none, vhr; " in page  # the untouched model first
     one = results.report(results.chosen(results.find(root)[0], ["pope, model tiny, scenes, first 6"], []))
     assert "CHAIR (rohrbach)" not in one
 
