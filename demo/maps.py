@@ -39,7 +39,7 @@ STYLE = """
 .inside .words .invented { color: var(--wrong, #c62828); text-decoration: line-through; }
 .inside .words .present { border-bottom: 1px dotted currentColor; }
 .inside .words small { font-size: .72em; color: var(--quiet); text-align: left; font-variant-numeric: tabular-nums; }
-.inside .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); gap: 1em;
+.inside .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 190px), 1fr)); gap: 1em;
   margin: .6em 0; }
 .inside .panels figure { margin: 0; max-width: 420px; }
 .inside .panels img { width: 100%; height: auto; display: block; border-radius: 6px; }
