@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -60,6 +61,16 @@ TO_CLIPBOARD = "() => { navigator.clipboard.writeText(location.href); }"
 FOCUS = "() => { document.querySelector('#prompt textarea, #prompt input').focus(); return ''; }"
 
 
+# A plain subclass would have gradio write a stub file beside this one.
+Picture: Any = ABCMeta.__new__(
+    type(gr.Image),
+    "Picture",
+    (gr.Image,),
+    {"is_template": True, "preprocess": lambda self, payload: payload and payload.path},
+)
+"""`gr.Image` that leaves it to `read_picture` to open an upload, and to say in a sentence what is wrong with it."""
+
+
 def forms() -> str:
     """What the method fields need to know of all methods, for the page's head."""
     found: dict[str, Any] = {"none": {"about": "the untouched model", "expect": "", "settings": []}}
@@ -79,7 +90,7 @@ def tab(studio: Studio) -> Shared:
     examples = [str(known_pictures()[name]) for name in (SCENES if studio.embedded else PHOTOS)]
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            picture = gr.Image(
+            picture = Picture(
                 examples[0],
                 type="filepath",
                 format="png",  # no pixel is lost, so that examples are recognised
@@ -88,7 +99,6 @@ def tab(studio: Studio) -> Shared:
                 height=280,
                 elem_classes="picture",
             )
-            picture.preprocess = _path  # type: ignore[method-assign]
             known = gr.HTML(objects(examples[0]), elem_classes="known")
             gr.Examples(examples, picture, label="Examples", elem_id="examples")
         with gr.Column(scale=3, min_width=260):
@@ -153,11 +163,6 @@ def tab(studio: Studio) -> Shared:
         **quiet,
     )
     return Shared(picture, prompt, n_columns, tuple(methods), answers)
-
-
-def _path(payload: Any) -> Any:
-    """Of an upload, unopened: `read_picture` says in a sentence what is wrong with it."""
-    return payload and payload.path
 
 
 def _field(spec: str, n: int) -> gr.HTML:
