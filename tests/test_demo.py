@@ -13,10 +13,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from gradio_client import Client, handle_file
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests import zoo
 from vlmfix.asking import Record, ask
 from vlmfix.attachment import attached, wrapped
 from vlmfix.cli import app as cli
@@ -147,6 +149,16 @@ def test_a_twin_shares_the_weights_and_no_hooks(tiny):
         assert {id(x) for x in (*twin.parameters(), *twin.buffers())} == own
         assert attached(twin) is not None and attached(tiny.model) is None
         assert hooks() == before
+
+
+@pytest.mark.parametrize("model_type", zoo.SLICE)
+def test_twins_of_other_architectures_compute_the_same(model_type):
+    model = zoo.tiny(model_type)
+    inputs = zoo.prompt(model, ["tttIttt"])
+    with torch.inference_mode(), studio.Studio(model, None).under() as twin:
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+        own = {x.data_ptr() for x in (*model.parameters(), *model.buffers())}
+        assert all(x.data_ptr() in own for x in twin.state_dict().values())
 
 
 def test_settings_reach_the_method(tiny, scene):
