@@ -20,8 +20,10 @@ lint: $(VENV)/.dev
 	mkdir -p build/typed/vlmfix && ln -sfn $(CURDIR)/vlmfix/*.py $(addprefix $(CURDIR)/,vlmfix/cli hooks eval demo) build/typed/vlmfix
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vlmfix
 
-figures: $(VENV)/.dev  ## the picture of the README
+figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python assets/figures/effect.py
+	$(BIN)/python -m pytest -q tests/test_demo_browser.py -k screenshots
+	cp build/demo/compare-1400-light.png assets/figures/demo.png
 
 link:  ## for IDEs that do not follow the package map of pyproject.toml
 	for part in hooks eval demo assets; do ln -sfn ../$$part vlmfix/$$part; done

@@ -35,7 +35,7 @@ from vlmfix.eval.lookback import read_words
 from vlmfix.heads import HeadList, picture_id
 from vlmfix.hooks import sinks
 from vlmfix.hooks.lookback import Lookback
-from vlmfix.hooks.vhr import choose
+from vlmfix.hooks.vhr import Choice, choose
 from vlmfix.intervention import Idle, Intervention, Site, checked_settings, did_you_mean, read_settings
 from vlmfix.state import Prompt
 
@@ -170,6 +170,14 @@ class _Both(Intervention):
         return o
 
 
+def divergence(model: Any, inputs: dict[str, Any], distance: str = "sq_l2") -> dict[int, Choice]:
+    """VHD of every head, and VHR's choice by it, per layer: one pass with the image and one without."""
+    with torch.no_grad(), wrapped(model, _Both()):
+        model(**inputs, use_cache=False)
+        memo = attached(model).last().memos[0]  # type: ignore[union-attr]
+    return {layer: choose(memo["text"][layer], memo["visual"][layer], distance) for layer in sorted(memo["visual"])}
+
+
 @dataclass(frozen=True)
 class VHD(Tool):
     """VHR's vision-aware head divergence, averaged over pictures."""
@@ -198,12 +206,7 @@ class VHD(Tool):
         items = Chair().items(subject.data)
         values, chosen = [], []
         for batch in _batches(items, subject, "vhd"):
-            with wrapped(subject.model, _Both()):
-                subject.model(**subject.inputs(batch), use_cache=False)
-                memo = attached(subject.model).last().memos[0]  # type: ignore[union-attr]
-            per_layer = [
-                choose(memo["text"][layer], memo["visual"][layer], self.distance) for layer in sorted(memo["visual"])
-            ]
+            per_layer = list(divergence(subject.model, subject.inputs(batch), self.distance).values())
             values.append(torch.stack([c.vhd.cpu() for c in per_layer], 1))
             chosen.append(torch.stack([c.selected.float().cpu() for c in per_layer], 1))
         vhd = torch.cat(values).double()
