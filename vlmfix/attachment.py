@@ -385,8 +385,16 @@ class Attachment:
         if generation is None:
             memos: list[dict[str, Any]] = [{} for _ in self.entries]
             generation = Generation(Geometry.empty(rows.shape[0], rows.device), memos, force)
-        if n_prompt and generation.geometry.n != start + n_prompt:
-            self._extend(generation, named, rows, start, n_prompt, image_mask)
+        if n_prompt and generation.geometry.n < start + n_prompt:
+            if scope is not None and end > start + n_rows:  # in pieces: the whole decides which rows are edited
+                mask, told = scope.inputs.get("attention_mask"), {**named, "attention_mask": None}
+                if mask is not None:
+                    told["attention_mask"] = mask.repeat_interleave(rows.shape[0] // mask.shape[0], dim=0)
+                if image_mask is None:
+                    image_mask = self._image_mask(scope.inputs, scope.inputs.get("input_ids"))
+                self._extend(generation, told, rows, start, end - start, image_mask)
+            else:
+                self._extend(generation, named, rows, start, n_prompt, image_mask)
         if new:
             self.anatomy.must_be_as_found()
             if start or end > n_prompt:
