@@ -124,6 +124,40 @@ def test_videos_are_seen_like_pictures(model_type, layout):
             assert vlmfix.report(model)[0]["samples"][0]["acted"]
 
 
+def merged(model, inputs):
+    """The same prompt as embeddings with the pictures merged in, and where these are."""
+    mask = inputs["input_ids"] == zoo.image_token(model)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"].masked_fill(mask, 0))
+        seen = getattr(model, "get_image_features", None) or model.model.get_image_features
+        out = seen(**{k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")})
+    found = next(x for x in (out.pooler_output, out.last_hidden_state) if x is not None)
+    features = found if torch.is_tensor(found) else torch.cat(list(found))
+    embeds = embeds.masked_scatter(mask[..., None], features)
+    return {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}, mask
+
+
+@pytest.mark.parametrize("model_type", ["llava", "internvl", "mistral3", "fuyu", "cohere2_vision"])
+def test_geometry_told_by_the_caller(model_type):
+    """Without placeholders in the prompt, `image_mask` says which tokens are image tokens, and is believed."""
+    model = zoo.tiny(model_type)
+    inputs = zoo.prompt(model, ["tttIttIt", "tIttIttttt"])
+    own, mask = merged(model, inputs)
+    one_image = mask & ((mask & ~mask.roll(1, 1)).cumsum(1) == 1)
+    for one in (METHODS[name] for name in ("pai", "vhr", "contrast")):
+        with one(model):
+            want = answer(model, inputs, 3)[1]
+            same(answer(model, own, 3, image_mask=mask)[1], want)
+            beams = answer(model, own, 3, image_mask=mask, num_beams=2)[0]
+            if model_type != "fuyu":  # whose beam search fails with pictures
+                assert torch.equal(beams, answer(model, inputs, 3, num_beams=2)[0])
+            assert not torch.equal(answer(model, own, 3, image_mask=one_image)[1], want)
+            with pytest.raises(ValueError, match="give image_mask, bool of shape"):
+                answer(model, own, 3)
+            with pytest.raises(ValueError, match="image_mask: expected bool of shape"):
+                answer(model, own, 3, image_mask=mask[:, 1:])
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_right_padding_equals_left_padding(family, name):
     layouts = ["tttIttt", "ttIttttttt"]
