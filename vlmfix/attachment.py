@@ -54,7 +54,7 @@ def wrap(model: nn.Module, interventions: Interventions, processor: Any = None) 
     `generate` and the forward pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens
     cannot be told from `input_ids`; `generate` also `prompt_end`, where the prompt already holds some of the answer:
     the number of columns that are prompt.
-    What torch.compile made is compiled again after `wrap` and `unwrap`; edits run between the compiled pieces.
+    What torch.compile made is compiled again after `wrap`; edits run between the compiled pieces.
 
     Raises `ValueError` for unknown methods and unfit settings, `TypeError` for a model that cannot be wrapped.
     """
@@ -229,7 +229,7 @@ class Attachment:
             for layer in one.at_layers(n):
                 if self.anatomy.layers[layer].attention is not None:
                     by_layer[layer].append((i, one))
-        torch.compiler.reset()  # compiled code does not see that hooks came or went
+        torch.compiler.reset()  # compiled code does not see that hooks came, only that they went
         hooks: list[Any] = []
         self._handles = hooks
         for module in dict.fromkeys((self.model, self.anatomy.generator)):
@@ -265,7 +265,6 @@ class Attachment:
 
     def detach(self) -> None:
         """Take everything off."""
-        torch.compiler.reset()
         for handle in self._handles:
             handle.remove()
         for module, config in self._configs:
