@@ -31,11 +31,11 @@ def kept(t: int) -> float:
     return product
 
 
-def noise_like(pixels: Tensor, inputs: dict[str, Any], seed: int, frames: int) -> Tensor:
+def noise_like(pixels: Tensor, inputs: dict[str, Any], seed: int, frames: int, grid: str = "image_grid_thw") -> Tensor:
     """Standard normal noise for `pixel_values`, the same for every image: an answer does not depend on its batch.
 
-    (N, ..., h, w) has one entry per image; flattened patches (P, C*frames*p*p) come with `image_grid_thw`, and their
-    `frames` copies of a still image get the same noise.
+    (N, ..., h, w) has one entry per image; flattened patches (P, C*frames*p*p) come with a `grid` among the inputs, and
+    their `frames` copies of a still image get the same noise.
     """
     import torch
 
@@ -48,7 +48,7 @@ def noise_like(pixels: Tensor, inputs: dict[str, Any], seed: int, frames: int) -
         return torch.cat([draw(1, *pixels.shape[1:3], n) for n in widths], dim=-1)
     if pixels.dim() > 2:
         return draw(1, *pixels.shape[1:])
-    grids = inputs.get("image_grid_thw", inputs.get("image_grid_hw"))
+    grids = inputs.get(grid, inputs.get("image_grid_hw"))
     if grids is None:
         raise TypeError(
             f"VCD cannot tell images apart in pixel values of shape {tuple(pixels.shape)} without their grid"
@@ -104,10 +104,11 @@ class VCD(Intervention):
             return
         vision: Any = getattr(prompt.model.config, "vision_config", None)
         frames, share = getattr(vision, "temporal_patch_size", 1), kept(self.t)
-        noised = {
-            k: x * share**0.5 + noise_like(x, prompt.inputs, self.seed, frames) * (1 - share) ** 0.5
-            for k, x in pixels.items()
-        }
+        noised = {}
+        for k, x in pixels.items():
+            grid = "video_grid_thw" if k.endswith("videos") else "image_grid_thw"
+            noise = noise_like(x, prompt.inputs, self.seed, frames, grid)
+            noised[k] = x * share**0.5 + noise * (1 - share) ** 0.5
         memo["blurred"] = prompt.stream_with(**noised)
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:

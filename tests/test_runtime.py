@@ -123,26 +123,31 @@ BOTH = [PAI(alpha=2.0, skip_first=0), VHR(layers=(0,))]
 """Edits of attention and of head outputs."""
 
 
-@pytest.mark.parametrize(
-    ("model_type", "part"),
-    [("llava", "layer"), *[(t, "decoder") for t in ("gemma3", "qwen3_5", "qwen3_vl")]],
-)
-@torch.no_grad()
-def test_compiled_forward(model_type, part, compiles_anew, request):
+def passes_of_compiled_code(model, part, interventions):
     """Compiled before it was wrapped: the edits come, and they go."""
-    if part != "layer" and not request.config.getoption("--all-models"):
-        pytest.skip("compiling takes its time; --all-models does it")
-    model = small(model_type)
     inputs = zoo.prompt(model, ["tttIttt"])
-    with wrapped(model, BOTH):
+    with wrapped(model, interventions):
         edited = logits(model, inputs)
     plain = logits(model, inputs)
-    compiled = {"layer": decoder(model).layers[0], "decoder": decoder(model)}[part]
-    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    part.forward = torch.compile(part.forward, backend="eager")
     assert torch.equal(logits(model, inputs), plain)
-    with wrapped(model, BOTH):
+    with wrapped(model, interventions):
         assert torch.equal(logits(model, inputs), edited) and not torch.equal(edited, plain)
     assert torch.equal(logits(model, inputs), plain)
+
+
+@pytest.mark.parametrize("one", BOTH, ids=lambda one: one.name)
+def test_compiled_layer(one, compiles_anew):
+    model = small("llava")
+    passes_of_compiled_code(model, decoder(model).layers[0], one)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen3_5", "qwen3_vl"])
+def test_compiled_decoder(model_type, compiles_anew, request):
+    if not request.config.getoption("--all-models"):
+        pytest.skip("compiling takes its time; --all-models does it")
+    model = small(model_type)
+    passes_of_compiled_code(model, decoder(model), BOTH)
 
 
 def test_compiled_in_one_piece_is_refused_with_the_reason(compiles_anew):

@@ -48,10 +48,10 @@ def logits(model, inputs):
     return model(**inputs).logits
 
 
-def answer(model, inputs, n=4, **settings):
+def answer(model, inputs, n=4, sampled=False, **settings):
     """Token ids (B, n) and the scores they were chosen from, (n, B, V)."""
     out = model.generate(
-        **inputs, max_new_tokens=n, do_sample=False, suppress_tokens=list(range(140, zoo.VOCAB)), output_scores=True,
+        **inputs, max_new_tokens=n, do_sample=sampled, suppress_tokens=list(range(140, zoo.VOCAB)), output_scores=True,
         return_dict_in_generate=True, **settings,
     )  # fmt: skip
     return out.sequences[:, -len(out.scores) :], torch.stack(out.scores)

@@ -302,7 +302,7 @@ def tiny_config(model_type, changes=None):
         config = cls.from_dict(small)
         if model_type in TOWERS:
             kind, changes = TOWERS[model_type]
-            config.vision_config = CONFIG_MAPPING[kind](**changes)
+            config.__dict__["vision_config"] = CONFIG_MAPPING[kind](**changes)
         return config
 
 
@@ -521,6 +521,7 @@ SUPPORTED = tuple(
         "fast_vlm",
         "fuyu",
         "gemma3",
+        "gemma3n",
         "gemma4",
         "gemma4_unified",
         "glm46v",
@@ -607,6 +608,7 @@ REFUSED = {
         "dots3_note",
         "exaone4_5",
         "gemma3",
+        "gemma3n",
         "gemma4",
         "gemma4_unified",
         "glm5_next",
@@ -634,6 +636,6 @@ REFUSED = {
         "unlimited_ocr",
     },
     "vcd": {"instructblipvideo", "kosmos-2.5"},  # no second stream with pictures; no pixel values
-    "var": {"glm5_next", "qwen4_exp"},  # several residual streams
+    "var": {"gemma3n", "glm5_next", "qwen4_exp"},  # several residual streams
 }
 """Methods that are refused, each with a reason that names it."""

@@ -54,7 +54,7 @@ def wrap(model: nn.Module, interventions: Interventions, processor: Any = None) 
     `generate` and the forward pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens
     cannot be told from `input_ids`; `generate` also `prompt_end`, where the prompt already holds some of the answer:
     the number of columns that are prompt.
-    What torch.compile made is compiled again after `wrap` and `unwrap`; edits run between the compiled pieces.
+    What torch.compile made is compiled again after `wrap`; edits run between the compiled pieces.
 
     Raises `ValueError` for unknown methods and unfit settings, `TypeError` for a model that cannot be wrapped.
     """
@@ -229,7 +229,7 @@ class Attachment:
             for layer in one.at_layers(n):
                 if self.anatomy.layers[layer].attention is not None:
                     by_layer[layer].append((i, one))
-        torch.compiler.reset()  # compiled code does not see that hooks came or went
+        torch.compiler.reset()  # compiled code does not see that hooks came, only that they went
         hooks: list[Any] = []
         self._handles = hooks
         for module in dict.fromkeys((self.model, self.anatomy.generator)):
@@ -265,7 +265,6 @@ class Attachment:
 
     def detach(self) -> None:
         """Take everything off."""
-        torch.compiler.reset()
         for handle in self._handles:
             handle.remove()
         for module, config in self._configs:
@@ -390,8 +389,16 @@ class Attachment:
         if generation is None:
             memos: list[dict[str, Any]] = [{} for _ in self.entries]
             generation = Generation(Geometry.empty(rows.shape[0], rows.device), memos, force)
-        if n_prompt and generation.geometry.n != start + n_prompt:
-            self._extend(generation, named, rows, start, n_prompt, image_mask)
+        if n_prompt and generation.geometry.n < start + n_prompt:
+            if scope is not None and end > start + n_rows:  # in pieces: the whole decides which rows are edited
+                mask, told = scope.inputs.get("attention_mask"), {**named, "attention_mask": None}
+                if mask is not None:
+                    told["attention_mask"] = mask.repeat_interleave(rows.shape[0] // mask.shape[0], dim=0)
+                if image_mask is None:
+                    image_mask = self._image_mask(scope.inputs, scope.inputs.get("input_ids"))
+                self._extend(generation, told, rows, start, end - start, image_mask)
+            else:
+                self._extend(generation, named, rows, start, n_prompt, image_mask)
         if new:
             self.anatomy.must_be_as_found()
             if start or end > n_prompt:

@@ -65,7 +65,8 @@ class Generation:
     """What one prompt and its answer share: the geometry of the keys so far, and each intervention's memo."""
 
     geometry: Geometry
-    """Up to the end of the last piece of prompt; keys after that were generated."""
+    """Up to the end of the prompt, or of its pieces so far where nothing tells its end; keys after that were
+    generated."""
     memos: list[dict[str, Any]]
     force: frozenset[int]
     """Which of the wrapped interventions are in force."""
@@ -208,12 +209,14 @@ class Call:
             if self.n_prompt == 0:
                 mask = torch.ones_like(g.image[:, :1]).expand(-1, self.n_rows)
             else:
+                if self.generation.geometry.n > g.n:  # more of the prompt is to come
+                    g = self.generation.geometry
                 if policy == "last":
                     prompt = torch.zeros_like(g.image).scatter(1, g.last_prompt[:, None], self.ends) & g.prompt
                 else:
                     kinds = {"after_last_image": g.instruction, "text": g.prompt & ~g.image, "all": g.prompt}
                     prompt = kinds[policy] if policy != "generated" else torch.zeros_like(g.image)
-                mask = (prompt | g.generated)[:, self.start :]
+                mask = (prompt | g.generated)[:, self.start : self.start + self.n_rows]
             self._rows[policy] = mask
         return self._rows[policy]
 

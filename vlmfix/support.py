@@ -56,8 +56,6 @@ def support(model_type: str) -> Support:
     """What can be done on models of one type, told from one that is built from its default config without weights."""
     try:
         model = _skeleton(model_type)
-    except ImportError:
-        return Support(model_type, note="not looked at: its vision tower needs timm, which is not installed")
     except Exception as error:
         return Support(model_type, note=f"not looked at: its default config builds no model ({type(error).__name__})")
     if not any(argument in inspect.signature(model.forward).parameters for argument in PICTURE_ARGUMENTS):
@@ -84,9 +82,9 @@ def _skeleton(model_type: str) -> torch.nn.Module:
         config = kind()
         if model_type in COMPLETIONS:
             config = kind.from_dict(_completed(config.to_dict(), COMPLETIONS[model_type]))
-        if "timm" in str(getattr(config, "vision_config", "")):  # no matter here, and not always installed
+        if hasattr(getattr(config, "vision_config", None), "architecture"):  # timm's, which is not always installed
             clip: Any = CONFIG_MAPPING["clip_vision_model"]
-            tower = clip(model_args={"embed_dim": 768}, vocab_offset=0, rms_norm_eps=1e-6)
+            tower = clip(model_args={"embed_dim": 768}, vocab_offset=0, vocab_size=128, rms_norm_eps=1e-6)
             config.__dict__["vision_config"] = tower
         with torch.device("meta"):
             return getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])(config)
@@ -129,6 +127,10 @@ def to_markdown(rows: list[Support]) -> str:
         "",
         f"What `vlmfix models` finds with transformers {version}: {len(good)} of {len(rows)} model types",
         "of its image-text-to-text mapping are supported. `vlmfix models --markdown` wrote this page; a test compares.",
+        "",
+        "Image tokens, those of videos among them, are found by their ids in the prompt, or by the argument that",
+        "the model itself gets. A prompt of embeddings has no ids: then give `image_mask`, bool of shape (batch,",
+        "tokens), to `generate` or the forward pass of a wrapped model; it goes before what the ids say.",
         "",
         "| model type | stages | image tokens by | |",
         "|---|---|---|---|",
