@@ -22,7 +22,7 @@ from vlmfix.attachment import wrapped
 from vlmfix.demo.settings import METHODS, interventions, settings
 from vlmfix.eval.data import Data
 from vlmfix.intervention import Intervention
-from vlmfix.loading import load
+from vlmfix.loading import EMBEDDED, load
 
 MAX_NEW_TOKENS = 256
 MAX_PIXELS = 40_000_000
@@ -47,7 +47,7 @@ class Studio:
     @property
     def embedded(self) -> bool:
         """Whether the model is one of those that know drawn scenes only."""
-        return self.model.config._name_or_path in ("tiny", "tiny-sinks")  # type: ignore[union-attr, operator]
+        return self.model.config._name_or_path in EMBEDDED  # type: ignore[union-attr, operator]
 
     @contextmanager
     def under(self, chosen: Sequence[Intervention] = ()) -> Iterator[nn.Module]:
@@ -105,6 +105,7 @@ class Shared:
     columns are done."""
 
 
+@cache
 def known_pictures() -> dict[str, Path]:
     """Embedded pictures by name: `test_0032`, `000000000544`."""
     return {path.stem: path for name in ("scenes", "photos") for path in Data.load(name).images.values()}

@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vlmfix.demo import app, compare
+from vlmfix.demo import app, columns, compare
 from vlmfix.demo.links import Question
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install vlmfix[dev])")
@@ -143,6 +144,28 @@ def test_nothing_jumps_while_words_come(visit):
     answers(page)
     assert places() == before
     assert sum(page.evaluate("window.jumps")) < 0.02  # 0.1 is called good by the makers of the measure
+
+
+def test_stop_ends_the_work(visit, monkeypatch):
+    put = []
+
+    class Slow(columns.Tokens):
+        def put(self, value):
+            put.append(time.sleep(0.25))
+            super().put(value)
+
+    monkeypatch.setattr(columns, "Tokens", Slow)
+    page = visit()
+    ask(page)
+    expect(page.locator(".answer .text").first).to_contain_text("The image", timeout=WAIT)
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_timeout(800)
+    done = len(put)
+    page.wait_for_timeout(700)
+    assert len(put) == done < 2 * 23
+    monkeypatch.undo()
+    ask(page)
+    assert "23 tokens" in answers(page)[0]
 
 
 def test_a_word_is_looked_into(visit):
