@@ -799,6 +799,9 @@ def bench(
     ] = 0,
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: time that this process computes, for a machine with other work.")
+    ] = "wall",
     as_json: Json = False,
 ) -> None:
     """Measure what methods cost on this machine, on a model of real shape with random weights; nothing is loaded."""
@@ -807,6 +810,8 @@ def bench(
 
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+        if clock not in ("wall", "cpu"):
+            raise ValueError(f"clock: expected wall or cpu, got {clock!r}")
         import torch
         from transformers.utils import logging as hf_logging
 
@@ -818,6 +823,7 @@ def bench(
         model = measuring.build(shape, layers, getattr(torch, dtype), device)
         inputs = measuring.prompt(model, shape, 1 if questions else batch_size, text_tokens)
         facts = {**measuring.shape_facts(shape, model, inputs), "rounds": rounds, "new_tokens": new_tokens}
+        facts["clock"] = clock
         facts |= {"machine": measuring.environment(model), "command": shlex.join(["vlmfix", *sys.argv[1:]])}
         with progress_bar() as progress:
             tell = lambda label, done, total: progress(f"{shape} {label}", done, total, "")  # noqa: E731
@@ -825,13 +831,13 @@ def bench(
                 rows = [
                     measuring.share_questions(
                         model, inputs, one, questions=questions, own_tokens=max(text_tokens - 20, 1),
-                        new_tokens=new_tokens, rounds=rounds,
+                        new_tokens=new_tokens, rounds=rounds, clock=clock,
                     )
                     for one in methods
                 ]  # fmt: skip
             else:
                 rows = measuring.compare(
-                    model, inputs, methods, new_tokens=new_tokens, rounds=rounds, naive=naive, tell=tell
+                    model, inputs, methods, new_tokens=new_tokens, rounds=rounds, clock=clock, naive=naive, tell=tell
                 )
     if as_json:
         sys.stdout.write(json.dumps({**facts, "rows": rows}) + "\n")
@@ -854,7 +860,9 @@ def show_costs(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         for name, (_, factor) in units.items():
             one = row.get(name)
             low, high = one["interval"] if one else (0.0, 0.0)
-            cells += [f"{factor * one['median']:.1f}", f"×{one['ratio']:.2f} [{low:.2f}, {high:.2f}]"] if one else ["", ""]
+            cells += (
+                [f"{factor * one['median']:.1f}", f"×{one['ratio']:.2f} [{low:.2f}, {high:.2f}]"] if one else ["", ""]
+            )
         table.add_row(row["variant"], *map(Text, cells))
     out().print(table)
     show_machine(facts)
@@ -878,10 +886,14 @@ def show_questions(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
 def show_machine(facts: dict[str, Any]) -> None:
     """Print what was measured on."""
     m = facts["machine"]
-    where = m["gpu"] if m["device"] != "cpu" else f"{m['cpu']}, {m['threads']} threads, load {(m['load'] or [0])[0]:.1f}"
+    where = (
+        m["gpu"] if m["device"] != "cpu" else f"{m['cpu']}, {m['threads']} threads, load {(m['load'] or [0])[0]:.1f}"
+    )
+    clock = "Time computed by the process" if facts["clock"] == "cpu" else "Wall time"
     out().print(
-        f"Medians over {facts['rounds']} rounds; ratios within rounds, with 95 % intervals; {facts['new_tokens']} new "
-        f"tokens, {m['dtype']}, {m['attention']}, torch {m['torch']}, transformers {m['transformers']}, {where}.",
+        f"{clock}: medians over {facts['rounds']} rounds; ratios within rounds, with 95 % intervals; "
+        f"{facts['new_tokens']} new tokens, {m['dtype']}, {m['attention']}, torch {m['torch']}, transformers "
+        f"{m['transformers']}, {where}.",
         markup=False, soft_wrap=True,
     )  # fmt: skip
 
