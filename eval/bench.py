@@ -96,7 +96,7 @@ def build(name: str, layers: int | None, dtype: torch.dtype, device: str) -> Any
     with torch.no_grad():
         table = model.get_input_embeddings().weight
         table[:, SINK] = 0
-        table[[1, sink], SINK] = 50 * table.std()
+        table[[1, sink], SINK] = 200.0  # far beyond what layers add, so that it lasts through all of them
     return model
 
 
