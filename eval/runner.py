@@ -227,7 +227,7 @@ def _asking(model: Any, processor: Any, bench: Benchmark, settings: dict[str, An
     def ask(batch: Sequence[Item], pictures: Mapping[str, Any]) -> list[Record]:
         nonlocal trust
         questions = [(pictures[item.image], item.prompt) for item in batch]
-        own = {"seed": _seed(seed, batch[0].id)} if settings["do_sample"] else {}
+        own: dict[str, Any] = {"seed": _seed(seed, batch[0].id)} if settings["do_sample"] else {}
         run = partial(ask_batch, model, processor, questions, first_token=words, **settings, **own)
         records = run(share=trust is not False)
         if trust is None and len({item.image for item in batch}) < len(batch):
@@ -320,7 +320,8 @@ def _files(facts: Sequence[dict[str, Any]], kind: str) -> list[str]:
 def _answers(items: Sequence[Item], size: int, ask: Ask) -> Iterator[tuple[Sequence[Item], list[Record]]]:
     """Answers batch by batch; a batch that does not fit into memory is halved, and so are those after it. While one is
     answered, a thread opens the pictures of the next."""
-    start, opening = 0, {}
+    start = 0
+    opening: dict[str, Any] = {}
     with ThreadPoolExecutor(1) as thread:
         while start < len(items):
             batch = items[start : _end_of_batch(items, start, size)]

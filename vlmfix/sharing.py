@@ -24,7 +24,8 @@ def can_share(model: Any, settings: dict[str, Any]) -> bool:
     """Whether the model, the interventions in force and the settings of `generate` let questions share a picture:
     greedy decoding, and methods that say so."""
     n_beams = settings.get("num_beams") or model.generation_config.num_beams or 1
-    if settings.get("do_sample") or n_beams > 1 or set(settings) - PLAIN:
+    windows = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)  # padding would narrow them
+    if settings.get("do_sample") or n_beams > 1 or set(settings) - PLAIN or windows:
         return False
     found = attached(model)
     return found is None or (
@@ -84,7 +85,7 @@ class Sharing(Answering):
         cache.reorder_cache(self.picture)
         if found is not None:
             found.branch(cache, self.picture)
-        inner = getattr(self.model, "model", None)
+        inner: Any = getattr(self.model, "model", None)
         if isinstance(offset := getattr(inner, "rope_deltas", None), Tensor):  # positions in M-RoPE models, per sample
             inner.rope_deltas = offset[self.picture.to(offset.device)]
         return super().generate({**self.inputs, "past_key_values": cache}, **changes)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from vlmfix.cli.ask import ask
+from vlmfix.cli.bench import bench
 from vlmfix.cli.calibrate import calibrate_act, calibrate_lookback, calibrate_zerotuning
 from vlmfix.cli.console import out
 from vlmfix.cli.demo import demo
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "report": report,
     "heads": heads,
+    "bench": bench,
     "methods": methods,
     "protocols": protocols,
     "models": models,

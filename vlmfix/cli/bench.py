@@ -1,0 +1,130 @@
+"""`vlmfix bench`: what methods cost on this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from vlmfix.cli.console import METHOD_HELP, Dtype, Json, out, progress_bar, sentences
+
+
+def bench(
+    shape: Annotated[
+        str,
+        typer.Option(help="llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b, internvl3-8b, or tiny."),
+    ] = "llava-1.5-7b",
+    layers: Annotated[int | None, typer.Option(min=2, help="Fewer layers than the model has, to fit the machine.")] = 4,
+    method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "var,vhr,pai",
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    text_tokens: Annotated[int, typer.Option(min=6, help="Tokens of the prompt beside those of the image.")] = 40,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Each measures every variant once; one more warms up.")] = 9,
+    naive: Annotated[bool, typer.Option(help="Add each attention method as a naive edit of full matrices.")] = True,
+    questions: Annotated[
+        int, typer.Option(min=0, help="Measure instead how fast so many questions about one picture are answered.")
+    ] = 0,
+    dtype: Dtype = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: time that this process computes, for a machine with other work.")
+    ] = "wall",
+    as_json: Json = False,
+) -> None:
+    """Measure what methods cost on this machine, on a model of real shape with random weights; nothing is loaded."""
+    with sentences():
+        from vlmfix.intervention import split_methods
+
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+        if clock not in ("wall", "cpu"):
+            raise ValueError(f"clock: expected wall or cpu, got {clock!r}")
+        import torch
+        from transformers.utils import logging as hf_logging
+
+        from vlmfix.eval import bench as measuring
+
+        hf_logging.set_verbosity_error()
+        methods = measuring.find_methods(split_methods(method))
+        measuring.shape(shape)
+        model = measuring.build(shape, layers, getattr(torch, dtype), device)
+        inputs = measuring.prompt(model, shape, 1 if questions else batch_size, text_tokens)
+        facts = {**measuring.shape_facts(shape, model, inputs), "rounds": rounds, "new_tokens": new_tokens}
+        facts["clock"] = clock
+        facts |= {"machine": measuring.environment(model), "command": shlex.join(["vlmfix", *sys.argv[1:]])}
+        with progress_bar() as progress:
+            tell = lambda label, done, total: progress(f"{shape} {label}", done, total, "")  # noqa: E731
+            if questions:
+                rows = [
+                    measuring.share_questions(
+                        model, inputs, one, questions=questions, own_tokens=max(text_tokens - 20, 1),
+                        new_tokens=new_tokens, rounds=rounds, clock=clock,
+                    )
+                    for one in methods
+                ]  # fmt: skip
+            else:
+                rows = measuring.compare(
+                    model, inputs, methods, new_tokens=new_tokens, rounds=rounds, clock=clock, naive=naive, tell=tell
+                )
+    if as_json:
+        sys.stdout.write(json.dumps({**facts, "rows": rows}) + "\n")
+    elif questions:
+        show_questions(rows, facts)
+    else:
+        show_costs(rows, facts)
+
+
+def show_costs(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Print what `vlmfix bench` measured."""
+    units = {"prefill": ("ms", 1e3), "token": ("ms", 1e3), "memory": ("MB", 1e-6)}
+    title = "{shape}, {layers} layers, {image_tokens} of {prompt_tokens} tokens image, batch of {batch_size}"
+    table = Table("", title=Text(title.format(**facts)), title_justify="left")
+    for name, (unit, _) in units.items():
+        table.add_column(f"{name}, {unit}", justify="right")
+        table.add_column("ratio", justify="right")
+    for row in rows:
+        cells = []
+        for name, (_, factor) in units.items():
+            one = row.get(name)
+            low, high = one["interval"] if one else (0.0, 0.0)
+            cells += (
+                [f"{factor * one['median']:.1f}", f"×{one['ratio']:.2f} [{low:.2f}, {high:.2f}]"] if one else ["", ""]
+            )
+        table.add_row(row["variant"], *map(Text, cells))
+    out().print(table)
+    show_machine(facts)
+
+
+def show_questions(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Print how fast `vlmfix bench --questions` was."""
+    title = "{shape}, {layers} layers, {image_tokens} of {prompt_tokens} tokens image".format(**facts)
+    ways = list(rows[0]["seconds"])
+    table = Table("questions", "method", *ways, title=Text(title), title_justify="left")
+    for row in rows:
+        cells = []
+        for way in ways:
+            (low, high), times = row["times_faster"][way]["interval"], row["times_faster"][way]["ratio"]
+            cells.append(f"{row['seconds'][way]:.2f} s, {times:.2f} [{low:.2f}, {high:.2f}] times as fast")
+        table.add_row(str(row["questions"]), *map(Text, (row["method"], *cells)))
+    out().print(table)
+    show_machine(facts)
+
+
+def show_machine(facts: dict[str, Any]) -> None:
+    """Print what was measured on."""
+    m = facts["machine"]
+    where = (
+        m["gpu"] if m["device"] != "cpu" else f"{m['cpu']}, {m['threads']} threads, load {(m['load'] or [0])[0]:.1f}"
+    )
+    clock = "Time computed by the process" if facts["clock"] == "cpu" else "Wall time"
+    out().print(
+        f"{clock}: medians over {facts['rounds']} rounds; ratios within rounds, with 95 % intervals; "
+        f"{facts['new_tokens']} new tokens, {m['dtype']}, {m['attention']}, torch {m['torch']}, transformers "
+        f"{m['transformers']}, {where}.",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
