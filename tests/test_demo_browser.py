@@ -26,6 +26,14 @@ JUMPS = """() => { window.jumps = []; new PerformanceObserver(list => {
   for (const one of list.getEntries()) if (!one.hadRecentInput) window.jumps.push(one.value);
 }).observe({type: 'layout-shift'}); }"""
 
+TOO_WIDE = """() => {
+  const scrolls = one => one && (/auto|scroll/.test(getComputedStyle(one).overflowX) || scrolls(one.parentElement));
+  const beyond = one => one.getBoundingClientRect().right > innerWidth + 1;
+  const found = [...document.querySelectorAll('main *')].filter(one => one.checkVisibility() && beyond(one));
+  return found.filter(one => !scrolls(one.parentElement)).map(one => one.outerHTML.slice(0, 80));
+}"""
+"""What reaches out of the window, or is cut off there, and cannot be scrolled to by itself."""
+
 
 @pytest.fixture(scope="module")
 def url():
@@ -276,6 +284,7 @@ def test_screenshots(visit, width):
         if tab == "Probe":
             expect(page.locator(".block.probe").filter(has_text="vhr 80 of 80 right")).to_be_visible(timeout=WAIT)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+        assert page.evaluate(TOO_WIDE) == [], tab
         for theme in ("light", "dark"):
             name = f"{tab.lower().replace(' ', '-')}-{width}-{theme}.png"
             page.screenshot(path=SHOTS / name, full_page=True, animations="disabled")
