@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,12 +21,11 @@ LIMITS: dict[str, Any] = {"max_file_size": "10mb", "state_session_capacity": 100
 HERE = ("127.0.0.1", "localhost", "::1")
 
 
-def build(model_name: str = "tiny") -> gr.Blocks:
-    """The page for a model, for `serve`. `ValueError` if the model cannot be loaded."""
-    studio = Studio.open(model_name)
+def build(studio: Studio, runs: str | Path = "runs") -> gr.Blocks:
+    """The page for a model, for `serve`. Run folders below `runs` can be looked at."""
     with gr.Blocks(title="vlmfix", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         with gr.Row(elem_classes="top"):
-            gr.HTML(INTRO.format(model=f"<code>{escape(model_name)}</code>"))
+            gr.HTML(INTRO.format(model=f"<code>{escape(studio.name)}</code>"))
             dark = gr.Button("Light / dark", size="sm", min_width=90, elem_id="theme")
         dark.click(None, None, None, js="() => { document.body.classList.toggle('dark'); }")
         with gr.Tab("Compare"):
@@ -35,7 +35,7 @@ def build(model_name: str = "tiny") -> gr.Blocks:
         with gr.Tab("Probe"):
             probe.tab(studio, shared)
         with gr.Tab("Results"):
-            results.tab()
+            results.tab(runs)
     return page.queue(max_size=20, default_concurrency_limit=2)
 
 
@@ -60,12 +60,17 @@ def serve(page: gr.Blocks, **where: Any) -> None:
     )
 
 
-def launch(model_name: str, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> None:
-    """Serve the page until interrupted, on the first free port from 7860 if none is given.
-
-    Raises `ValueError` if the model cannot be loaded or the port is taken.
-    """
-    page = build(model_name)
+def launch(
+    studio: Studio,
+    runs: str | Path = "runs",
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+) -> None:
+    """Serve the page until interrupted, on the first free port from 7860 if none is given. `ValueError` if the port is
+    taken."""
+    page = build(studio, runs)
     if share or host not in HERE:
         who = "whoever has the public link" if share else f"whoever can reach {host} on this machine"
         warnings.warn(f"{who} can use the model, without a password", stacklevel=2)

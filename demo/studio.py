@@ -45,9 +45,14 @@ class Studio:
         return cls(*load(name))
 
     @property
+    def name(self) -> str:
+        """Of the model: a Hub id, a folder, or `tiny`."""
+        return self.model.config._name_or_path  # type: ignore[union-attr, operator, return-value]
+
+    @property
     def embedded(self) -> bool:
         """Whether the model is one of those that know drawn scenes only."""
-        return self.model.config._name_or_path in EMBEDDED  # type: ignore[union-attr, operator]
+        return self.name in EMBEDDED
 
     @contextmanager
     def under(self, chosen: Sequence[Intervention] = ()) -> Iterator[nn.Module]:

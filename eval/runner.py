@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils.memory import should_reduce_batch_size
+from PIL import Image
 
 import vlmfix
 from vlmfix.asking import Record, ask_batch, open_picture, spellings
@@ -139,8 +140,9 @@ def answer_all(
             _write(folder / HEADER, json.dumps({**header, "environment": environment}, indent=2, ensure_ascii=False))
         on_disk = {r["id"]: r for path in _parts(folder) for r in read_lines(path)[0]}
         workers.wait()  # everyone has seen what is done before anyone adds to it
-        todo = _share([item for item in items if item.id not in on_disk], workers)
-        _check_pictures(todo, data.where or bench.where)
+        left = [item for item in items if item.id not in on_disk]
+        _check_pictures(left, data.where or bench.where)
+        todo = _share(left, workers)
         so_far, n_done = _Running(bench, data), len(on_disk)
         so_far.add(list(on_disk.values()))
         tell = progress or (lambda label, done, total, figure: None)
@@ -196,11 +198,27 @@ def _templated(processor: Any, template: str) -> Iterator[None]:
 
 
 def _share(items: Sequence[Item], workers: Workers) -> list[Item]:
-    """The part of the questions that this process asks; those about one picture stay together, in order."""
+    """The part of the questions that this process asks; those about one picture stay together, in order.
+
+    Large pictures and long prompts come first: neighbours are of like length, so that batches hold little padding, and
+    a batch size that is too large for the memory is found out at once.
+    """
     pictures: dict[str, list[Item]] = {}
     for item in items:
         pictures.setdefault(item.image, []).append(item)
-    return [item for asked in list(pictures.values())[workers.rank :: workers.n] for item in asked]
+    longest = sorted(
+        pictures.values(), key=lambda asked: (_pixels(asked[0].image), max(len(i.prompt) for i in asked)), reverse=True
+    )
+    return [item for asked in longest[workers.rank :: workers.n] for item in asked]
+
+
+def _pixels(path: str) -> int:
+    """Of a picture, by the header of its file; 0 where that cannot be read: which is told when it is opened."""
+    try:
+        with Image.open(path) as picture:
+            return picture.width * picture.height
+    except OSError:
+        return 0
 
 
 Ask = Callable[[Sequence[Item], Mapping[str, Any]], list[Record]]

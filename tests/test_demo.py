@@ -41,7 +41,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def page():
-    return app.build("tiny")
+    return app.build(studio.Studio.open("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -545,11 +545,17 @@ class Page:
 )
 def test_the_command_hands_its_options_on_and_says_who_can_come_in(monkeypatch, options, exposed):
     given = {}
-    monkeypatch.setattr(app, "build", lambda name: given.update(model=name) or Page(given))
-    done = CliRunner().invoke(cli, ["demo", "--model", "tiny-sinks", "--port", "1234", *options])
+    monkeypatch.setattr(app, "build", lambda one, runs: given.update(model=one.name, runs=runs) or Page(given))
+    done = CliRunner().invoke(cli, ["demo", "--model", "tiny-sinks", "--port", "1234", "--runs", "there", *options])
     assert done.exit_code == 0
     host = "127.0.0.1" if "--server-name" not in options else options[1]
-    wanted = {"model": "tiny-sinks", "server_port": 1234, "server_name": host, "share": "--share" in options}
+    wanted = {
+        "model": "tiny-sinks",
+        "runs": Path("there"),
+        "server_port": 1234,
+        "server_name": host,
+        "share": "--share" in options,
+    }
     assert wanted.items() <= given.items()
     assert given["allowed_paths"] == []
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
@@ -557,7 +563,7 @@ def test_the_command_hands_its_options_on_and_says_who_can_come_in(monkeypatch, 
 
 
 def test_a_port_that_is_taken_is_said(monkeypatch):
-    monkeypatch.setattr(app, "build", lambda name: Page({}, OSError("Cannot find empty port in range: 80-80")))
+    monkeypatch.setattr(app, "build", lambda *_: Page({}, OSError("Cannot find empty port in range: 80-80")))
     done = CliRunner().invoke(cli, ["demo", "--port", "80"])
     assert done.exit_code == 1
     assert "cannot serve on 127.0.0.1, port 80" in done.stderr

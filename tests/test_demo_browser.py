@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlmfix.demo import app, columns, compare
 from vlmfix.demo.links import Question
+from vlmfix.demo.studio import Studio
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install vlmfix[dev])")
 expect = playwright.expect
@@ -37,7 +38,7 @@ TOO_WIDE = """() => {
 
 @pytest.fixture(scope="module")
 def url():
-    page = app.build("tiny")
+    page = app.build(Studio.open("tiny"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     app.serve(page, server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)

@@ -13,7 +13,7 @@ import torch
 
 import vlmfix
 from vlmfix.eval import runner
-from vlmfix.eval.benchmarks import benchmark
+from vlmfix.eval.benchmarks import Item, benchmark
 from vlmfix.eval.data import Data
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +107,24 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="out of memory with 8 questions at once; going on with 4"):
         run = runner.answer_all(model, processor, (), benchmark("chair"), Data.load(limit=10), tmp_path, batch_size=8)
     assert asked == [8, 4, 2, 2, 2, 2, 2] and [r["id"] for r in run.records] == [str(i) for i in range(1, 11)]
+
+
+def test_large_pictures_and_long_prompts_are_asked_first_and_records_keep_their_order(monkeypatch, tmp_path):
+    model, processor = vlmfix.load("tiny")
+    data, asked = Data.load("photos"), []
+
+    def noted(model, processor, questions, **settings):
+        asked.extend((picture.width * picture.height, len(prompt)) for picture, prompt in questions)
+        return vlmfix.ask_batch(model, processor, questions, **settings)
+
+    monkeypatch.setattr(runner, "ask_batch", noted)
+    run = runner.answer_all(model, processor, (), benchmark("chair"), data, tmp_path, batch_size=3, max_new_tokens=2)
+    assert asked == sorted(asked, reverse=True) and len(set(asked)) > 3
+    assert [r["id"] for r in run.records] == [str(key) for key in data.images]
+    same_size = [
+        Item(str(k), str(next(iter(data.images.values()))), prompt) for k, prompt in enumerate(("a?", "a long one?"))
+    ]
+    assert runner._share(same_size, runner.Workers()) == same_size, "questions about one picture stay as they are"
 
 
 def test_other_errors_are_not_hidden(monkeypatch, tmp_path):

@@ -98,9 +98,9 @@ def wrapped(model: nn.Module, interventions: Interventions, processor: Any = Non
 def report(model: nn.Module) -> list[dict[str, Any]]:
     """What each intervention in force did in the last generation (or plain forward pass) of this model.
 
-    One dictionary per intervention: `name`, resolved `settings`, `facts` found on the model (where values came from,
-    why it is idle), and `samples`, one entry per row of the batch; their keys are the method's own and stated in its
-    file.
+    One dictionary per intervention: `name`, its settings as resolved, `facts` found on the model (where values came
+    from, why it is idle), and `samples`, one entry per row of the batch; their keys are the method's own and stated in
+    its file.
     """
     found = attached(model)
     return [] if found is None else found.report()

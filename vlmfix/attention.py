@@ -207,14 +207,13 @@ def edit_rows(view: AttentionView, call: Call, stock: Callable[[], Tensor], scor
         s, hidden = scores.rows(picked)
         a = plain = scores.softmax(s, picked)
         sites = {i: site(i, e.rows, picked) for i, e in edits}
-        if any(e.acts_at("scores") for _, e in edits):
-            edited = s
-            for i, e in edits:
-                edited = e.scores(edited, sites[i])
-            if edited is not s:
-                a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
+        edited = s
         for i, e in edits:
-            a = e.weights(a, sites[i])
+            edited = e.scores(edited, sites[i]) if e.acts_at("scores") else edited
+        if edited is not s:
+            a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
+        for i, e in edits:
+            a = e.weights(a, sites[i]) if e.acts_at("weights") else a
         if a is plain:
             continue
         admitted = torch.stack([each.rows for each in sites.values()]).any(0)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlmfix.cli.console import (
-    ModelName,
-    sentences,
-)
+from vlmfix.cli.console import DeviceMap, Dtype, ModelName, Quantize, load_model, sentences
 
 
 def demo(
@@ -19,9 +17,17 @@ def demo(
         str, typer.Option(help="Address to serve on; 0.0.0.0 lets your whole network in.")
     ] = "127.0.0.1",
     share: Annotated[bool, typer.Option(help="Make a public link; whoever has it can use your machine.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of runs of `vlmfix eval`, which visitors can read.")] = Path(
+        "runs"
+    ),
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """Compare methods in the browser."""
     with sentences():
         from vlmfix.demo.app import launch
+        from vlmfix.demo.studio import Studio
 
-        launch(model, host=server_name, port=port, share=share)
+        studio = Studio(*load_model(model, dtype, device_map, quantize))
+        launch(studio, runs, host=server_name, port=port, share=share)
