@@ -47,7 +47,7 @@ class Studio:
     @property
     def name(self) -> str:
         """Of the model: a Hub id, a folder, or `tiny`."""
-        return self.model.config._name_or_path  # type: ignore[union-attr, operator, return-value]
+        return self.model.config._name_or_path  # type: ignore[union-attr, return-value]
 
     @property
     def embedded(self) -> bool:
