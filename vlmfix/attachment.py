@@ -126,6 +126,11 @@ class _Scope:
         self.generation: Generation | None = None
         self.position = 0
 
+    def holds(self, n: int) -> bool:
+        """Whether it was given `n` columns of prompt: more of it may follow in a later call."""
+        ids = self.inputs.get("input_ids")
+        return not isinstance(ids, Tensor) or ids.shape[1] >= n
+
 
 class _Local(threading.local):
     """What this thread is doing with the model at this moment."""
@@ -390,7 +395,7 @@ class Attachment:
             memos: list[dict[str, Any]] = [{} for _ in self.entries]
             generation = Generation(Geometry.empty(rows.shape[0], rows.device), memos, force)
         if n_prompt and generation.geometry.n < start + n_prompt:
-            if scope is not None and end > start + n_rows:  # in pieces: the whole decides which rows are edited
+            if scope is not None and end > start + n_rows and scope.holds(end):  # in pieces: the whole decides on rows
                 mask, told = scope.inputs.get("attention_mask"), {**named, "attention_mask": None}
                 if mask is not None:
                     told["attention_mask"] = mask.repeat_interleave(rows.shape[0] // mask.shape[0], dim=0)
