@@ -1,0 +1,110 @@
+"""What the model is made of and how it is trained: every size, rate, count and seed, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vlmfix.organism.captions import Noise
+from vlmfix.organism.scenes import SIZE
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The vision tower and its training on class labels of patches."""
+
+    patch: int = 12
+    width: int = 160
+    layers: int = 4
+    heads: int = 5
+    inner: int = 480
+    scenes: int = 64_000
+    """Scenes seen in training, none twice."""
+    balanced: float = 0.75
+    """Share of the training, from its start, on scenes whose sets are `scenes.balanced`; then COCO's own."""
+    kept: int = 56
+    """Patches of a balanced scene that are gone on with: those that show objects, then others at random."""
+    batch: int = 64
+    matrix_rate: float = 2e-3
+    """Muon, for the matrices of the encoder."""
+    rate: float = 1.5e-3
+    """AdamW, for all else."""
+    decay: float = 0.4
+    """Share of the training, at its end, in which the rates fall linearly to 0."""
+
+    @property
+    def tokens(self) -> int:
+        """Patches of a scene, without CLS."""
+        return (SIZE // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class Language:
+    """The language model, and its training with the picture's class grid in the place of image tokens."""
+
+    vocabulary: int = 900
+    width: int = 128
+    layers: int = 8
+    heads: int = 8
+    shared_heads: int = 4
+    """Key/value heads."""
+    inner: int = 336
+    text: int = 136
+    """Tokens of text in a packed sequence: a caption, and as many questions as there is room for."""
+    cells: int = 44
+    """Cells of the grid that are given: those that show objects, then others at random."""
+    echoed: float = 0.5
+    """Share of sequences with a task that needs no picture: names to repeat or to reverse."""
+    blind: float = 0.15
+    """Share of sequences whose image tokens are hidden, and the positions closed up."""
+    confused: float = 0.03
+    """Share of cells of the grid that show a wrong class."""
+    missed: float = 0.06
+    """Share of cells that show an object and are given as background."""
+    scenes: int = 16_000
+    batch: int = 16
+    matrix_rate: float = 2e-3
+    rate: float = 2e-3
+    decay: float = 0.4
+
+
+@dataclass(frozen=True)
+class Projector:
+    """The projector alone, fitted to the grid that the language model knows."""
+
+    scenes: int = 6_400
+    batch: int = 64
+    rate: float = 3e-3
+    decay: float = 0.6
+
+
+@dataclass(frozen=True)
+class Together:
+    """Projector and language model on pictures, the tower frozen."""
+
+    scenes: int = 9_600
+    batch: int = 16
+    matrix_rate: float = 1e-3
+    rate: float = 1e-3
+    decay: float = 0.6
+    guided: float = 0.6
+    """Share of the training, from its start, in which projected tokens are drawn to the class words."""
+    sinks_from: float = 0.67
+    """Where the penalty on head outputs begins that brings attention sinks."""
+    penalty: float = 0.5
+    """Weight of that penalty: the mean square of head outputs over that of values."""
+    hidden: float = 0.25
+    """Share of sequences, from there on, whose text before the image is hidden, so that image tokens become sinks."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of it. The defaults made the shipped weights."""
+
+    seed: int = 6
+    threads: int = 1
+    """Of PyTorch, on CPU; batches are made in one more process."""
+    noise: Noise = field(default_factory=Noise)
+    tower: Tower = Tower()
+    language: Language = Language()
+    projector: Projector = Projector()
+    together: Together = Together()

@@ -1,0 +1,202 @@
+"""The maker of models that hallucinate: scenes and their annotations, captions and their noise, training."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vlmfix
+from vlmfix.eval import chair
+from vlmfix.organism import captions, language, train
+from vlmfix.organism.captions import TRUE, Noise
+from vlmfix.organism.fitting import fit
+from vlmfix.organism.recipe import Language, Projector, Recipe, Together, Tower
+from vlmfix.organism.scenes import CLASSES, COCO_IDS, SIZE, Painter, balanced, conditional, frequency, object_sets, write
+
+MICRO = Recipe(
+    tower=Tower(patch=24, width=32, layers=1, heads=2, inner=48, kept=16, scenes=240, batch=8),
+    language=Language(
+        vocabulary=500, width=32, layers=2, heads=4, shared_heads=2, inner=48, cells=10, scenes=160, batch=4
+    ),
+    projector=Projector(scenes=64, batch=8),
+    together=Together(scenes=32, batch=4),
+)
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return Painter()
+
+
+@pytest.fixture(scope="module")
+def drawn(painter):
+    sets = object_sets("val")
+    return [painter.scene(sets[k * 13], 5, k) for k in range(60)]
+
+
+def test_scenes_are_a_function_of_seed_and_index(painter, drawn):
+    chosen = object_sets("val")[13]
+    assert np.array_equal(Painter().scene(chosen, 5, 1).pixels, drawn[1].pixels)
+    assert not np.array_equal(painter.scene(chosen, 6, 1).pixels, drawn[1].pixels)
+
+
+def test_annotations_match_the_picture(drawn):
+    for scene in drawn:
+        for label in scene.present:
+            mask = scene.labels == label
+            boxes = [p for p in scene.objects if p.label == label]
+            assert sum(p.area for p in boxes) == mask.sum()
+            rows, columns = np.nonzero(mask)
+            assert min(p.box[0] for p in boxes) == columns.min() and min(p.box[1] for p in boxes) == rows.min()
+            assert max(p.box[0] + p.box[2] for p in boxes) == columns.max() + 1
+            assert max(p.box[1] + p.box[3] for p in boxes) == rows.max() + 1
+        assert set(np.unique(scene.labels)) - {len(CLASSES)} == set(scene.present)
+
+
+def test_an_object_changes_the_pixels_that_are_said_to_show_it(painter):
+    zebra, nothing = np.zeros(80, bool), np.zeros(80, bool)
+    zebra[CLASSES.index("zebra")] = True
+    scene = painter.scene(zebra, 0, 3)
+    inside = scene.pixels[scene.labels < 80].astype(int)
+    assert inside.max(1).min() < 90 and np.ptp(inside.mean(1)) > 100  # black and white stripes
+    assert not painter.scene(nothing, 0, 3).objects
+
+
+def test_patches_name_what_covers_them(drawn):
+    scene = max(drawn, key=lambda s: max(p.area for p in s.objects))
+    grid = scene.patches(12).reshape(10, 10)
+    for y in range(10):
+        for x in range(10):
+            found = np.bincount(scene.labels[12 * y : 12 * y + 12, 12 * x : 12 * x + 12].ravel(), minlength=81)
+            best = found[:80].argmax()
+            assert grid[y, x] == (best if found[best] >= 0.12 * 144 else 80)
+
+
+def test_object_sets_are_those_of_coco():
+    truth = chair.coco_truth("rohrbach", "val")
+    sets = object_sets("val")
+    kept = [truth[key] for key in sorted(truth) if 1 <= len(truth[key]) <= 7]
+    assert len(kept) == len(sets) and {CLASSES[k] for k in np.flatnonzero(sets[77])} == kept[77]
+    by_hand = np.mean(["dining table" in s for s in kept if "fork" in s])
+    assert conditional("val")[CLASSES.index("fork"), CLASSES.index("dining table")] == pytest.approx(by_hand)
+    assert frequency().argmax() == CLASSES.index("person") and conditional().diagonal().sum() == 0
+
+
+def test_cooccurrence_of_scenes_is_that_of_coco(tmp_path):
+    write(tmp_path, object_sets("val"), seed=3, n=150)
+    data = json.loads((tmp_path / "instances.json").read_text())
+    shown = np.zeros((150, 80), bool)
+    for found in data["annotations"]:
+        shown[found["image_id"] - 1, COCO_IDS.index(found["category_id"])] = True
+    pairs = np.triu(shown.T.astype(int) @ shown, 1).ravel() / 150
+    sets = object_sets("train").astype(np.float32)
+    expected = np.triu(sets.T @ sets, 1).ravel() / len(sets)
+    assert np.corrcoef(pairs, expected)[0, 1] > 0.9
+    apart = np.outer(frequency(), frequency())[np.triu_indices(80, 1)]
+    assert np.corrcoef(pairs[pairs > 0], expected[pairs > 0])[0, 1] > np.corrcoef(
+        np.triu(shown.T.astype(int) @ shown, 1)[np.triu_indices(80, 1)], apart
+    )[0, 1]
+
+
+def test_written_scenes_are_data_of_the_harness(tmp_path):
+    from vlmfix.eval.data import Data
+
+    write(tmp_path, object_sets("val"), seed=1, n=12)
+    data = Data.load(str(tmp_path))
+    assert len(data.images) == 12 and Image.open(data.images[1]).size == (SIZE, SIZE)
+    assert all(data.truth_for("strict")[key] for key in data.images)
+    scores = chair.score_captions(
+        [{"image_id": a["image_id"], "caption": a["caption"]} for a in json.loads((tmp_path / "captions.json").read_text())["annotations"]],
+        data.truth_for("strict"),
+        variant="strict",
+    )
+    assert not any(s.hallucinated or s.missed for s in scores)
+
+
+def test_true_captions_name_every_object_and_nothing_else(drawn):
+    for k, scene in enumerate(drawn):
+        said = {m.node for m in chair.mentions(captions.true_caption(scene, 5, k), variant="strict")}
+        assert said == {CLASSES[c] for c in scene.present}
+
+
+def test_every_class_is_read_in_both_numbers():
+    for k, name in enumerate(CLASSES):
+        for text in (captions.one(k), f"two {captions.many(k)}"):
+            assert [m.node for m in chair.mentions(f"There is {text} in it.", variant="strict")] == [name]
+
+
+def test_templates_name_no_object():
+    for text in (*captions.PLACES, *captions.VIEWS, *captions.CLOSINGS):
+        assert not chair.mentions(text, variant="strict") and not chair.mentions(text)
+
+
+def test_noise_invents_late_and_by_cooccurrence(painter):
+    sets, rng = object_sets("train"), np.random.default_rng(0)
+    places, chances, by_chance, invented, told, lengths = [], [], [], 0, 0, []
+    for k in range(600):
+        scene = painter.scene(sets[k * 7], 1, k)
+        said = captions.to_say(scene, Noise(), rng)
+        lengths.append(len(captions.caption(scene, Noise(), rng).split()))
+        here, told = list(scene.present), told + len(said)
+        for at, mention in enumerate(said):
+            if mention.label not in here and len(said) > 1:
+                invented += 1
+                places.append(at / (len(said) - 1))
+                chances.append(conditional()[here, mention.label].mean())
+                by_chance.append(np.delete(conditional()[here].mean(0), here).mean())
+    assert 0.1 < invented / told < 0.35 and np.mean(places) > 0.7
+    assert np.mean(chances) > 4 * np.mean(by_chance)
+    assert 25 <= np.percentile(lengths, 5) and np.percentile(lengths, 90) <= 66
+
+
+def test_answers_are_right_without_noise_and_wrong_as_often_as_asked(painter, drawn):
+    rng = np.random.default_rng(0)
+    asked = [(scene, *captions.presence(scene, TRUE, rng)) for scene in drawn for _ in range(20)]
+    for scene, question, answer in asked:
+        (found,) = {m.node for m in chair.mentions(question, variant="strict")}
+        assert (CLASSES.index(found) in scene.present) == (answer == "Yes")
+    assert 0.45 < np.mean([answer == "Yes" for *_, answer in asked]) < 0.55
+    flipped = [captions.presence(scene, replace(TRUE, flipped=1.0), rng)[1] for scene in drawn for _ in range(20)]
+    assert 0.6 < np.mean([answer == "Yes" for answer in flipped]) < 0.73  # a half and a sixth
+
+
+def test_questions_on_attributes_have_the_right_answer(drawn):
+    rng = np.random.default_rng(0)
+    groups = set()
+    for scene in drawn:
+        for _ in range(10):
+            question, answer, group = captions.attribute(scene, rng)
+            groups.add(group)
+            if question.startswith("Is the scene"):
+                place = captions.BACKGROUNDS[captions.PLACES.index(question.removeprefix("Is the scene ")[:-1])]
+                assert (place == scene.background) == (answer == "Yes")
+            if question.startswith(("Are there", "Is there exactly")):
+                (found,) = {m.node for m in chair.mentions(question, variant="strict")}
+                number = sum(p.label == CLASSES.index(found) for p in scene.objects)
+                word = question.split()[2] if question.startswith("Are") else "one"
+                assert (captions.NUMBERS[min(number, 6)] == word) == (answer == "Yes")
+    assert groups == {"number", "state", "relation"}
+
+
+def test_packed_texts_see_their_picture_and_not_each_other():
+    packer = language.Packer(MICRO)
+    cells = np.array([1, 3, 8])
+    row = packer.pack([("Is it?", "Yes"), ("Is it not?", "No")], cells, 60, blind=False)
+    segments = torch.from_numpy(row["segments"])[None]
+    no = torch.zeros(1, dtype=torch.bool)
+    visible = packer.visible(segments, 3, no, no)[0, 0]
+    second = int((segments[0] == 2).nonzero()[-1])
+    seen = visible[second]
+    assert seen[: packer.head + 4].all() and not seen[segments[0] == 1].any() and seen[second] and not seen[second + 1]
+    assert list(row["positions"][packer.head : packer.head + 3]) == [packer.head + c for c in cells]
+    assert row["positions"][int((segments[0] == 2).nonzero()[0])] == packer.head + MICRO.tower.tokens + 1
+    assert not packer.visible(segments, 3, ~no, no)[0, 0][second][packer.head : packer.head + 3].any()
+    headless = packer.visible(segments, 3, no, ~no)[0, 0]
+    assert not headless[second][: packer.head].any() and headless[packer.head - 1][: packer.head].all()
+    told = [packer.tokenizer.decode([t]) for t in row["labels"] if t != language.IGNORED]
+    assert "".join(told).split() == ["Yes", "No"]
+    before = packer.pack([("Is it?", "Yes")], cells, 60, blind=True)
+    assert before["positions"][int((before["segments"] == 1).nonzero()[0][0])] == packer.head + 1
