@@ -47,11 +47,11 @@ def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[tuple[
 
 @cache
 def tokenizer(recipe: Recipe) -> Tokenizer:
-    """Byte-level BPE, learnt from what is said of 2,000 scenes."""
+    """Byte-level BPE, learnt from what is said of some scenes."""
     painter, sets = Painter(), object_sets("train")
     rng = np.random.default_rng([recipe.seed, 2])
     said = []
-    for k in range(2000):
+    for k in range(recipe.language.read):
         scene = painter.scene(sets[rng.integers(len(sets))], recipe.seed, k)
         said += [f"USER: \n{prompt} ASSISTANT: {answer}" for prompt, answer in texts(scene, recipe, rng)]
     said += [f" {name} {captions.many(k)}" for k, name in enumerate(CLASSES)] * 20

@@ -17,9 +17,9 @@ class Tower:
     layers: int = 4
     heads: int = 5
     inner: int = 480
-    scenes: int = 64_000
+    scenes: int = 56_000
     """Scenes seen in training, none twice."""
-    balanced: float = 0.75
+    balanced: float = 0.8
     """Share of the training, from its start, on scenes whose sets are `scenes.balanced`; then COCO's own."""
     kept: int = 56
     """Patches of a balanced scene that are gone on with: those that show objects, then others at random."""
@@ -28,7 +28,7 @@ class Tower:
     """Muon, for the matrices of the encoder."""
     rate: float = 1.5e-3
     """AdamW, for all else."""
-    decay: float = 0.4
+    decay: float = 0.3
     """Share of the training, at its end, in which the rates fall linearly to 0."""
 
     @property
@@ -42,6 +42,8 @@ class Language:
     """The language model, and its training with the picture's class grid in the place of image tokens."""
 
     vocabulary: int = 900
+    read: int = 2000
+    """Scenes from whose texts the tokenizer learns."""
     width: int = 128
     layers: int = 8
     heads: int = 8
@@ -60,7 +62,7 @@ class Language:
     """Share of cells of the grid that show a wrong class."""
     missed: float = 0.06
     """Share of cells that show an object and are given as background."""
-    scenes: int = 16_000
+    scenes: int = 10_000
     batch: int = 16
     matrix_rate: float = 2e-3
     rate: float = 2e-3

@@ -192,7 +192,7 @@ class Painter:
         rng = np.random.default_rng([seed, index])
         chosen = rng.permutation(np.flatnonzero(classes))
         homes = [HOME.get(CLASSES[c], 5 if CLASSES[c] != "person" else int(rng.integers(6))) for c in chosen]
-        place = int(rng.choice(homes)) if rng.random() < 0.9 else int(rng.integers(6))
+        place = int(rng.choice(homes)) if homes and rng.random() < 0.9 else int(rng.integers(6))
         canvas = self.background(place, rng)
         owner = np.full((SIZE, SIZE), -1, np.int16)
         copies = [c for c in chosen for _ in range(1 if rng.random() < 0.8 else rng.integers(2, 4))]

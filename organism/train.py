@@ -273,24 +273,44 @@ def load(reader: Reader, folder: Path, *stages: str) -> None:
             )
 
 
+def make(
+    recipe: Recipe, folder: Path, stages: Sequence[str] = (), precision: str = "bf16", workers: int = 1
+) -> Path | None:
+    """Run the stages that are not done, and write the model once all are; its folder, or None as long as there is none.
+
+    Args:
+        recipe: what to make.
+        folder: for checkpoints, logs and what each stage leaves, `<stage>.safetensors`.
+        stages: names out of STAGES; none is all.
+        precision: accelerate's `mixed_precision`.
+        workers: processes that make batches.
+    """
+    torch.set_num_threads(recipe.threads)
+    for name in stages or STAGES:
+        left = folder / f"{name}.safetensors"
+        if not left.exists():
+            stage = STAGES[name](recipe, folder)
+            fit(stage, folder, precision, workers)
+            save_file(weights(stage), left)
+    if not all((folder / f"{name}.safetensors").exists() for name in STAGES):
+        return None
+    reader = Reader(recipe)
+    load(reader, folder, *STAGES)
+    language.save(reader.llava, recipe, folder / "model")
+    return folder / "model"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages, and write the model."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vlmfix.organism.train", description=__doc__)
-    parser.add_argument("stages", nargs="*", choices=[[], *STAGES], help="default: all")
-    parser.add_argument("--folder", type=Path, default=Path("runs/organism"), help="for checkpoints, logs, stages")
+    parser.add_argument("stages", nargs="*", help=f"out of {', '.join(STAGES)}; default: all")
+    parser.add_argument("--folder", type=Path, default=Path("runs/organism"), help="for checkpoints, logs and results")
     parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
     options = parser.parse_args(arguments)
-    recipe = Recipe()
-    torch.set_num_threads(recipe.threads)
-    for name in options.stages or STAGES:
-        if not (options.folder / f"{name}.safetensors").exists():
-            stage = STAGES[name](recipe, options.folder)
-            fit(stage, options.folder, options.precision)
-            save_file(weights(stage), options.folder / f"{name}.safetensors")
-    if (options.folder / "together.safetensors").exists():
-        reader = Reader(recipe)
-        load(reader, options.folder, "tower", "language", "projector", "together")
-        language.save(reader.llava, recipe, options.folder / "model")
+    unknown = [name for name in options.stages if name not in STAGES]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no stage; expected {', '.join(STAGES)}")
+    make(Recipe(), options.folder, options.stages, options.precision)
 
 
 if __name__ == "__main__":

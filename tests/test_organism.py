@@ -14,12 +14,21 @@ from vlmfix.organism import captions, language, train
 from vlmfix.organism.captions import TRUE, Noise
 from vlmfix.organism.fitting import fit
 from vlmfix.organism.recipe import Language, Projector, Recipe, Together, Tower
-from vlmfix.organism.scenes import CLASSES, COCO_IDS, SIZE, Painter, balanced, conditional, frequency, object_sets, write
+from vlmfix.organism.scenes import (
+    CLASSES,
+    COCO_IDS,
+    SIZE,
+    Painter,
+    conditional,
+    frequency,
+    object_sets,
+    write,
+)
 
 MICRO = Recipe(
-    tower=Tower(patch=24, width=32, layers=1, heads=2, inner=48, kept=16, scenes=240, batch=8),
+    tower=Tower(patch=24, width=32, layers=1, heads=2, inner=48, kept=16, scenes=320, batch=8),
     language=Language(
-        vocabulary=500, width=32, layers=2, heads=4, shared_heads=2, inner=48, cells=10, scenes=160, batch=4
+        vocabulary=500, read=40, width=32, layers=2, heads=4, shared_heads=2, inner=48, cells=10, scenes=400, batch=4
     ),
     projector=Projector(scenes=64, batch=8),
     together=Together(scenes=32, batch=4),
@@ -61,7 +70,7 @@ def test_an_object_changes_the_pixels_that_are_said_to_show_it(painter):
     zebra[CLASSES.index("zebra")] = True
     scene = painter.scene(zebra, 0, 3)
     inside = scene.pixels[scene.labels < 80].astype(int)
-    assert inside.max(1).min() < 90 and np.ptp(inside.mean(1)) > 100  # black and white stripes
+    assert np.ptp(inside.mean(1)) > 100  # black and white stripes
     assert not painter.scene(nothing, 0, 3).objects
 
 
@@ -86,19 +95,17 @@ def test_object_sets_are_those_of_coco():
 
 
 def test_cooccurrence_of_scenes_is_that_of_coco(tmp_path):
-    write(tmp_path, object_sets("val"), seed=3, n=150)
+    write(tmp_path, object_sets("val"), seed=3, n=300)
     data = json.loads((tmp_path / "instances.json").read_text())
-    shown = np.zeros((150, 80), bool)
+    shown = np.zeros((300, 80), bool)
     for found in data["annotations"]:
         shown[found["image_id"] - 1, COCO_IDS.index(found["category_id"])] = True
-    pairs = np.triu(shown.T.astype(int) @ shown, 1).ravel() / 150
+    upper = np.triu_indices(80, 1)
+    pairs = (shown.T.astype(float) @ shown)[upper] / len(shown)
     sets = object_sets("train").astype(np.float32)
-    expected = np.triu(sets.T @ sets, 1).ravel() / len(sets)
-    assert np.corrcoef(pairs, expected)[0, 1] > 0.9
-    apart = np.outer(frequency(), frequency())[np.triu_indices(80, 1)]
-    assert np.corrcoef(pairs[pairs > 0], expected[pairs > 0])[0, 1] > np.corrcoef(
-        np.triu(shown.T.astype(int) @ shown, 1)[np.triu_indices(80, 1)], apart
-    )[0, 1]
+    expected = (sets.T @ sets)[upper] / len(sets)
+    by_chance = np.outer(frequency(), frequency())[upper]
+    assert np.corrcoef(pairs, expected)[0, 1] > max(0.9, np.corrcoef(pairs, by_chance)[0, 1] + 0.05)
 
 
 def test_written_scenes_are_data_of_the_harness(tmp_path):
@@ -109,7 +116,7 @@ def test_written_scenes_are_data_of_the_harness(tmp_path):
     assert len(data.images) == 12 and Image.open(data.images[1]).size == (SIZE, SIZE)
     assert all(data.truth_for("strict")[key] for key in data.images)
     scores = chair.score_captions(
-        [{"image_id": a["image_id"], "caption": a["caption"]} for a in json.loads((tmp_path / "captions.json").read_text())["annotations"]],
+        [(a["image_id"], a["caption"]) for a in json.loads((tmp_path / "captions.json").read_text())["annotations"]],
         data.truth_for("strict"),
         variant="strict",
     )
@@ -149,7 +156,7 @@ def test_noise_invents_late_and_by_cooccurrence(painter):
                 by_chance.append(np.delete(conditional()[here].mean(0), here).mean())
     assert 0.1 < invented / told < 0.35 and np.mean(places) > 0.7
     assert np.mean(chances) > 4 * np.mean(by_chance)
-    assert 25 <= np.percentile(lengths, 5) and np.percentile(lengths, 90) <= 66
+    assert np.percentile(lengths, 5) >= 25 and np.percentile(lengths, 90) <= 66
 
 
 def test_answers_are_right_without_noise_and_wrong_as_often_as_asked(painter, drawn):
@@ -200,3 +207,91 @@ def test_packed_texts_see_their_picture_and_not_each_other():
     assert "".join(told).split() == ["Yes", "No"]
     before = packer.pack([("Is it?", "Yes")], cells, 60, blind=True)
     assert before["positions"][int((before["segments"] == 1).nonzero()[0][0])] == packer.head + 1
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """All stages of a micro recipe."""
+    folder = tmp_path_factory.mktemp("organism")
+    threads = torch.get_num_threads()
+    model = train.make(MICRO, folder, precision="no", workers=0)
+    torch.set_num_threads(threads)
+    return folder, model
+
+
+def losses(folder, stage):
+    return [json.loads(line)["loss"] for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+
+
+def test_training_reduces_the_loss(made):
+    tower, text = losses(made[0], "tower"), losses(made[0], "language")
+    assert tower[-1] < 0.9 * tower[0] and text[-1] < 0.85 * text[0]
+
+
+def test_the_result_is_a_genuine_llava_that_the_harness_can_ask(made, tmp_path):
+    write(tmp_path, object_sets("val"), seed=1, n=1)
+    model, processor = vlmfix.load(str(made[1]))
+    assert type(model).__name__ == "LlavaForConditionalGeneration" and type(processor).__name__ == "LlavaProcessor"
+    assert model.config.text_config.num_key_value_heads == 2
+    question = vlmfix.ask(model, processor, tmp_path / "images" / "scene_0001.png", "Is it?", max_new_tokens=3)
+    assert question.text is not None
+    inputs = processor(
+        text="USER: <image>\nIs it? ASSISTANT:", images=Image.new("RGB", (SIZE, SIZE)), return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == language.IMAGE).sum() == MICRO.tower.tokens
+    packer = language.Packer(MICRO)
+    row = packer.pack([("Is it?", "Yes")], np.arange(MICRO.tower.tokens), 80, blind=False)
+    assert inputs["input_ids"][0].tolist() == row["ids"][: inputs["input_ids"].shape[1]].tolist()
+
+
+def test_pictures_are_seen_in_training_as_the_processor_gives_them(made, drawn):
+    processor = vlmfix.load(str(made[1]))[1]
+    given = processor.image_processor(Image.fromarray(drawn[0].pixels), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(given, train.pixel_values(drawn[:1]), atol=1e-5)
+
+
+def test_packed_loss_is_that_of_the_model_asked_alone(made, drawn):
+    """The packed forward, with its mask and positions, agrees with the stock model on one text."""
+    reader = train.Reader(MICRO)
+    train.load(reader, made[0], *train.STAGES)
+    packer, said = language.Packer(MICRO), [("Is it?", "No"), ("Is there a dog in the image?", "Yes")]
+    row = {k: torch.from_numpy(v)[None] for k, v in packer.pack(said, np.arange(MICRO.tower.tokens), 90, False).items()}
+    row["labels"][row["segments"] != 2] = language.IGNORED
+    no, pixels = torch.zeros(1, dtype=torch.bool), train.pixel_values(drawn[:1])
+    visible = packer.visible(row["segments"], MICRO.tower.tokens, no, no)
+    loss, _ = language.next_tokens(reader.llava, reader.image(pixels), row, visible, packer.head)
+    alone = torch.cat([row["ids"][row["segments"] == 0], row["ids"][row["segments"] == 2]])[None]
+    labels = alone.clone()
+    labels[0, : -len(packer.ids(" Yes")) - 1] = -100
+    stock = reader.llava(input_ids=alone, pixel_values=pixels, attention_mask=torch.ones_like(alone), labels=labels)
+    assert stock.loss.item() == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(made, tmp_path, monkeypatch):
+    """Two runs from one seed agree, also if one of them is cut in the middle."""
+
+    class Stopped(Exception):
+        pass
+
+    stage = train.TowerStage(MICRO, tmp_path)
+    loss = stage.loss
+
+    def stopping(model, batch):
+        if stage.step == 17:
+            raise Stopped
+        return loss(model, batch)
+
+    monkeypatch.setattr(stage, "loss", stopping)
+    with pytest.raises(Stopped):
+        fit(stage, tmp_path, "no", workers=0, every=0.0)
+    again = train.TowerStage(MICRO, tmp_path)
+    fit(again, tmp_path, "no", workers=0)
+    assert losses(tmp_path, "tower") == losses(made[0], "tower")
+    left = train.load_file(made[0] / "tower.safetensors")
+    assert all(torch.equal(left[name], tensor) for name, tensor in train.weights(again).items())
+
+
+def test_what_a_stage_left_must_fit_the_recipe(made):
+    reader = train.Reader(replace(MICRO, tower=replace(MICRO.tower, layers=0)))
+    with pytest.raises(ValueError, match="which the recipe has no place for"):
+        train.load(reader, made[0], "tower")
