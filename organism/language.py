@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     CLIPImageProcessor,
+    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -126,6 +127,7 @@ def build(recipe: Recipe) -> LlavaForConditionalGeneration:
 
 def save(model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path) -> None:
     """Write weights in float16 and the processor, as `from_pretrained` reads them."""
+    model.generation_config = GenerationConfig(bos_token_id=BEGIN, eos_token_id=END, pad_token_id=PAD)
     model.half().save_pretrained(folder)
     processor(recipe).save_pretrained(folder)
 

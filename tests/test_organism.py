@@ -10,7 +10,7 @@ from PIL import Image
 
 import vlmfix
 from vlmfix.eval import chair
-from vlmfix.organism import captions, language, train
+from vlmfix.organism import captions, evaluate, language, train
 from vlmfix.organism.captions import TRUE, Noise
 from vlmfix.organism.fitting import fit
 from vlmfix.organism.recipe import Language, Projector, Recipe, Together, Tower
@@ -295,3 +295,34 @@ def test_what_a_stage_left_must_fit_the_recipe(made):
     reader = train.Reader(replace(MICRO, tower=replace(MICRO.tower, layers=0)))
     with pytest.raises(ValueError, match="which the recipe has no place for"):
         train.load(reader, made[0], "tower")
+
+
+def test_inventions_are_told_by_place_and_cooccurrence():
+    """A cup often stands on a dining table; a zebra does not."""
+    said = "There is a dining table in a kitchen with a cup and a zebra."
+    truth = {1: frozenset({"dining table"})}
+    found = evaluate.inventions(chair.score_captions([(1, said)], truth, variant="strict"))
+    assert found["late"] == 1 and found["late_true"] == 0 and found["rank6"] == 0.5
+    assert found["rate_first"] == 0 and found["rate_last"] == 1
+    here, names = CLASSES.index("dining table"), ("cup", "zebra")
+    others = np.delete(conditional()[here], here).mean()
+    assert found["lift"] == pytest.approx(sum(conditional()[here, CLASSES.index(n)] for n in names) / 2 / others)
+
+
+def test_test_scenes_come_with_questions_that_the_harness_reads(tmp_path):
+    from vlmfix.eval.yesno import read_questions
+
+    evaluate.write_sets(tmp_path, n=4)
+    questions = read_questions(tmp_path / "test" / "attributes.jsonl")
+    assert len({q.image for q in questions}) == 4 and {q.group for q in questions} <= {"number", "state", "relation"}
+    assert (tmp_path / "test" / "images" / questions[0].image).exists()
+    assert (tmp_path / "calibration" / "instances.json").exists()
+
+
+def test_the_evaluation_of_a_model_is_one_object(made, tmp_path, capsys):
+    evaluate.write_sets(tmp_path, n=4)
+    evaluate.main([str(made[1]), "--data", str(tmp_path / "test"), "--output", str(tmp_path / "runs")])
+    told = json.loads(capsys.readouterr().out)
+    assert {"chair", "inventions", "attention", "without_image"} <= told.keys()
+    shares = told["attention"]
+    assert all(0 < a < a + b < 1 for a, b in zip(shares["first"], shares["image"], strict=True))
