@@ -99,6 +99,30 @@ class Together:
 
 
 @dataclass(frozen=True)
+class Dynamic:
+    """The second organism, of the Qwen2.5-VL class; its language model has the sizes of `Language`."""
+
+    patch: int = 8
+    """Image tokens are 2 x 2 patches."""
+    width: int = 160
+    layers: int = 4
+    heads: int = 5
+    inner: int = 320
+    window: int = 64
+    """Pixels of the window of every other vision layer."""
+    smallest: int = 6
+    largest: int = 10
+    """Image tokens along each edge of a picture."""
+    described: float = 0.5
+    """Share of captions; the others are questions."""
+    scenes: int = 100_000
+    batch: int = 16
+    matrix_rate: float = 2e-3
+    rate: float = 2e-3
+    decay: float = 0.4
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of it. The defaults made the shipped weights."""
 
@@ -110,3 +134,4 @@ class Recipe:
     language: Language = Language()
     projector: Projector = Projector()
     together: Together = Together()
+    dynamic: Dynamic = Dynamic()

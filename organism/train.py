@@ -1,7 +1,8 @@
 """Makes the model: `python -m vlmfix.organism.train [STAGE ...]`, or under `accelerate launch -m` on GPUs.
 
-Stages: tower (scenes and their labels), language (captions alone), together (pictures, captions, questions), then the
-model is written to a folder. A stage that is done is skipped; one that was stopped goes on.
+Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes), projector
+(from tower to grid), together (all on pictures); then the model is written to a folder. A stage that is done is skipped;
+one that was stopped goes on. The stage dynamic makes the second organism, of the Qwen2.5-VL class.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vlmfix.organism import attention, language, tower
+from vlmfix.organism import attention, dynamic, language, tower
 from vlmfix.organism.fitting import Stage, fit, two_optimizers
 from vlmfix.organism.recipe import Recipe
 from vlmfix.organism.scenes import CLASSES, Painter, Scene, balanced, object_sets
@@ -253,6 +254,10 @@ STAGES: dict[str, Callable[[Recipe, Path], Stage]] = {
 }
 
 
+SECOND: dict[str, Callable[[Recipe, Path], Stage]] = {"dynamic": dynamic.DynamicStage}
+"""The stage of the second organism, which needs none of the others."""
+
+
 def weights(stage: Stage) -> dict[str, Tensor]:
     """What is kept of a stage, under the names of `Reader`, in float16."""
     if isinstance(stage.model, tower.Classifier):
@@ -281,7 +286,7 @@ def make(
     Args:
         recipe: what to make.
         folder: for checkpoints, logs and what each stage leaves, `<stage>.safetensors`.
-        stages: names out of STAGES; none is all.
+        stages: names out of STAGES; none is all. `dynamic` makes the second organism, in a folder of that name.
         precision: accelerate's `mixed_precision`.
         workers: processes that make batches.
     """
@@ -289,9 +294,11 @@ def make(
     for name in stages or STAGES:
         left = folder / f"{name}.safetensors"
         if not left.exists():
-            stage = STAGES[name](recipe, folder)
+            stage = (STAGES | SECOND)[name](recipe, folder)
             fit(stage, folder, precision, workers)
             save_file(weights(stage), left)
+            if isinstance(stage, dynamic.DynamicStage):
+                dynamic.save(stage.model.qwen, recipe, folder / "dynamic")
     if not all((folder / f"{name}.safetensors").exists() for name in STAGES):
         return None
     reader = Reader(recipe)
@@ -303,13 +310,13 @@ def make(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vlmfix.organism.train", description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"out of {', '.join(STAGES)}; default: all")
+    parser.add_argument("stages", nargs="*", help=f"{', '.join(STAGES)} (default: these), or dynamic")
     parser.add_argument("--folder", type=Path, default=Path("runs/organism"), help="for checkpoints, logs and results")
     parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.stages if name not in STAGES]
+    unknown = [name for name in options.stages if name not in STAGES | SECOND]
     if unknown:
-        parser.error(f"{unknown[0]!r} is no stage; expected {', '.join(STAGES)}")
+        parser.error(f"{unknown[0]!r} is no stage; expected {', '.join(STAGES | SECOND)}")
     make(Recipe(), options.folder, options.stages, options.precision)
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import vlmfix
 from vlmfix.eval import chair
-from vlmfix.organism import captions, evaluate, language, train
+from vlmfix.organism import captions, dynamic, evaluate, language, train
 from vlmfix.organism.captions import TRUE, Noise
 from vlmfix.organism.fitting import fit
-from vlmfix.organism.recipe import Language, Projector, Recipe, Together, Tower
+from vlmfix.organism.recipe import Dynamic, Language, Projector, Recipe, Together, Tower
 from vlmfix.organism.scenes import (
     CLASSES,
     COCO_IDS,
@@ -32,6 +33,7 @@ MICRO = Recipe(
     ),
     projector=Projector(scenes=64, batch=8),
     together=Together(scenes=32, batch=4),
+    dynamic=Dynamic(width=32, layers=2, heads=2, inner=48, smallest=4, largest=6, scenes=160, batch=4),
 )
 
 
@@ -326,3 +328,27 @@ def test_the_evaluation_of_a_model_is_one_object(made, tmp_path, capsys):
     assert {"chair", "inventions", "attention", "without_image"} <= told.keys()
     shares = told["attention"]
     assert all(0 < a < a + b < 1 for a, b in zip(shares["first"], shares["image"], strict=True))
+
+
+def test_the_second_organism_is_a_genuine_qwen_that_learns(tmp_path):
+    """Pictures of several sizes in one batch; image tokens are labelled in the order in which the model gives them."""
+    train.make(MICRO, tmp_path, ["dynamic"], precision="no", workers=0)
+    lines = losses(tmp_path, "dynamic")
+    assert lines[-1] < 0.93 * lines[0]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dynamic", dtype=torch.float32)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    batch = dynamic.DynamicBatches(MICRO, 1)[0]
+    assert len({tuple(row) for row in batch["image_grid_thw"].tolist()}) > 1
+    tokens = (batch["image_grid_thw"].prod(1) // 4).sum().item()
+    assert (batch["input_ids"] == language.IMAGE).sum() == tokens == len(batch["shown"])
+    assert model(**{k: v for k, v in batch.items() if k != "shown"}).loss.isfinite()
+
+
+def test_image_tokens_of_the_second_organism_are_labelled_where_they_are():
+    """A batch whose pictures are left as they are: labels are those of the scene's own cells."""
+    recipe = replace(MICRO, dynamic=replace(MICRO.dynamic, patch=12, smallest=5, largest=5))
+    batches = dynamic.DynamicBatches(recipe, 1)
+    scenes, paint = [], batches.painter.scene
+    batches.painter.scene = lambda *args: scenes.append(paint(*args)) or scenes[-1]
+    shown = batches[0]["shown"]
+    assert shown.tolist() == np.concatenate([scene.patches(24) for scene in scenes]).tolist()
