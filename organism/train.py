@@ -1,8 +1,8 @@
 """Makes the model: `python -m vlmfix.organism.train [STAGE ...]`, or under `accelerate launch -m` on GPUs.
 
-Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes), projector
-(from tower to grid), together (all on pictures); then the model is written to a folder. A stage that is done is skipped;
-one that was stopped goes on. The stage dynamic makes the second organism, of the Qwen2.5-VL class.
+Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes),
+projector (from tower to grid), together (all on pictures); then the model is written to a folder. A stage that is done
+is skipped; one that was stopped goes on. The stage dynamic makes the second organism, of the Qwen2.5-VL class.
 """
 
 from __future__ import annotations
