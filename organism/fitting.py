@@ -39,6 +39,8 @@ def two_optimizers(
     model: nn.Module, matrices: Iterable[nn.Parameter], matrix_rate: float, rate: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices named, AdamW for all other parameters that are trained."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"training needs torch 2.9 or later, for torch.optim.Muon; found {torch.__version__}")
     muon = list(matrices)
     known = {id(parameter) for parameter in muon}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]

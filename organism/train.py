@@ -270,6 +270,8 @@ def weights(stage: Stage) -> dict[str, Tensor]:
 def load(reader: Reader, folder: Path, *stages: str) -> None:
     """Take over what earlier stages left in a folder."""
     for stage in stages:
+        if not (folder / f"{stage}.safetensors").exists():
+            raise ValueError(f"{folder} holds no {stage}.safetensors; run the stage {stage} first")
         found = load_file(folder / f"{stage}.safetensors")
         unknown = reader.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
         if unknown.unexpected_keys:
@@ -317,7 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.stages if name not in STAGES | SECOND]
     if unknown:
         parser.error(f"{unknown[0]!r} is no stage; expected {', '.join(STAGES | SECOND)}")
-    make(Recipe(), options.folder, options.stages, options.precision)
+    try:
+        make(Recipe(), options.folder, options.stages, options.precision)
+    except ValueError as error:
+        parser.exit(1, f"organism: {error}\n")
 
 
 if __name__ == "__main__":

@@ -67,12 +67,16 @@ def test_annotations_match_the_picture(drawn):
         assert set(np.unique(scene.labels)) - {len(CLASSES)} == set(scene.present)
 
 
-def test_an_object_changes_the_pixels_that_are_said_to_show_it(painter):
-    zebra, nothing = np.zeros(80, bool), np.zeros(80, bool)
-    zebra[CLASSES.index("zebra")] = True
-    scene = painter.scene(zebra, 0, 3)
-    inside = scene.pixels[scene.labels < 80].astype(int)
-    assert np.ptp(inside.mean(1)) > 100  # black and white stripes
+def test_an_object_is_where_it_is_said_to_be(painter):
+    """A stop sign is red, and no background is."""
+    stop, nothing = np.zeros(80, bool), np.zeros(80, bool)
+    stop[CLASSES.index("stop sign")] = True
+    for index in range(5):
+        scene = painter.scene(stop, 0, index)
+        pixels = scene.pixels.astype(int)
+        red = pixels[..., 0] - pixels[..., 1:].max(-1) > 60
+        shown = scene.labels < len(CLASSES)
+        assert (red & shown).sum() > 0.95 * (red | shown).sum()
     assert not painter.scene(nothing, 0, 3).objects
 
 
@@ -297,6 +301,18 @@ def test_what_a_stage_left_must_fit_the_recipe(made):
     reader = train.Reader(replace(MICRO, tower=replace(MICRO.tower, layers=0)))
     with pytest.raises(ValueError, match="which the recipe has no place for"):
         train.load(reader, made[0], "tower")
+    with pytest.raises(ValueError, match="run the stage sight first"):
+        train.load(reader, made[0], "sight")
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys):
+    for arguments, said in (
+        (["sight"], "'sight' is no stage"),
+        (["projector", "--folder", str(tmp_path)], "run the stage tower first"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments)
+        assert stopped.value.code and said in capsys.readouterr().err
 
 
 def test_inventions_are_told_by_place_and_cooccurrence():
