@@ -118,6 +118,8 @@ def test_written_scenes_are_data_of_the_harness(tmp_path):
     from vlmfix.eval.data import Data
 
     write(tmp_path, object_sets("val"), seed=1, n=12)
+    known = {c["name"]: c["id"] for c in json.loads((Data.load().folder / "instances.json").read_text())["categories"]}
+    assert known == dict(zip(CLASSES, COCO_IDS, strict=True))
     data = Data.load(str(tmp_path))
     assert len(data.images) == 12 and Image.open(data.images[1]).size == (SIZE, SIZE)
     assert all(data.truth_for("strict")[key] for key in data.images)
@@ -172,8 +174,14 @@ def test_answers_are_right_without_noise_and_wrong_as_often_as_asked(painter, dr
         (found,) = {m.node for m in chair.mentions(question, variant="strict")}
         assert (CLASSES.index(found) in scene.present) == (answer == "Yes")
     assert 0.45 < np.mean([answer == "Yes" for *_, answer in asked]) < 0.55
-    flipped = [captions.presence(scene, replace(TRUE, flipped=1.0), rng)[1] for scene in drawn for _ in range(20)]
-    assert 0.6 < np.mean([answer == "Yes" for answer in flipped]) < 0.73  # a half and a sixth
+    always = replace(TRUE, flipped=1.0)
+    flipped = [(scene, *captions.presence(scene, always, rng)) for scene in drawn for _ in range(20)]
+    assert 0.6 < np.mean([answer == "Yes" for *_, answer in flipped]) < 0.73  # a half and a sixth
+    for scene, question, answer in flipped:
+        (found,) = {CLASSES.index(m.node) for m in chair.mentions(question, variant="strict")}
+        chance = conditional()[list(scene.present)].sum(0)
+        chance[list(scene.present)] = -1
+        assert answer == "No" or found in scene.present or chance[found] >= np.sort(chance)[-6]
 
 
 def test_questions_on_attributes_have_the_right_answer(drawn):
