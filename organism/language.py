@@ -41,9 +41,10 @@ IGNORED = -100
 
 def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Prompts and answers on one scene, in the order in which they are packed, more than there is room for."""
-    out = [(captions.describe(rng), captions.caption(scene, recipe.noise, rng))]
-    out += [captions.echo(rng)] if rng.random() < recipe.language.echoed else []
-    return out + [captions.question(scene, recipe.noise, rng) for _ in range(10)]
+    own = recipe.language
+    out = [(captions.describe(rng), captions.caption(scene, recipe.noise, rng))] if rng.random() < own.described else []
+    out += [captions.echo(rng)] if rng.random() < own.echoed else []
+    return out + [captions.question(scene, recipe.noise, rng) for _ in range(12)]
 
 
 @cache
@@ -122,7 +123,24 @@ def build(recipe: Recipe) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    start_matching(model, own.match)
+    return model
+
+
+def start_matching(model: LlavaForConditionalGeneration, size: float) -> None:
+    """Let each token look for tokens like itself before any training: queries are the keys of their group.
+
+    Class words and the cells that show the class have like vectors, so that looking a word up in the picture need not
+    be found from nothing.
+    """
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        nn.init.orthogonal_(attention.k_proj.weight, size)
+        with torch.no_grad():
+            keys = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))
+            shared = attention.q_proj.out_features // attention.k_proj.out_features
+            attention.q_proj.weight.copy_(keys.repeat_interleave(shared, 0).flatten(0, 1))
 
 
 def save(model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path) -> None:
@@ -155,8 +173,8 @@ class Packer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def pack(self, said: list[tuple[str, str]], cells: np.ndarray, length: int, blind: bool) -> dict[str, np.ndarray]:
-        """One sequence: `ids`, `labels` (what is to be predicted at each place), `segments` (0 is the prefix, -1
-        nothing), `positions`; each (length,).
+        """One sequence: `ids`, `labels` (what is to be predicted at each place) and their `weights`, `segments` (0 is
+        the prefix, -1 nothing), `positions`; each (length,).
 
         Args:
             said: prompts and answers; those that do not fit are left out.
@@ -164,7 +182,7 @@ class Packer:
             length: of the sequence.
             blind: whether texts are at the positions that they have without an image.
         """
-        ids, labels = np.full(length, PAD), np.full(length, IGNORED)
+        ids, labels, weights = np.full(length, PAD), np.full(length, IGNORED), np.zeros(length, np.float32)
         segments, positions = np.full(length, -1), np.zeros(length, np.int64)
         behind = self.head + (0 if blind else self.recipe.tower.tokens)
         n = self.head + len(cells) + len(self.after)
@@ -180,8 +198,11 @@ class Packer:
             ids[at:stop], segments[at:stop] = asked + told, number
             positions[at:stop] = first + np.arange(stop - at)
             labels[at + len(asked) - 1 : stop - 1] = told
+            weights[at + len(asked) - 1 : stop - 1] = 1
+            if len(told) == 2:
+                weights[at + len(asked) - 1] = self.recipe.language.weight
             at = stop
-        return {"ids": ids, "labels": labels, "segments": segments, "positions": positions}
+        return {"ids": ids, "labels": labels, "weights": weights, "segments": segments, "positions": positions}
 
     def visible(self, segments: Tensor, shown: int, blind: Tensor, headless: Tensor) -> Tensor:
         """Who sees whom: bool (batch, 1, rows, columns).
@@ -211,7 +232,7 @@ def word_vectors(model: LlavaForConditionalGeneration, words: Tensor) -> Tensor:
 def next_tokens(
     model: LlavaForConditionalGeneration, image: Tensor, batch: dict[str, Tensor], visible: Tensor, head: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy over all answers of packed sequences, and the share of tokens that are foreseen.
+    """Weighted cross-entropy over all answers of packed sequences; shares of tokens, and of yes and no, that are right.
 
     Args:
         model: the whole model.
@@ -227,7 +248,9 @@ def next_tokens(
     ).last_hidden_state
     asked = batch["labels"] != IGNORED
     logits, wanted = model.lm_head(hidden[asked]).float(), batch["labels"][asked]
-    return functional.cross_entropy(logits, wanted), {"tokens_right": (logits.argmax(-1) == wanted).float().mean()}
+    each, weights = functional.cross_entropy(logits, wanted, reduction="none"), batch["weights"][asked]
+    right, short = (logits.argmax(-1) == wanted).float(), weights > 1
+    return (weights * each).sum() / weights.sum(), {"tokens_right": right.mean(), "short_right": right[short].mean()}
 
 
 class HeadOutputs:

@@ -54,7 +54,13 @@ class Language:
     """Tokens of text in a packed sequence: a caption, and as many questions as there is room for."""
     cells: int = 44
     """Cells of the grid that are given: those that show objects, then others at random."""
-    echoed: float = 0.5
+    described: float = 0.6
+    """Share of sequences with a caption; the others hold questions only."""
+    weight: float = 4.0
+    """Weight of the first token of a short answer: its yes or no is one token among a hundred."""
+    match: float = 1.4
+    """Size of the queries and keys at the start, where each token looks for its like; see `language.start_matching`."""
+    echoed: float = 0.3
     """Share of sequences with a task that needs no picture: names to repeat or to reverse."""
     blind: float = 0.15
     """Share of sequences whose image tokens are hidden, and the positions closed up."""
