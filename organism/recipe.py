@@ -68,7 +68,7 @@ class Language:
     """Share of cells of the grid that show a wrong class."""
     missed: float = 0.06
     """Share of cells that show an object and are given as background."""
-    scenes: int = 10_000
+    scenes: int = 32_000
     batch: int = 16
     matrix_rate: float = 2e-3
     rate: float = 2e-3

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import vlmfix
 from vlmfix.eval import chair
-from vlmfix.organism import captions, dynamic, evaluate, language, train
+from vlmfix.organism import captions, dynamic, evaluate, language, tower, train
 from vlmfix.organism.captions import TRUE, Noise
 from vlmfix.organism.fitting import fit
 from vlmfix.organism.recipe import Dynamic, Language, Projector, Recipe, Together, Tower
@@ -238,8 +238,8 @@ def losses(folder, stage):
 
 
 def test_training_reduces_the_loss(made):
-    tower, text = losses(made[0], "tower"), losses(made[0], "language")
-    assert tower[-1] < 0.9 * tower[0] and text[-1] < 0.85 * text[0]
+    seeing, text = losses(made[0], "tower"), losses(made[0], "language")
+    assert seeing[-1] < 0.9 * seeing[0] and text[-1] < 0.85 * text[0]
 
 
 def test_the_result_is_a_genuine_llava_that_the_harness_can_ask(made, tmp_path):
@@ -380,3 +380,21 @@ def test_image_tokens_of_the_second_organism_are_labelled_where_they_are():
     batches.painter.scene = lambda *args: scenes.append(paint(*args)) or scenes[-1]
     shown = batches[0]["shown"]
     assert shown.tolist() == np.concatenate([scene.patches(24) for scene in scenes]).tolist()
+
+
+def test_training_starts_with_near_patches_and_like_tokens_seeing_each_other():
+    torch.manual_seed(0)
+    recipe = Recipe(language=MICRO.language)
+    vision = tower.Classifier(recipe.tower).vision
+    vision.set_attn_implementation("eager")
+    shares = vision(torch.zeros(1, 3, SIZE, SIZE), output_attentions=True).attentions[0][0].mean(0)[1:, 1:]
+    place = torch.arange(recipe.tower.tokens)
+    far = (place[:, None] // 10 - place // 10).abs().max((place[:, None] % 10 - place % 10).abs())
+    assert shares[far <= 1].mean() > 2 * shares[far >= 4].mean()
+    attention = language.build(MICRO).model.language_model.layers[0].self_attn
+    tokens = torch.randn(40, MICRO.language.width)
+    queries, keys = (
+        project(tokens).unflatten(-1, (-1, attention.head_dim)) for project in (attention.q_proj, attention.k_proj)
+    )
+    scores = torch.einsum("ihd,jhd->hij", queries, keys.repeat_interleave(2, 1))
+    assert scores.diagonal(dim1=1, dim2=2).mean() > 3 * scores.abs().mean()
