@@ -89,7 +89,7 @@ class Projector:
 class Together:
     """Projector and language model on pictures, the tower frozen."""
 
-    scenes: int = 9_600
+    scenes: int = 6_400
     batch: int = 16
     matrix_rate: float = 1e-3
     rate: float = 1e-3
