@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from vlmfix.organism import attention, dynamic, language, tower
 from vlmfix.organism.fitting import Stage, fit, two_optimizers
-from vlmfix.organism.recipe import Recipe
+from vlmfix.organism.recipe import QUICK, Recipe
 from vlmfix.organism.scenes import CLASSES, Painter, Scene, balanced, object_sets
 
 
@@ -315,12 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("stages", nargs="*", help=f"{', '.join(STAGES)} (default: these), or dynamic")
     parser.add_argument("--folder", type=Path, default=Path("runs/organism"), help="for checkpoints, logs and results")
     parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--quick", action="store_true", help="the recipe QUICK: a fraction of the time")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.stages if name not in STAGES | SECOND]
     if unknown:
         parser.error(f"{unknown[0]!r} is no stage; expected {', '.join(STAGES | SECOND)}")
     try:
-        make(Recipe(), options.folder, options.stages, options.precision)
+        make(QUICK if options.quick else Recipe(), options.folder, options.stages, options.precision)
     except ValueError as error:
         parser.exit(1, f"organism: {error}\n")
 
