@@ -259,11 +259,11 @@ SECOND: dict[str, Callable[[Recipe, Path], Stage]] = {"dynamic": dynamic.Dynamic
 
 
 def weights(stage: Stage) -> dict[str, Tensor]:
-    """What is kept of a stage, under the names of `Reader`, in float16."""
+    """What a stage has trained and what of it is kept, under the names of `Reader`, in float16."""
     if isinstance(stage.model, tower.Classifier):
         kept = {f"llava.model.vision_tower.{name}": p for name, p in stage.model.vision.state_dict().items()}
     else:
-        kept = {name: p for name, p in stage.model.named_parameters() if "vision_tower" not in name}
+        kept = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
     return {name: tensor.detach().half().contiguous() for name, tensor in kept.items()}
 
 
