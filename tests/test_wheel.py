@@ -26,7 +26,14 @@ def installed(tmp_path_factory):
 def test_wheel_holds_one_package_and_its_data(installed):
     names = zipfile.ZipFile(installed[0]).namelist()
     assert {n.split("/")[0] for n in names} == {"vlmfix", next(n for n in names if ".dist-info" in n).split("/")[0]}
-    for needed in ("hooks/var.py", "eval/chair.py", "demo/app.py", "py.typed", "assets/scenes/instances.json"):
+    for needed in (
+        "hooks/var.py",
+        "eval/chair.py",
+        "demo/app.py",
+        "organism/train.py",
+        "py.typed",
+        "assets/scenes/instances.json",
+    ):
         assert f"vlmfix/{needed}" in names
     assert sum("assets/scenes/images/" in n for n in names) == 400
     assert any(n.endswith("tiny-llava/model.safetensors") for n in names) and any("LICENSE" in n for n in names)
@@ -35,9 +42,9 @@ def test_wheel_holds_one_package_and_its_data(installed):
 
 def test_everything_imports_and_runs_from_the_wheel(installed, tmp_path):
     code = (
-        "import importlib, pkgutil, vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo;"
+        "import importlib, pkgutil, vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo, vlmfix.organism;"
         f"assert vlmfix.__file__.startswith({str(installed[1])!r}), vlmfix.__file__;"
-        "parts = [vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo];"
+        "parts = [vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo, vlmfix.organism];"
         "names = [m.name for p in parts for m in pkgutil.iter_modules(p.__path__, p.__name__ + '.')];"
         "[importlib.import_module(n) for n in names if not n.endswith('__main__')]; print(len(names))"
     )

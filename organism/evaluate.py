@@ -1,0 +1,182 @@
+"""Does a model see, and does it invent as large models do? `python -m vlmfix.organism.evaluate MODEL [--scenes N]`.
+
+CHAIR and POPE come from the harness, as `vlmfix eval` gives them; this adds what the harness does not ask: where in the
+caption inventions stand, whether they follow co-occurrence, what is said without an image, and which keys get the
+attention. It also writes the scenes to ask about: `--write FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vlmfix
+from vlmfix.asking import Answering, open_picture
+from vlmfix.eval import chair
+from vlmfix.eval.benchmarks import benchmark
+from vlmfix.eval.data import Data
+from vlmfix.eval.pope import question_text
+from vlmfix.eval.results import compare
+from vlmfix.eval.runner import PlainProgress, answer_all
+from vlmfix.organism import captions
+from vlmfix.organism.scenes import CLASSES, Painter, conditional, frequency, object_sets, write
+
+TEST_SEED, CALIBRATION_SEED = 101, 102
+"""Of the scenes that are reported on, from object sets of COCO's val split, and of those to choose settings on."""
+
+
+def write_sets(folder: Path, n: int = 500) -> None:
+    """Write `test` and `calibration`, scenes with annotations, captions and `attributes.jsonl`."""
+    for name, sets, seed in (
+        ("test", object_sets("val"), TEST_SEED),
+        ("calibration", object_sets("train"), CALIBRATION_SEED),
+    ):
+        write(folder / name, sets, seed, n, name)
+        (folder / name / "attributes.jsonl").write_text(
+            "".join(f"{line}\n" for line in attributes(sets, seed, n, name))
+        )
+
+
+def attributes(sets: np.ndarray, seed: int, n: int, stem: str, each: int = 3) -> Iterable[str]:
+    """Yes/no questions on number, place and relation of the scenes that `write` writes, as the benchmark yesno reads
+    them: one line of JSON each.
+    """
+    painter, number = Painter(), 0
+    for index, row in enumerate(np.random.default_rng(seed).choice(len(sets), n, replace=False), start=1):
+        scene = painter.scene(sets[row], seed, index)
+        rng = np.random.default_rng([seed, index, 2])
+        for question, answer, group in dict.fromkeys(captions.attribute(scene, rng) for _ in range(each)):
+            number += 1
+            line = {"id": number, "image": f"{stem}_{index:04d}.png", "question": question}
+            yield json.dumps(line | {"label": answer.lower(), "group": group})
+
+
+def inventions(scores: Sequence[chair.CaptionScore]) -> dict[str, float]:
+    """Where invented objects stand and how they go with what is shown.
+
+    Returns:
+        `late`: share of the inventions that stand in the later half of their caption's words; `late_true`: the same of
+        true mentions. `rate_first`, `rate_last`: share of mentions that are invented, in the first and the last third.
+        `rank6`: share of the inventions that are among the six absent classes which COCO shows most often with those
+        on the picture; `lift`: how often they are with them, over the same for all absent classes.
+    """
+    wrong_at: list[float] = []
+    right_at: list[float] = []
+    top, chance, base = [], [], []
+    for score in scores:
+        here = [CLASSES.index(name) for name in score.truth]
+        with_them = conditional()[here].mean(0) if here else np.zeros(len(CLASSES))
+        absent = np.setdiff1d(np.arange(len(CLASSES)), here)
+        first6 = set(absent[np.argsort(-with_them[absent])[:6]].tolist())
+        for mention in score.mentions:
+            at = right_at if mention.node in score.truth else wrong_at
+            at.append(mention.start / len(score.caption))
+        for mention in score.hallucinated:
+            label = CLASSES.index(mention.node)
+            top.append(label in first6)
+            chance.append(with_them[label])
+            base.append(with_them[absent].mean())
+
+    def share(of: Sequence[float], low: float, high: float) -> float:
+        return float(np.mean([low <= at < high for at in of])) if of else 0.0
+
+    def rate(low: float, high: float) -> float:
+        bad, good = (len(of) * share(of, low, high) for of in (wrong_at, right_at))
+        return bad / max(1.0, bad + good)
+
+    return {
+        "late": share(wrong_at, 0.5, 1),
+        "late_true": share(right_at, 0.5, 1),
+        "rate_first": rate(0, 1 / 3),
+        "rate_last": rate(2 / 3, 1),
+        "rank6": float(np.mean(top)) if top else 0.0,
+        "lift": float(np.sum(chance) / np.sum(base)) if top else 0.0,
+    }
+
+
+@torch.no_grad()
+def attention_shares(model: Any, processor: Any, pictures: Sequence[Path], prompt: str) -> dict[str, Any]:
+    """Where the last prompt token looks, and how large activations get; means over pictures.
+
+    Returns:
+        Per layer: `first`, share of attention on the first token; `image`, on image tokens, and `largest_image`, on the
+        image token that gets most. `massive`: the largest |activation| of a layer input over the median, on the first
+        token and on image tokens.
+    """
+    kept = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    sums: dict[str, Any] = dict.fromkeys(("first", "image", "largest_image", "massive_first", "massive_image"), 0.0)
+    try:
+        for picture in pictures:
+            answering = Answering.of(model, processor, [([open_picture(picture)], prompt)], {})
+            out = model(**answering.inputs, output_attentions=True, output_hidden_states=True)
+            image = answering.inputs["input_ids"][0] == model.config.image_token_id
+            rows = torch.stack([a[0, :, -1].float().mean(0) for a in out.attentions])  # (layers, keys)
+            states = torch.stack(out.hidden_states)[1:-1, 0].float().abs()
+            median = states.flatten(1).median(1).values
+            sums["first"] += rows[:, 0].numpy()
+            sums["image"] += rows[:, image].sum(1).numpy()
+            sums["largest_image"] += rows[:, image].amax(1).numpy()
+            sums["massive_first"] += float((states[:, 0].amax(1) / median).max())
+            sums["massive_image"] += float((states[:, image].amax((1, 2)) / median).max())
+    finally:
+        model.set_attn_implementation(kept)
+    return {key: np.round(np.asarray(value, float) / len(pictures), 3).tolist() for key, value in sums.items()}
+
+
+def without_image(model: Any, processor: Any, prompt: str) -> dict[str, Any]:
+    """What is said where there is no image: a caption, and how many classes are said to be there.
+
+    `frequency` is COCO's mean frequency of those classes over that of the others; None if all answers are the same.
+    """
+
+    def say(text: str, n: int) -> str:
+        inputs = processor.tokenizer(f"USER: \n{text} ASSISTANT:", return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        said = model.generate(**inputs, max_new_tokens=n, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+
+    yes = np.array([say(question_text(name), 2).lower().startswith("yes") for name in CLASSES])
+    often = float(frequency()[yes].mean() / frequency()[~yes].mean()) if 0 < yes.sum() < len(yes) else None
+    return {"caption": say(prompt, 100), "yes": int(yes.sum()), "frequency": often}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: prints one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m vlmfix.organism.evaluate", description=__doc__)
+    parser.add_argument("model", help="folder of a model, or an embedded one")
+    parser.add_argument("--data", default="runs/organism/scenes/test", help="folder of scenes; written if missing")
+    parser.add_argument("--scenes", type=int, default=None, help="only the first N")
+    parser.add_argument("--output", type=Path, default=Path("runs"))
+    options = parser.parse_args(arguments)
+    if not Path(options.data).exists() and Path(options.data).name == "test":
+        write_sets(Path(options.data).parent)
+    model, processor = vlmfix.load(options.model)
+    data = Data.load(options.data, limit=options.scenes)
+    benches = [benchmark("chair", "strict"), benchmark("pope")]
+    runs = [answer_all(model, processor, (), b, data, options.output, progress=PlainProgress()) for b in benches]
+    out: dict[str, Any] = {}
+    for comparison in compare(runs):
+        for row in comparison.rows:
+            kept = {name: row.estimates[name] for name in comparison.benchmark.columns}
+            out[f"{comparison.benchmark.name} {row.group}".strip()] = {
+                name: [x if x is None else round(x, 4) for x in (e.value, e.low, e.high)] for name, e in kept.items()
+            }
+    scores = compare(runs[:1])[0].groups[0][0].scores
+    prompt = benches[0].prompt
+    out["words"] = np.percentile([score.words for score in scores], [5, 50, 95]).tolist()
+    out["inventions"] = inventions(scores)
+    out["attention"] = attention_shares(model, processor, list(data.images.values())[:20], prompt)
+    out["without_image"] = without_image(model, processor, prompt)
+    sys.stdout.write(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

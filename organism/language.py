@@ -1,0 +1,282 @@
+"""The language side: tokenizer, processor, the whole model, and many texts on one picture packed into one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from vlmfix.organism import captions
+from vlmfix.organism.recipe import Recipe
+from vlmfix.organism.scenes import CLASSES, SIZE, Painter, Scene, object_sets
+from vlmfix.organism.tower import vision_config
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+BEGIN, END, PAD, IMAGE = 1, 2, 3, 4
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if m['role'] == 'user' %} {% else %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+IGNORED = -100
+
+
+def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Prompts and answers on one scene, in the order in which they are packed, more than there is room for."""
+    own = recipe.language
+    out = [(captions.describe(rng), captions.caption(scene, recipe.noise, rng))] if rng.random() < own.described else []
+    out += [captions.echo(rng)] if rng.random() < own.echoed else []
+    return out + [captions.question(scene, recipe.noise, rng) for _ in range(12)]
+
+
+@cache
+def tokenizer(recipe: Recipe) -> Tokenizer:
+    """Byte-level BPE, learnt from what is said of some scenes."""
+    painter, sets = Painter(), object_sets("train")
+    rng = np.random.default_rng([recipe.seed, 2])
+    said = []
+    for k in range(recipe.language.read):
+        scene = painter.scene(sets[rng.integers(len(sets))], recipe.seed, k)
+        said += [f"USER: \n{prompt} ASSISTANT: {answer}" for prompt, answer in texts(scene, recipe, rng)]
+    said += [f" {name} {captions.many(k)}" for k, name in enumerate(CLASSES)] * 20
+    out = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
+    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.language.vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    out.train_from_iterator(said, trainer)
+    out.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL[BEGIN]} $A", pair=f"{SPECIAL[BEGIN]} $A $B", special_tokens=[(SPECIAL[BEGIN], BEGIN)]
+    )
+    return out
+
+
+def processor(recipe: Recipe) -> LlavaProcessor:
+    """The stock processor with this model's sizes, tokenizer and chat template."""
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(recipe),
+        unk_token=SPECIAL[0],
+        bos_token=SPECIAL[BEGIN],
+        eos_token=SPECIAL[END],
+        pad_token=SPECIAL[PAD],
+        padding_side="left",
+        model_max_length=1024,
+        extra_special_tokens={"image_token": SPECIAL[IMAGE]},
+    )
+    half = [0.5, 0.5, 0.5]
+    edge = {"height": SIZE, "width": SIZE}
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=edge, image_mean=half, image_std=half),
+        wrapped,
+        patch_size=recipe.tower.patch,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token=SPECIAL[IMAGE],
+        num_additional_image_tokens=1,
+    )
+
+
+def build(recipe: Recipe) -> LlavaForConditionalGeneration:
+    """The untrained model."""
+    own = recipe.language
+    text = LlamaConfig(
+        vocab_size=tokenizer(recipe).get_vocab_size(),
+        hidden_size=own.width,
+        intermediate_size=own.inner,
+        num_hidden_layers=own.layers,
+        num_attention_heads=own.heads,
+        num_key_value_heads=own.shared_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config(recipe.tower),
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=recipe.tower.tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    start_matching(model, own.match)
+    return model
+
+
+def start_matching(model: LlavaForConditionalGeneration, size: float) -> None:
+    """Let each token look for tokens like itself before any training: queries are the keys of their group.
+
+    Class words and the cells that show the class have like vectors, so that looking a word up in the picture need not
+    be found from nothing.
+    """
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        nn.init.orthogonal_(attention.k_proj.weight, size)
+        with torch.no_grad():
+            keys = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))
+            shared = attention.q_proj.out_features // attention.k_proj.out_features
+            attention.q_proj.weight.copy_(keys.repeat_interleave(shared, 0).flatten(0, 1))
+
+
+def save(model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path) -> None:
+    """Write weights in float16 and the processor, as `from_pretrained` reads them."""
+    model.generation_config = GenerationConfig(bos_token_id=BEGIN, eos_token_id=END, pad_token_id=PAD)
+    model.half().save_pretrained(folder)
+    processor(recipe).save_pretrained(folder)
+
+
+@dataclass
+class Packer:
+    """Puts the texts on a scene behind one prefix, each blind to the others."""
+
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        self.tokenizer = tokenizer(self.recipe)
+        self.before, self.after = [BEGIN, *self.ids("USER: ")], self.ids("\n")
+        self.head = len(self.before)
+        """Tokens before the image."""
+        rows = np.zeros((len(CLASSES), self.tokenizer.get_vocab_size()), np.float32)
+        for k, name in enumerate(CLASSES):
+            found = self.ids(" " + name)
+            np.add.at(rows[k], found, 1 / len(found))
+        self.words = torch.from_numpy(rows)
+        """Class -> the mean over its name's tokens: (80, vocabulary)."""
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text, without the first one."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def pack(self, said: list[tuple[str, str]], cells: np.ndarray, length: int, blind: bool) -> dict[str, np.ndarray]:
+        """One sequence: `ids`, `labels` (what is to be predicted at each place) and their `weights`, `segments` (0 is
+        the prefix, -1 nothing), `positions`; each (length,).
+
+        Args:
+            said: prompts and answers; those that do not fit are left out.
+            cells: the image tokens that are there, in ascending order; each keeps the position that it has among all.
+            length: of the sequence.
+            blind: whether texts are at the positions that they have without an image.
+        """
+        ids, labels, weights = np.full(length, PAD), np.full(length, IGNORED), np.zeros(length, np.float32)
+        segments, positions = np.full(length, -1), np.zeros(length, np.int64)
+        behind = self.head + (0 if blind else self.recipe.tower.tokens)
+        n = self.head + len(cells) + len(self.after)
+        ids[:n] = [*self.before, *[IMAGE] * len(cells), *self.after]
+        segments[:n] = 0
+        positions[:n] = [*range(self.head), *(self.head + cells), *(behind + np.arange(len(self.after)))]
+        at, first = n, behind + len(self.after)
+        for number, (prompt, answer) in enumerate(said, start=1):
+            asked, told = self.ids(f"{prompt} ASSISTANT:"), [*self.ids(f" {answer}"), END]
+            stop = at + len(asked) + len(told)
+            if stop > length:
+                continue
+            ids[at:stop], segments[at:stop] = asked + told, number
+            positions[at:stop] = first + np.arange(stop - at)
+            labels[at + len(asked) - 1 : stop - 1] = told
+            weights[at + len(asked) - 1 : stop - 1] = 1
+            if len(told) == 2:
+                weights[at + len(asked) - 1] = self.recipe.language.weight
+            at = stop
+        return {"ids": ids, "labels": labels, "weights": weights, "segments": segments, "positions": positions}
+
+    def visible(self, segments: Tensor, shown: int, blind: Tensor, headless: Tensor) -> Tensor:
+        """Who sees whom: bool (batch, 1, rows, columns).
+
+        Args:
+            segments: from `pack`, (batch, length).
+            shown: number of image tokens.
+            blind: sequences whose texts see no image token, (batch,).
+            headless: sequences in which nothing behind sees the text before the image, (batch,).
+        """
+        place = torch.arange(segments.shape[1], device=segments.device)
+        image = (place >= self.head) & (place < self.head + shown)
+        before = place < self.head
+        same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        out = same & (place[None, :] <= place[:, None])
+        out &= ~(blind[:, None, None] & image[None, None, :] & ~image[None, :, None])
+        out &= ~(headless[:, None, None] & before[None, None, :] & ~before[None, :, None])
+        return out[:, None]
+
+
+def word_vectors(model: LlavaForConditionalGeneration, words: Tensor) -> Tensor:
+    """The language model's vector of each class, (80, width)."""
+    table: Any = model.get_input_embeddings()
+    return words.to(model.device) @ table.weight
+
+
+def next_tokens(
+    model: LlavaForConditionalGeneration, image: Tensor, batch: dict[str, Tensor], visible: Tensor, head: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted cross-entropy over all answers of packed sequences; shares of tokens, and of yes and no, that are right.
+
+    Args:
+        model: the whole model.
+        image: image tokens, (batch, tokens, width).
+        batch: from `Packer.pack`, stacked.
+        visible: from `Packer.visible`.
+        head: tokens before the image.
+    """
+    embeds = model.get_input_embeddings()(batch["ids"])
+    embeds = torch.cat([embeds[:, :head], image.to(embeds.dtype), embeds[:, head + image.shape[1] :]], 1)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=visible, position_ids=batch["positions"], use_cache=False
+    ).last_hidden_state
+    asked = batch["labels"] != IGNORED
+    logits, wanted = model.lm_head(hidden[asked]).float(), batch["labels"][asked]
+    each, weights = functional.cross_entropy(logits, wanted, reduction="none"), batch["weights"][asked]
+    right, short = (logits.argmax(-1) == wanted).float(), weights > 1
+    return (weights * each).sum() / weights.sum(), {"tokens_right": right.mean(), "short_right": right[short].mean()}
+
+
+class HeadOutputs:
+    """Context: records the mean square of head outputs and of values in every layer of the language model."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        self.layers = model.model.language_model.layers
+        self.outputs: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __enter__(self) -> HeadOutputs:
+        def output(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.outputs.append(args[0].float().square().mean())
+
+        def value(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
+            self.values.append(out.float().square().mean().detach())
+
+        self.handles = [layer.self_attn.o_proj.register_forward_pre_hook(output) for layer in self.layers]
+        self.handles += [layer.self_attn.v_proj.register_forward_hook(value) for layer in self.layers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def ratio(self) -> Tensor:
+        """Mean square of head outputs over that of values, mean over layers."""
+        return torch.stack([o / v for o, v in zip(self.outputs, self.values, strict=True)]).mean()

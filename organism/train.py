@@ -1,0 +1,330 @@
+"""Makes the model: `python -m vlmfix.organism.train [STAGE ...]`, or under `accelerate launch -m` on GPUs.
+
+Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes),
+projector (from tower to grid), together (all on pictures); then the model is written to a folder. A stage that is done
+is skipped; one that was stopped goes on. The stage dynamic makes the second organism, of the Qwen2.5-VL class.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from vlmfix.organism import attention, dynamic, language, tower
+from vlmfix.organism.fitting import Stage, fit, two_optimizers
+from vlmfix.organism.recipe import QUICK, Recipe
+from vlmfix.organism.scenes import CLASSES, Painter, Scene, balanced, object_sets
+
+
+def pixel_values(scenes: list[Scene]) -> Tensor:
+    """Pictures as the processor gives them: (batch, 3, SIZE, SIZE), -1 to 1."""
+    pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes]))
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+class TowerBatches(Dataset[dict[str, Tensor]]):
+    """Batch number -> pictures with the class of each patch."""
+
+    def __init__(self, recipe: Recipe, steps: int, batch: int, first: int = 0, crowded: float = 0.0) -> None:
+        """Scenes are numbered from `first` on; up to the share `crowded` of the steps their sets are balanced."""
+        self.recipe, self.steps, self.batch, self.first, self.crowded = recipe, steps, batch, first, crowded
+        self.painter = Painter()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        recipe = self.recipe.tower
+        rng = np.random.default_rng([self.recipe.seed, self.first + number])
+        crowded = number < self.crowded * self.steps
+        sets = object_sets("train")
+        scenes, patches = [], []
+        for k in range(self.batch):
+            chosen = balanced(rng) if crowded else sets[rng.integers(len(sets))]
+            scenes.append(self.painter.scene(chosen, self.recipe.seed, self.first + number * self.batch + k))
+            patches.append(scenes[-1].patches(recipe.patch))
+        classes = torch.from_numpy(np.stack(patches))
+        present = torch.zeros(self.batch, len(CLASSES))
+        for row, scene in zip(present, scenes, strict=True):
+            row[[p.label for p in scene.objects if p.area >= 40]] = 1
+        batch = {"pixels": pixel_values(scenes), "patches": classes, "present": present}
+        if crowded:
+            lot = torch.from_numpy(rng.random(classes.shape)) + (classes < len(CLASSES))
+            batch["kept"] = lot.topk(recipe.kept, dim=1).indices
+            batch["patches"] = classes.gather(1, batch["kept"])
+        return batch
+
+
+class TowerStage(Stage):
+    """Teaches the vision tower."""
+
+    name = "tower"
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        torch.manual_seed(recipe.seed)
+        own = recipe.tower
+        self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
+        classifier = tower.Classifier(own)
+        classifier.vision.set_attn_implementation(attention.NAME)
+        self.model = classifier
+        self.batches = TowerBatches(recipe, self.steps, own.batch, crowded=own.balanced)
+        matrices = [p for p in tower.core(classifier.vision).encoder.parameters() if p.ndim == 2]
+        self.optimizers = two_optimizers(classifier, matrices, own.matrix_rate, own.rate)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Classes of patches and of the picture; the log gets the accuracy on patches that show an object."""
+        outputs = model(batch["pixels"], batch.get("kept"))
+        shown = batch["patches"] < len(CLASSES)
+        right = (outputs[0].argmax(-1) == batch["patches"])[shown].float().mean()
+        return tower.loss(outputs, batch["patches"], batch["present"]), {"patch_accuracy": right}
+
+
+class TextBatches(Dataset[dict[str, Tensor]]):
+    """Batch number -> packed texts on scenes, with the grid of their classes, and with the pictures if wanted."""
+
+    def __init__(self, recipe: Recipe, steps: int, batch: int, cells: int, first: int, pictures: bool) -> None:
+        """Scenes are numbered from `first` on, so that stages see different ones."""
+        self.recipe, self.steps, self.batch, self.cells = recipe, steps, batch, cells
+        self.first, self.pictures, self.painter, self.packer = first, pictures, Painter(), language.Packer(recipe)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        own, sets, seed = self.recipe.language, object_sets("train"), self.recipe.seed
+        rng = np.random.default_rng([seed, self.first, number])
+        length = self.packer.head + self.cells + len(self.packer.after) + own.text
+        scenes, rows, grids = [], [], []
+        blind = rng.random(self.batch) < own.blind
+        for k in range(self.batch):
+            index = self.first + number * self.batch + k
+            scenes.append(self.painter.scene(sets[rng.integers(len(sets))], seed, index))
+            grid = scenes[-1].patches(self.recipe.tower.patch)
+            shown = grid < len(CLASSES)
+            cells = np.sort(np.argsort(-(rng.random(len(grid)) + shown))[: self.cells])
+            if not self.pictures:
+                grid = np.where(shown & (rng.random(len(grid)) < own.missed), len(CLASSES), grid)
+                grid = np.where(rng.random(len(grid)) < own.confused, rng.integers(0, len(CLASSES), len(grid)), grid)
+            said = language.texts(scenes[-1], self.recipe, rng)
+            rows.append(self.packer.pack(said, cells, length, bool(blind[k])))
+            grids.append(grid[cells])
+        out = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+        out |= {"grid": torch.from_numpy(np.stack(grids)), "blind": torch.from_numpy(blind)}
+        out["lot"] = torch.from_numpy(rng.random(self.batch))
+        return out | ({"pixels": pixel_values(scenes)} if self.pictures else {})
+
+
+class Reader(nn.Module):
+    """The whole model, with a vector for cells of the grid that show nothing."""
+
+    words: Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.llava = language.build(recipe)
+        self.llava.set_attn_implementation(attention.NAME)
+        self.llava.model.vision_tower.requires_grad_(False)
+        self.background = nn.Parameter(torch.zeros(recipe.language.width))
+        self.register_buffer("words", language.Packer(recipe).words, persistent=False)
+
+    def grid(self, classes: Tensor) -> Tensor:
+        """What the language model reads where a perfect tower saw these classes, (batch, cells, width)."""
+        vectors = torch.cat([language.word_vectors(self.llava, self.words), self.background[None]])
+        return vectors[classes]
+
+    def image(self, pixels: Tensor) -> Tensor:
+        """Projected image tokens, (batch, tokens, width)."""
+        with torch.no_grad():
+            features = self.llava.model.vision_tower(pixels).last_hidden_state[:, 1:]
+        return self.llava.model.multi_modal_projector(features)
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls `function(self, *args)`: each stage computes its own loss, under whatever wraps the model."""
+        return function(self, *args)
+
+
+class LanguageStage(Stage):
+    """Teaches the language model to speak of grids of classes, before there is a tower."""
+
+    name = "language"
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        torch.manual_seed(recipe.seed + 1)
+        own = recipe.language
+        self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
+        self.model = reader = Reader(recipe)
+        reader.llava.model.multi_modal_projector.requires_grad_(False)
+        self.batches = TextBatches(recipe, self.steps, own.batch, own.cells, 10_000_000, pictures=False)
+        matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
+        self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Next tokens of the answers."""
+        return model(self.told, batch)
+
+    def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, inside of `Reader.forward`."""
+        packer, blind = self.batches.packer, batch["blind"]
+        visible = packer.visible(batch["segments"], batch["grid"].shape[1], blind, torch.zeros_like(blind))
+        return language.next_tokens(reader.llava, reader.grid(batch["grid"]), batch, visible, packer.head)
+
+
+class ProjectorStage(Stage):
+    """Fits the projector to the grid that the language model can read."""
+
+    name = "projector"
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        torch.manual_seed(recipe.seed + 2)
+        own = recipe.projector
+        self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
+        self.model = reader = Reader(recipe)
+        load(reader, folder, "tower", "language")
+        reader.requires_grad_(False)
+        reader.llava.model.multi_modal_projector.requires_grad_(True)
+        self.batches = TowerBatches(recipe, self.steps, own.batch, 20_000_000, crowded=0)
+        trained = [p for p in reader.parameters() if p.requires_grad]
+        self.optimizers = [torch.optim.AdamW(trained, lr=own.rate, betas=(0.9, 0.98), weight_decay=0.0)]
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared distance to the grid, relative to the grid's mean square."""
+        return model(guidance, batch["pixels"], batch["patches"]), {}
+
+
+def guidance(reader: Reader, pixels: Tensor, classes: Tensor) -> Tensor:
+    """How far projected tokens are from the grid's vectors: squared distance over the grid's variance."""
+    return distance(reader.image(pixels), reader.grid(classes).detach())
+
+
+def distance(image: Tensor, grid: Tensor) -> Tensor:
+    """Mean squared distance over the grid's mean square."""
+    return (image.float() - grid.float()).square().mean() / grid.float().square().mean()
+
+
+class TogetherStage(Stage):
+    """Teaches projector and language model on pictures."""
+
+    name = "together"
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        torch.manual_seed(recipe.seed + 3)
+        self.own = own = recipe.together
+        self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
+        self.model = reader = Reader(recipe)
+        load(reader, folder, "tower", "language", "projector")
+        reader.background.requires_grad_(False)
+        self.batches = TextBatches(recipe, self.steps, own.batch, recipe.tower.tokens, 30_000_000, pictures=True)
+        matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
+        self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Next tokens; at first with guidance for the projector, at last with the penalty on head outputs."""
+        return model(self.told, batch)
+
+    def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, inside of `Reader.forward`."""
+        packer, done = self.batches.packer, self.step / self.steps
+        sinking = done >= self.own.sinks_from
+        headless = (batch["lot"] < self.own.hidden) & sinking
+        image = reader.image(batch["pixels"])
+        visible = packer.visible(batch["segments"], image.shape[1], batch["blind"], headless)
+        with language.HeadOutputs(reader.llava) as heads:
+            loss, figures = language.next_tokens(reader.llava, image, batch, visible, packer.head)
+        figures |= {"next": loss.detach(), "head_outputs": heads.ratio.detach()}
+        if done < self.own.guided:
+            loss = loss + 0.2 * distance(image, reader.grid(batch["grid"]).detach())
+        if sinking:
+            loss = loss + self.own.penalty * heads.ratio
+        return loss, figures
+
+
+STAGES: dict[str, Callable[[Recipe, Path], Stage]] = {
+    "tower": TowerStage,
+    "language": LanguageStage,
+    "projector": ProjectorStage,
+    "together": TogetherStage,
+}
+
+
+SECOND: dict[str, Callable[[Recipe, Path], Stage]] = {"dynamic": dynamic.DynamicStage}
+"""The stage of the second organism, which needs none of the others."""
+
+
+def weights(stage: Stage) -> dict[str, Tensor]:
+    """What a stage has trained and what of it is kept, under the names of `Reader`, in float16."""
+    if isinstance(stage.model, tower.Classifier):
+        kept = {f"llava.model.vision_tower.{name}": p for name, p in stage.model.vision.state_dict().items()}
+    else:
+        kept = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
+    return {name: tensor.detach().half().contiguous() for name, tensor in kept.items()}
+
+
+def load(reader: Reader, folder: Path, *stages: str) -> None:
+    """Take over what earlier stages left in a folder."""
+    for stage in stages:
+        if not (folder / f"{stage}.safetensors").exists():
+            raise ValueError(f"{folder} holds no {stage}.safetensors; run the stage {stage} first")
+        found = load_file(folder / f"{stage}.safetensors")
+        unknown = reader.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
+        if unknown.unexpected_keys:
+            raise ValueError(
+                f"{stage}.safetensors holds {unknown.unexpected_keys[0]}, which the recipe has no place for"
+            )
+
+
+def make(
+    recipe: Recipe, folder: Path, stages: Sequence[str] = (), precision: str = "bf16", workers: int = 1
+) -> Path | None:
+    """Run the stages that are not done, and write the model once all are; its folder, or None as long as there is none.
+
+    Args:
+        recipe: what to make.
+        folder: for checkpoints, logs and what each stage leaves, `<stage>.safetensors`.
+        stages: names out of STAGES; none is all. `dynamic` makes the second organism, in a folder of that name.
+        precision: accelerate's `mixed_precision`.
+        workers: processes that make batches.
+    """
+    torch.set_num_threads(recipe.threads)
+    for name in stages or STAGES:
+        left = folder / f"{name}.safetensors"
+        if not left.exists():
+            stage = (STAGES | SECOND)[name](recipe, folder)
+            fit(stage, folder, precision, workers)
+            save_file(weights(stage), left)
+            if isinstance(stage, dynamic.DynamicStage):
+                dynamic.save(stage.model.qwen, recipe, folder / "dynamic")
+    if not all((folder / f"{name}.safetensors").exists() for name in STAGES):
+        return None
+    reader = Reader(recipe)
+    load(reader, folder, *STAGES)
+    language.save(reader.llava, recipe, folder / "model")
+    return folder / "model"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m vlmfix.organism.train", description=__doc__)
+    parser.add_argument("stages", nargs="*", help=f"{', '.join(STAGES)} (default: these), or dynamic")
+    parser.add_argument("--folder", type=Path, default=Path("runs/organism"), help="for checkpoints, logs and results")
+    parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--quick", action="store_true", help="the recipe QUICK: a fraction of the time")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.stages if name not in STAGES | SECOND]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no stage; expected {', '.join(STAGES | SECOND)}")
+    try:
+        make(QUICK if options.quick else Recipe(), options.folder, options.stages, options.precision)
+    except ValueError as error:
+        parser.exit(1, f"organism: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
