@@ -145,7 +145,7 @@ def test_a_torn_line_is_redone_and_a_broken_one_is_named(tiny, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle_and_resumed(tmp_path, runs, how):
-    command = [*COMMAND, "eval", "--benchmark", "chair", "--method", "none", "--limit", "24", "--batch-size", "2"]
+    command = [*COMMAND, "eval", "--benchmark", "chair", "--method", "none", "--limit", "24", "--batch-size", "1"]
     command += ["--output", str(tmp_path), "--json"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60

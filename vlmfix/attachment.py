@@ -353,7 +353,8 @@ class Attachment:
 
     def branch(self, cache: Any, index: Tensor) -> None:
         """Let several prompts that begin alike go on from one cache: its samples are now those of `index`, in turn."""
-        self._generations[cache] = self._generations[cache].branched(index)
+        if (generation := self._generations.get(cache)) is not None:  # else all interventions are idle
+            self._generations[cache] = generation.branched(index)
 
     def report(self, last: Generation | None = None) -> list[dict[str, Any]]:
         """See `vlmfix.report`: of a generation, else this thread's last one, or anyone's if this thread had none."""
