@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,10 @@ def test_a_torn_line_is_redone_and_a_broken_one_is_named(tiny, tmp_path):
 def test_killed_in_the_middle_and_resumed(tmp_path, runs, how):
     command = [*COMMAND, "eval", "--benchmark", "chair", "--method", "none", "--limit", "24", "--batch-size", "1"]
     command += ["--output", str(tmp_path), "--json"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to Ctrl-C
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     deadline = time.time() + 60
     records = lambda: next(iter(tmp_path.rglob("records.jsonl")), None)  # noqa: E731
     while time.time() < deadline and not ((path := records()) and path.read_text().count("\n") >= 4):
