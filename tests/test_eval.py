@@ -149,9 +149,8 @@ def test_killed_in_the_middle_and_resumed(tmp_path, runs, how):
     command = [*COMMAND, "eval", "--benchmark", "chair", "--method", "none", "--limit", "24", "--batch-size", "1"]
     command += ["--output", str(tmp_path), "--json"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to Ctrl-C
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment(), preexec_fn=heard, **pipes)  # noqa: PLW1509
     deadline = time.time() + 60
     records = lambda: next(iter(tmp_path.rglob("records.jsonl")), None)  # noqa: E731
     while time.time() < deadline and not ((path := records()) and path.read_text().count("\n") >= 4):
