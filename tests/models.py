@@ -11,6 +11,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.llama import modeling_llama
+
+from vlmfix import attention
 
 IMAGE = 60
 TEXT = {
@@ -149,3 +152,32 @@ def plant_sinks(model, dim=7, size=400.0):
         out.bias[dim] = 0
         out.weight[dim, 0] = size  # an image token is a sink where its first feature is large
     return model
+
+
+def answer(model, prompt, **settings):
+    """Five tokens, greedily, none of them special."""
+    return model.generate(**prompt, max_new_tokens=5, do_sample=False, suppress_tokens=[58, 59, 60, 61], **settings)
+
+
+@torch.no_grad()
+def edited_as_a_whole(monkeypatch, one, edit):
+    """Logits of an answer under an intervention; the same by eager attention over all queries and keys of prompt and
+    answer, with `edit(a, layer, n)` on the weights (B, H, Q, K), n of them prompt; and those of the untouched model."""
+    monkeypatch.setattr(attention, "PIECE", 5)
+    model, prompt = llava(), picture_prompt(llava())
+    with one(model):
+        got = answer(model, prompt, output_logits=True, return_dict_in_generate=True)
+    n = prompt["input_ids"].shape[1]
+    whole = {**prompt, "input_ids": got.sequences[:, :-1], "attention_mask": torch.ones_like(got.sequences[:, :-1])}
+
+    def eager(module, query, key, value, mask, scaling, **_):
+        key, value = (modeling_llama.repeat_kv(x, 3) for x in (key, value))
+        s = (query @ key.transpose(-1, -2)) * scaling
+        t = s.shape[-1]
+        a = s.masked_fill(torch.arange(t) > torch.arange(t)[:, None], -torch.inf).softmax(-1)
+        a = edit(a, module.layer_idx, n)
+        return (a @ value).transpose(1, 2), a
+
+    plain = model(**whole).logits[0, n - 1 :]
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
+    return torch.stack(got.logits)[:, 0], llava("eager")(**whole).logits[0, n - 1 :], plain

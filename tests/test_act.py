@@ -7,8 +7,7 @@ import torch
 
 import vlmfix
 from tests import vectors
-from tests.models import llava, picture_prompt
-from vlmfix import attention
+from tests.models import answer, edited_as_a_whole, llava, picture_prompt
 from vlmfix.geometry import Geometry
 from vlmfix.heads import HeadList
 from vlmfix.hooks import ACT
@@ -262,10 +261,6 @@ def test_a_factor_of_one_is_the_untouched_model():
         assert torch.equal(model(**prompt).logits, plain)
 
 
-def answer(model, prompt, **settings):
-    return model.generate(**prompt, max_new_tokens=7, do_sample=False, suppress_tokens=[58, 59, 60, 61], **settings)
-
-
 BITES = ACT(alpha=1.2, beta=0.0, layers=(1, 2, 3))
 
 
@@ -285,34 +280,21 @@ def test_with_cache_equals_without(rows, answering):
     assert not torch.allclose(torch.stack(other.scores), scores[0], atol=1e-4)
 
 
-@torch.no_grad()
 def test_a_whole_sequence_edited_with_the_same_sinks(monkeypatch):
     """Prompt and answer in eager attention, written out over all queries and keys; sinks from the prompt's rows alone."""
-    monkeypatch.setattr(attention, "PIECE", 5)
-    model, act = llava(), BITES
-    prompt = picture_prompt(model)
-    with act(model):
-        got = answer(model, prompt, output_logits=True, return_dict_in_generate=True)
-    n = prompt["input_ids"].shape[1]
-    whole = {**prompt, "input_ids": got.sequences[:, :-1], "attention_mask": torch.ones_like(got.sequences[:, :-1])}
-    from transformers.models.llama import modeling_llama
+    act = BITES
 
-    def eager(module, query, key, value, mask, scaling, **_):
-        key, value = (modeling_llama.repeat_kv(x, 3) for x in (key, value))
-        s = (query @ key.transpose(-1, -2)) * scaling
-        t = s.shape[-1]
-        a = s.masked_fill(torch.arange(t) > torch.arange(t)[:, None], -torch.inf).softmax(-1)
-        if module.layer_idx in act.layers:
-            received = a[:, :, :n].sum(2)[..., :n] / (n - torch.arange(n))
-            sink = torch.nn.functional.pad((received > act.alpha / n) & (torch.arange(n) > 0), (0, t - n))[:, :, None]
-            s, r = (a * sink).sum(-1, keepdim=True), (a * ~sink).sum(-1, keepdim=True)
-            a = torch.where(r < 1e-6, a, torch.where(sink, act.beta * a, a * (1 + (1 - act.beta) * s / r)))
-        return (a @ value).transpose(1, 2), a
+    def edit(a, layer, n):
+        if layer not in act.layers:
+            return a
+        received = a[:, :, :n].sum(2)[..., :n] / (n - torch.arange(n))
+        sink = (received > act.alpha / n) & (torch.arange(n) > 0)
+        sink = torch.nn.functional.pad(sink, (0, a.shape[-1] - n))[:, :, None]
+        s, r = (a * sink).sum(-1, keepdim=True), (a * ~sink).sum(-1, keepdim=True)
+        return torch.where(r < 1e-6, a, torch.where(sink, act.beta * a, a * (1 + (1 - act.beta) * s / r)))
 
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
-    reference = llava("eager")
-    want = reference(**whole).logits[0, n - 1 :]
-    torch.testing.assert_close(torch.stack(got.logits)[:, 0], want, rtol=1e-3, atol=1e-4)
+    got, want, _ = edited_as_a_whole(monkeypatch, act, edit)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import vlmfix
-from tests.models import llava, picture_prompt
-from vlmfix import attention
+from tests.models import answer, edited_as_a_whole, llava, picture_prompt
 from vlmfix.geometry import Geometry
 from vlmfix.heads import HeadList
 from vlmfix.hooks import ZeroTuning
@@ -114,36 +113,18 @@ def test_windows_keep_what_their_keys_are():
         assert torch.equal(part.system, whole.system[:, -n:])
 
 
-def answer(model, prompt, **settings):
-    return model.generate(**prompt, max_new_tokens=5, do_sample=False, suppress_tokens=[58, 59, 60, 61], **settings)
-
-
-@torch.no_grad()
 def test_equals_an_edit_of_the_whole_matrix(monkeypatch):
     """Prompt and answer in eager attention, weights multiplied and divided over all queries and keys."""
-    monkeypatch.setattr(attention, "PIECE", 5)
-    model, one = llava(), ZeroTuning(gamma=6.0, head_list=(0, 4), layers=(1, 3))
-    prompt = picture_prompt(model)
-    with one(model):
-        got = answer(model, prompt, output_logits=True, return_dict_in_generate=True)
-    n = prompt["input_ids"].shape[1]
-    whole = {**prompt, "input_ids": got.sequences[:, :-1], "attention_mask": torch.ones_like(got.sequences[:, :-1])}
-    from transformers.models.llama import modeling_llama
 
-    def eager(module, query, key, value, mask, scaling, **_):
-        key, value = (modeling_llama.repeat_kv(x, 3) for x in (key, value))
-        s = (query @ key.transpose(-1, -2)) * scaling
-        t = s.shape[-1]
-        a = s.masked_fill(torch.arange(t) > torch.arange(t)[:, None], -torch.inf).softmax(-1)
-        if module.layer_idx in (1, 3):
+    def edit(a, layer, n):
+        if layer in (1, 3):
             a[:, (0, 4), :, 0] *= 6.0
             a = a / a.sum(-1, keepdim=True)
-        return (a @ value).transpose(1, 2), a
+        return a
 
-    plain = model(**whole).logits[0, n - 1 :]
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
-    want = llava("eager")(**whole).logits[0, n - 1 :]
-    torch.testing.assert_close(torch.stack(got.logits)[:, 0], want, rtol=1e-3, atol=1e-4)
+    one = ZeroTuning(gamma=6.0, head_list=(0, 4), layers=(1, 3))
+    got, want, plain = edited_as_a_whole(monkeypatch, one, edit)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(plain, want, atol=1e-2)
 
 

@@ -18,6 +18,7 @@ from vlmfix.cli.console import (
     DeviceMap,
     Dtype,
     Json,
+    Limit,
     ModelName,
     Quantize,
     Speed,
@@ -78,7 +79,7 @@ def evaluate(
     variant: Annotated[str | None, typer.Option(help=VARIANT_HELP)] = None,
     parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
     similarity: Annotated[str | None, typer.Option(help=SIMILARITY_HELP)] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures; for trying out.")] = None,
+    limit: Limit = None,
     controls: Annotated[bool, typer.Option("--controls", help="Add each method's negative controls.")] = False,
     beside: Annotated[
         bool, typer.Option("--beside", help="Start a new run beside an unfinished one that was asked otherwise.")
