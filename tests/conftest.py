@@ -8,11 +8,40 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores
 
+_MODES = []
+
+
+def _set_inference_mode(on):
+    mode = torch.inference_mode(on)
+    mode.__enter__()
+    _MODES.append(mode)  # it ends with the object
+
+
+STATE = {
+    "inference mode": (torch.is_inference_mode_enabled, _set_inference_mode),
+    "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+}
+"""What torch keeps for the whole thread or process, and how it is read and set; inference mode sets gradients, too."""
+
 
 @pytest.fixture(autouse=True)
-def _seeded():
-    """The same random numbers in every test, whatever ran before it."""
+def _as_found():
+    """The same random numbers in every test, whatever ran before it; and what a test changes in torch for all tests
+    after it fails that test, and is put back."""
     torch.manual_seed(0)
+    before = {name: read() for name, (read, _) in STATE.items()}
+    yield
+    after = {name: read() for name, (read, _) in STATE.items()}
+    for name, (read, put) in STATE.items():
+        if read() != before[name]:
+            put(before[name])
+    left = [f"{name} {after[name]} instead of {before[name]}" for name in STATE if after[name] != before[name]]
+    if left:
+        hint = "put it back, and hold no such mode where a generator yields"
+        pytest.fail(f"the test left torch with {', '.join(left)}; {hint}", pytrace=False)
 
 
 def pytest_addoption(parser):

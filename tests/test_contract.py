@@ -314,18 +314,18 @@ def test_a_generate_of_someone_else_is_kept():
     assert vlmfix.unwrap(model).generate is someone
 
 
+@torch.no_grad()  # not inside the generator: each would put back what it found, in the wrong order
 def test_interleaved_generations_in_one_thread():
     """State belongs to the cache, so two hand-written loops may take turns."""
     model = build("llava")
     prompts = [picture_prompt(model, seed=s, lengths=[4 + s]) for s in range(2)]
 
     def loop(prompt):
-        with torch.no_grad():
-            out = model(**prompt, use_cache=True)
-            for _ in range(4):
-                token = out.logits[:, -1:].argmax(-1)
-                yield int(token)
-                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(**prompt, use_cache=True)
+        for _ in range(4):
+            token = out.logits[:, -1:].argmax(-1)
+            yield int(token)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
 
     for method in INTERVENTIONS.values():
         with method(model):
