@@ -57,6 +57,7 @@ TO_FILE = """text => {
   Object.assign(document.createElement('a'), {href: at, download: 'vlmfix.json'}).click();
   setTimeout(() => URL.revokeObjectURL(at), 1000);
 }"""
+READY = "() => ({__type__: 'update', interactive: true})"
 TO_CLIPBOARD = "() => { navigator.clipboard.writeText(location.href); }"
 FOCUS = "() => { document.querySelector('#prompt textarea, #prompt input').focus(); return ''; }"
 
@@ -112,7 +113,7 @@ def tab(studio: Studio) -> Shared:
             with gr.Row(elem_classes="grid"):
                 methods = [_field(spec, n) for n, spec in enumerate(FIRST)]
             with gr.Row(elem_classes="actions"):
-                button = gr.Button("Ask", variant="primary", elem_id="ask")
+                button = gr.Button("Ask", variant="primary", interactive=False, elem_id="ask")
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)
                 message = gr.HTML(elem_id="message")
             with gr.Row(elem_classes="grid"):
@@ -155,13 +156,14 @@ def tab(studio: Studio) -> Shared:
     load.upload(lambda data: restored(Question.from_json, data), load, [message, *everything], **quiet)
     page = gr.context.Context.root_block
     assert page is not None
-    page.load(
+    loaded = page.load(
         lambda query: restored(Question.from_query, query),
         link,
         [message, *everything],
         js="() => location.search",
         **quiet,
     )
+    loaded.then(None, None, button, js=READY)  # a click before that would ask what the page shows at first
     return Shared(picture, prompt, n_columns, tuple(methods), answers)
 
 

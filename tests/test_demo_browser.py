@@ -21,8 +21,8 @@ expect = playwright.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
 SHOTS = Path(__file__).parent.parent / "build" / "demo"
-WAIT = 30_000
-"""Milliseconds that a loaded machine may take."""
+WAIT = 120_000
+"""Milliseconds that a loaded machine may take: with ten processes on two cores, two visitors waited 100 s."""
 JUMPS = """() => { window.jumps = []; new PerformanceObserver(list => {
   for (const one of list.getEntries()) if (!one.hadRecentInput) window.jumps.push(one.value);
 }).observe({type: 'layout-shift'}); }"""
@@ -66,7 +66,7 @@ def visit(url, chromium):
         page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url + query)
-        expect(page.locator(".method select").nth(1)).to_have_value(re.compile("."), timeout=WAIT)
+        expect(page.get_by_role("button", name="Ask")).to_be_enabled(timeout=WAIT)
         return page
 
     yield opened
@@ -224,10 +224,9 @@ def test_uploads(visit, tmp_path):
 
 
 def test_two_visitors_at_once(visit):
+    """Each asks as soon as the page lets them: about what the link says, not what the page shows at first."""
     one = visit("?" + Question("test_0010", "Please describe this image in detail.", ("pai", "none")).query())
     two = visit("?" + Question("test_0032", "Is there a vase in the image?", ("vhr", "beam")).query())
-    expect(one.locator(".known p")).to_have_text("In the picture: elephant", timeout=WAIT)
-    expect(two.locator("#prompt textarea, #prompt input")).to_have_value("Is there a vase in the image?", timeout=WAIT)
     ask(one)
     ask(two)
     first, second = answers(one), answers(two)
