@@ -424,13 +424,11 @@ class Attachment:
     def _may_join(self, generation: Generation, scope: _Scope, n_rows: int, n_prompt: int) -> bool:
         """Whether second streams may go along in a pass: over one new token, no beams, in a model whose attention gets
         keys and values as the cache gives them."""
-        config: Any = self.model.config
         return (
             bool(generation.streams)
             and (n_rows, n_prompt, scope.n_beams) == (1, 0, 1)
             and len(generation.joinable) == len(self.anatomy.layers)
             and not any(one.acts_at("tokens") for _, one in self._in_force())
-            and not (config.output_hidden_states or config.output_attentions)
         )
 
     @attention.between_compiled_pieces

@@ -120,11 +120,8 @@ def _as_cached(view: AttentionView, call: Call, key: Tensor, value: Tensor, extr
     layers = getattr(call.cache, "layers", ())
     kept = layers[view.layer] if view.layer < len(layers) else None
     told = any(isinstance(x, Tensor) and x.dim() > 1 for name, x in extra.items() if name != "position_ids")
-    return (
-        (getattr(kept, "keys", None) is key and getattr(kept, "values", None) is value)
-        and view.original.config._attn_implementation == "sdpa"
-        and not told
-    )
+    as_kept = getattr(kept, "keys", None) is key and getattr(kept, "values", None) is value
+    return as_kept and not told and view.original.config._attn_implementation == "sdpa"
 
 
 class Scores:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmfix.geometry import Geometry
 from vlmfix.intervention import Rows, Site
-from vlmfix.streams import JointCache, Stream
+from vlmfix.streams import Stream
 
 
 @dataclass

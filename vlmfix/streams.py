@@ -62,8 +62,8 @@ class Stream:
         return self._logits is not None and self._positions is not None
 
     def join(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Take tokens (rows, 1) in a pass of the first stream: their positions, and what their attention may see, (rows,
-        1, 1, K) bool; `None`: everything. The logits come after the pass, to `joined`."""
+        """Take tokens (rows, 1) in a pass of the first stream: their positions, and the keys that they may see, (rows,
+        1, 1, K) bool; `None`: all. The logits come after the pass, to `joined`."""
         positions = self._further(tokens)["position_ids"]
         return positions, self._mask[:, None, None].bool() if self._padded else None
 
@@ -104,8 +104,7 @@ class JointCache(DynamicCache):
         n, more = 1 + len(self.streams), (layer_idx, *args)
         (key, *keys), (value, *values) = key_states.chunk(n), value_states.chunk(n)
         self._others = [
-            stream.cache.update(k, v, *more, **kwargs)
-            for stream, k, v in zip(self.streams, keys, values, strict=True)
+            stream.cache.update(k, v, *more, **kwargs) for stream, k, v in zip(self.streams, keys, values, strict=True)
         ]
         return self.first.update(key, value, *more, **kwargs)
 
