@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from transformers.modeling_utils import AttentionInterface
 from vlmfix import attention
 from vlmfix.asking import Answering
 from vlmfix.attachment import wrapped
-from vlmfix.intervention import ATTENTION_STAGES, Intervention, did_you_mean, parse, spec_of
+from vlmfix.hooks import VCD
+from vlmfix.intervention import ASK_STAGES, ATTENTION_STAGES, Intervention, did_you_mean, parse, spec_of
 from vlmfix.sharing import Sharing, can_share
+from vlmfix.state import Prompt
 
 SINK = 7
 """Dimension in which the first token and half of the image tokens carry a massive activation."""
@@ -111,6 +113,17 @@ def prompt(model: Any, name: str, batch: int, text_tokens: int) -> dict[str, Ten
     image = vocab - 1 - (torch.arange(found.image_tokens) % 2)
     ids = torch.cat([text[:, :BEFORE], image.expand(batch, -1), text[:, BEFORE:]], dim=1).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@dataclass(frozen=True)
+class TowerlessVCD(VCD):
+    """VCD for prompts whose image tokens come without pixels, as here: the second stream gets the same tokens again, as
+    many as a noised picture has. It costs what VCD costs but for the vision tower."""
+
+    def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
+        """Prepare the second stream."""
+        memo["seen"] = prompt.geometry.image.any(1)
+        memo["blurred"] = prompt.stream_with()
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -221,8 +234,16 @@ def variants(model: Any, methods: Sequence[tuple[Intervention, ...]], naive: boo
 
 
 def find_methods(specs: Sequence[str]) -> list[tuple[Intervention, ...]]:
-    """Methods by name; a bare name stands for its worst case (`SETTINGS`)."""
-    return [parse(SETTINGS.get(spec, spec)) for spec in specs]
+    """Methods by name; a bare name stands for its worst case (`SETTINGS`). `ValueError` for those that act in `ask`
+    only, which is not what is measured here."""
+    found = [parse(SETTINGS.get(spec, spec)) for spec in specs]
+    for one in (one for method in found for one in method if any(map(one.acts_at, ASK_STAGES))):
+        raise ValueError(f"{one.name} acts in vlmfix.ask only; what it costs there is in the records of vlmfix eval")
+    return [tuple(_towerless(one) if type(one) is VCD else one for one in method) for method in found]
+
+
+def _towerless(vcd: VCD) -> TowerlessVCD:
+    return TowerlessVCD(**{f.name: getattr(vcd, f.name) for f in fields(vcd)})
 
 
 def footprint(model: Any) -> int:

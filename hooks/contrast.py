@@ -44,7 +44,7 @@ class Contrast(Intervention):
     name: ClassVar[str] = "contrast"
     summary: ClassVar[str] = "takes off the logits what the model would say without the image"
     paper: ClassVar[str] = "guidance of PAI, arXiv 2407.21771; variant m3id: Favero et al., CVPR 2024, arXiv 2403.14003"
-    cost: ClassVar[str] = "a second stream without the image: a short prefill, and one more pass per token"
+    cost: ClassVar[str] = "a second stream without the image: a short prefill, and twice the rows per token"
     expect: ClassVar[str] = (
         "captions: on the embedded model a little fewer inventions, CHAIR_S −3.2 [−5.3, −1.3], and no less seen; "
         "yes/no: nothing"

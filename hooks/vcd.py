@@ -66,7 +66,7 @@ class VCD(Intervention):
     name: ClassVar[str] = "vcd"
     summary: ClassVar[str] = "takes off the logits what the model says of a noised image"
     paper: ClassVar[str] = "Leng et al., CVPR 2024, arXiv 2311.16922"
-    cost: ClassVar[str] = "a second stream with the noised image: everything twice"
+    cost: ClassVar[str] = "a second stream with the noised image: the prompt twice, and twice the rows per token"
     expect: ClassVar[str] = (
         "made for yes/no, where most of its published gain is a shifted rate of yes. On the embedded model "
         "captions invent far less, CHAIR_S −37.0 [−42.2, −31.8], and see less, recall −5.8 [−7.7, −3.9]; yes/no "

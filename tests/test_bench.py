@@ -49,6 +49,20 @@ def test_what_is_compared_and_what_stays(tiny, monkeypatch):
         bench.compare(model, prompt, bench.find_methods(["vhr"]), new_tokens=1, rounds=1)
 
 
+def test_vcd_has_a_second_stream_though_the_prompt_has_no_pixels(tiny):
+    model, prompt = tiny
+    (method,) = bench.find_methods(["vcd:alpha=2.0"])
+    rows = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given["inputs_embeds"])), with_kwargs=True
+    )
+    with wrapped(model, list(method)):
+        bench.measure(model, prompt, 2)
+        assert report(model)[0]["alpha"] == 2 and all(s["acted"] for s in report(model)[0]["samples"])
+    handle.remove()
+    assert rows == [2, 2, 4, 4], "both prompts, then two tokens of both at once"
+
+
 def test_ratios_are_taken_within_rounds():
     found = bench.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0])
     assert found["ratio"] == 2 and found["interval"] == [2, 2]
@@ -65,7 +79,11 @@ def test_the_command(monkeypatch):
     assert "naive var" in {row["variant"] for row in found["rows"]} and found["image_tokens"] == 64
     done = run(app, [*small, "--method", "none,var", "--questions", "3"])
     assert done.exit_code == 0 and "times as fast" in done.stdout
-    for wrong, said in ((["--shape", "tinny"], "did you mean 'tiny'"), (["--dtype", "int8"], "expected float32")):
+    for wrong, said in (
+        (["--shape", "tinny"], "did you mean 'tiny'"),
+        (["--dtype", "int8"], "expected float32"),
+        (["--method", "rerank"], "acts in vlmfix.ask only"),
+    ):
         done = run(app, [*small, *wrong])
         assert done.exit_code == 1 and said in done.stderr and "Traceback" not in done.stderr
     done = run(app, [*small, "--method", "vhr", "--questions", "3"])

@@ -28,7 +28,8 @@ from vlmfix.intervention import (
     Step,
     as_interventions,
 )
-from vlmfix.state import Call, Generation, Prompt, Stream
+from vlmfix.state import Call, Generation, Prompt
+from vlmfix.streams import JointCache, Stream, join, part
 
 ATTRIBUTE = "_vlmfix"
 LOSES_PROCESSORS = ("janus",)
@@ -234,6 +235,7 @@ class Attachment:
             for layer in one.at_layers(n):
                 if self.anatomy.layers[layer].attention is not None:
                     by_layer[layer].append((i, one))
+        may_join = any(e.acts_at("logits") for _, e in self.active()) and "weights" in self.anatomy.stages
         torch.compiler.reset()  # compiled code does not see that hooks came, only that they went
         hooks: list[Any] = []
         self._handles = hooks
@@ -256,7 +258,7 @@ class Attachment:
                     parts.module.register_forward_pre_hook(_TokensHook(self, layer, move).enter, with_kwargs=True)
                 )
             edit_rows = [(i, e) for i, e in edits if any(e.acts_at(stage) for stage in ATTENTION_STAGES)]
-            if edit_rows and parts.attention is not None:
+            if (edit_rows or may_join) and parts.attention is not None:
                 view = attention.AttentionView(parts.attention, layer, n, edit_rows, self.call)
                 self._configs.append((parts.attention, parts.attention.config))
                 attention.attach(parts.attention, view)
@@ -412,8 +414,22 @@ class Attachment:
             self._begin(generation, module, named, n_prompt)
         if scope is not None:
             scope.generation, scope.position = generation, start + n_rows
-        local.call = Call(generation, start, n_rows, n_prompt, ends=end <= start + n_rows)
+        if scope is not None and self._may_join(generation, scope, n_rows, n_prompt):
+            joined = join({**named, **kwargs}, generation.streams)
+            if joined is not None:
+                args, kwargs, cache, generation.ahead = (), joined, joined["past_key_values"], True
+        local.call = Call(generation, start, n_rows, n_prompt, ends=end <= start + n_rows, cache=cache)
         return args, kwargs
+
+    def _may_join(self, generation: Generation, scope: _Scope, n_rows: int, n_prompt: int) -> bool:
+        """Whether second streams may go along in a pass: over one new token, no beams, in a model whose attention gets
+        keys and values as the cache gives them."""
+        return (
+            bool(generation.streams)
+            and (n_rows, n_prompt, scope.n_beams) == (1, 0, 1)
+            and len(generation.joinable) == len(self.anatomy.layers)
+            and not any(one.acts_at("tokens") for _, one in self._in_force())
+        )
 
     @attention.between_compiled_pieces
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -423,6 +439,8 @@ class Attachment:
         if call is None or output is None:
             return
         self._last = self._local.last = call.generation
+        if isinstance(call.cache, JointCache):
+            part(output, call.cache)
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self._generations[cache] = call.generation
@@ -585,12 +603,13 @@ class _HeadHook:
         call = local.call
         if call is None or not self.edits:
             return None
+        o, others = o.split([call.n_samples, len(o) - call.n_samples])
         for i, one in self.edits:
             if i not in call.generation.force:
                 continue
             site = call.site(i, one.rows, self.layer, len(a.layers), call.start + call.n_rows, slice(None), o.device)
             o = one.heads(o, site)
-        return (o.reshape(x.shape), *args[1:])
+        return (torch.cat([o, others]).reshape(x.shape), *args[1:])
 
 
 class _TokensHook:

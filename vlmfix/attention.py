@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from vlmfix.intervention import Intervention, Rows, Site
 from vlmfix.state import Call
+from vlmfix.streams import JointCache
 
 NAME = "vlmfix"
 LOOK = "vlmfix_look"
@@ -80,18 +81,47 @@ def edited_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Stock attention, then the edited rows of its output overwritten. query (B, H, Q, d), key and value (B, Hk, K, d).
 
-    The weights returned beside the output, where the kernel gives any, are the unedited ones.
+    The weights returned beside the output, where the kernel gives any, are the unedited ones. Where second streams go
+    along, their queries follow the first stream's, and each attends to its own keys by the kernel alone.
     """
     view: AttentionView = module.config.vlmfix_view  # type: ignore[union-attr, assignment]
-    stock = cache(partial(view.kernel(), view.original, query, key, value, attention_mask, **kwargs))
-    call = view.current()
+    call, kernel = view.current(), partial(view.kernel(), view.original)
+    if call is None or not isinstance(call.cache, JointCache):
+        return _edited(view, call, kernel, query, key, value, attention_mask, kwargs)
+    own, *others = query.split(len(key))
+    mask = None if attention_mask is None else attention_mask[: len(key)]
+    outs = [_edited(view, call, kernel, own, key, value, mask, kwargs)[0]]
+    for q, (k, v, seen) in zip(others, call.cache.others(), strict=True):
+        outs.append(kernel(q, k, v, seen, **kwargs)[0])
+    return torch.cat(outs), None
+
+
+def _edited(
+    view: AttentionView, call: Call | None, kernel: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    stock = cache(partial(kernel, query, key, value, attention_mask, **kwargs))
     if call is None:
+        return stock()
+    if call.n_prompt and _as_cached(view, call, key, value, kwargs):
+        call.generation.joinable.add(view.layer)
+    if not view.edits:
         return stock()
     scores = Scores(view, call, query, key, attention_mask, kwargs)
     if not call.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
         return edit_rows(view, call, lambda: stock()[0], scores, value), None  # runs only where a row stays as it is
     out, weights = stock()
     return edit_rows(view, call, lambda: out, scores, value), weights
+
+
+def _as_cached(view: AttentionView, call: Call, key: Tensor, value: Tensor, extra: dict[str, Any]) -> bool:
+    """Whether a kernel gets keys and values just as the cache gives them, and nothing else that has a row per sample.
+    Then second streams can go along in a pass and bring their own."""
+    layers = getattr(call.cache, "layers", ())
+    kept = layers[view.layer] if view.layer < len(layers) else None
+    told = any(isinstance(x, Tensor) and x.dim() > 1 for name, x in extra.items() if name != "position_ids")
+    as_kept = getattr(kept, "keys", None) is key and getattr(kept, "values", None) is value
+    return as_kept and not told and view.original.config._attn_implementation == "sdpa"
 
 
 class Scores:

@@ -12,52 +12,7 @@ from torch import Tensor, nn
 
 from vlmfix.geometry import Geometry
 from vlmfix.intervention import Rows, Site
-
-
-class Stream:
-    """A second input that runs beside the first, with a cache of its own: it gets the tokens that are chosen for the
-    answer, and gives logits for the next one. No intervention touches it.
-
-    `run` calls the untouched model; `inputs` is what it gets at the prefill, with `attention_mask` (B, T). `rows` is
-    the batch of the first stream: a multiple of B where beams share a sample.
-    """
-
-    def __init__(self, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], rows: int):
-        self._run, self._inputs, self._rows = run, inputs, rows
-        self._logits: Tensor | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        """(rows, V) float32, of the next token."""
-        if self._logits is None:
-            self._mask, self._positions = self._inputs["attention_mask"], self._inputs.get("position_ids")
-            self._logits, n = self._advance(self._inputs), self._rows // len(self._mask)
-            if n > 1:
-                self._cache.reorder_cache(torch.arange(len(self._mask), device=self._mask.device).repeat_interleave(n))
-                self._logits, self._mask = (x.repeat_interleave(n, dim=0) for x in (self._logits, self._mask))
-                if self._positions is not None:
-                    self._positions = self._positions.repeat_interleave(n, dim=-2)
-        return self._logits
-
-    def follow(self, tokens: Tensor, parents: Tensor | None) -> None:
-        """Take the tokens (rows, n) that were chosen since; row b goes on from what was row `parents[b]`, of the same
-        sample."""
-        assert self.logits is not None  # the prompt comes first
-        if parents is not None:
-            self._cache.reorder_cache(parents)
-        self._mask = torch.cat([self._mask, torch.ones_like(tokens).to(self._mask)], dim=1)
-        inputs = {"input_ids": tokens, "attention_mask": self._mask, "past_key_values": self._cache}
-        if (
-            self._positions is not None
-        ):  # (B, T), or (3 or 4, B, T) in M-RoPE models, whose own record is not to be lost
-            ahead = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            self._positions = inputs["position_ids"] = self._positions[..., -1:] + ahead
-        self._logits = self._advance(inputs)
-
-    def _advance(self, inputs: dict[str, Any]) -> Tensor:
-        out = self._run({**inputs, "use_cache": True})
-        self._cache = inputs["past_key_values"]
-        return out.logits[:, -1].float()
+from vlmfix.streams import Stream
 
 
 @dataclass
@@ -73,6 +28,10 @@ class Generation:
     streams: list[Stream] = field(default_factory=list)
     seen: Tensor | None = None
     """(B, T) token ids that the streams have got, prompt included."""
+    ahead: bool = False
+    """Whether the streams have got the newest token already, in a pass of the first one."""
+    joinable: set[int] = field(default_factory=set)
+    """Layers whose kernel gets keys and values as the cache gives them."""
 
     def branched(self, index: Tensor) -> Generation:
         """The state of several prompts that begin alike: the b-th goes on from what was sample `index[b]`."""
@@ -91,9 +50,9 @@ class Generation:
             new = ids[:, n:]
             if new.shape[1] > 1 and any(bool((new == token).any()) for token in image_ids):
                 raise ValueError("a further turn with a picture cannot go on from the cache of a turn with guidance")
-            for stream in self.streams:
+            for stream in self.streams if not self.ahead else ():
                 stream.follow(new, parents)
-        self.seen = ids
+        self.seen, self.ahead = ids, False
 
 
 def _taken(found: Any, index: Tensor) -> Any:
@@ -187,8 +146,16 @@ class Call:
     n_prompt: int
     ends: bool = True
     """Whether no more prompt follows."""
+    cache: Any = None
+    """Keys and values so far; a `JointCache` in a pass that takes second streams along, whose rows come after those of
+    the first."""
     _geometries: dict[Any, Geometry] = field(default_factory=dict)
     _rows: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def n_samples(self) -> int:
+        """Rows of the batch that belong to the first stream: the first ones."""
+        return len(self.generation.geometry.image)
 
     @cached_property
     def _all(self) -> Geometry:

@@ -1,0 +1,144 @@
+"""Second streams: other inputs that get the same answer, token by token, each with a cache of its own.
+
+What a new token costs is mostly reading the weights, so the streams of a batch go through the model in one pass where
+that is known to be safe: their rows lie one after the other, and only attention is done stream by stream, since each
+has keys of its own, as many as its prompt has. No stream is padded for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+PER_TOKEN = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
+}  # fmt: skip
+"""What a pass over a new token is told, in every model whose streams can be joined."""
+TOLD_BY_POSITIONS = {"mm_token_type_ids"}
+"""What may be left out of it where positions are given."""
+
+
+class Stream:
+    """A second input that runs beside the first, with a cache of its own: it gets the tokens that are chosen for the
+    answer, and gives logits for the next one. No intervention touches it.
+
+    `run` calls the untouched model; `inputs` is what it gets at the prefill, with `attention_mask` (B, T). `rows` is
+    the batch of the first stream: a multiple of B where beams share a sample.
+    """
+
+    def __init__(self, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], rows: int):
+        self._run, self._inputs, self._rows = run, inputs, rows
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """(rows, V) float32, of the next token."""
+        if self._logits is None:
+            self._mask, self._positions = self._inputs["attention_mask"], self._inputs.get("position_ids")
+            self._logits, n = self._advance(self._inputs), self._rows // len(self._mask)
+            self._padded = not bool(self._mask.all())
+            if n > 1:
+                self.cache.reorder_cache(torch.arange(len(self._mask), device=self._mask.device).repeat_interleave(n))
+                self._logits, self._mask = (x.repeat_interleave(n, dim=0) for x in (self._logits, self._mask))
+                if self._positions is not None:
+                    self._positions = self._positions.repeat_interleave(n, dim=-2)
+        return self._logits
+
+    def follow(self, tokens: Tensor, parents: Tensor | None) -> None:
+        """Take the tokens (rows, n) that were chosen since; row b goes on from what was row `parents[b]`, of the same
+        sample."""
+        assert self.logits is not None  # the prompt comes first
+        if parents is not None:
+            self.cache.reorder_cache(parents)
+        self._logits = self._advance(self._further(tokens))
+
+    @property
+    def may_join(self) -> bool:
+        """Whether its next token may go through the model beside the first stream's."""
+        return self._logits is not None and self._positions is not None
+
+    def join(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Take tokens (rows, 1) in a pass of the first stream: their positions, and the keys that they may see, (rows,
+        1, 1, K) bool; `None`: all. The logits come after the pass, to `joined`."""
+        positions = self._further(tokens)["position_ids"]
+        return positions, self._mask[:, None, None].bool() if self._padded else None
+
+    def joined(self, logits: Tensor) -> None:
+        """Take the logits (rows, V) of the next token from such a pass."""
+        self._logits = logits.float()
+
+    def _further(self, tokens: Tensor) -> dict[str, Any]:
+        self._mask = torch.cat([self._mask, torch.ones_like(tokens).to(self._mask)], dim=1)
+        inputs = {"input_ids": tokens, "attention_mask": self._mask, "past_key_values": self.cache}
+        if (
+            self._positions is not None
+        ):  # (B, T), or (3 or 4, B, T) in M-RoPE models, whose own record is not to be lost
+            ahead = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            self._positions = inputs["position_ids"] = self._positions[..., -1:] + ahead
+        return inputs
+
+    def _advance(self, inputs: dict[str, Any]) -> Tensor:
+        out = self._run({**inputs, "use_cache": True})
+        self.cache = inputs["past_key_values"]
+        return out.logits[:, -1].float()
+
+
+class JointCache(DynamicCache):
+    """The caches of several streams, for one pass over a new token of each. It looks like the first stream's; of each
+    layer's new keys and values, those of the others go to their own caches, and wait there for the layer's attention.
+    """
+
+    def __init__(self, first: DynamicCache, streams: Sequence[Stream], masks: Sequence[Tensor | None]):
+        super().__init__()
+        self.first, self.streams, self._masks = first, streams, masks
+        self.layers = first.layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Of the first stream."""
+        n, more = 1 + len(self.streams), (layer_idx, *args)
+        (key, *keys), (value, *values) = key_states.chunk(n), value_states.chunk(n)
+        self._others = [
+            stream.cache.update(k, v, *more, **kwargs) for stream, k, v in zip(self.streams, keys, values, strict=True)
+        ]
+        return self.first.update(key, value, *more, **kwargs)
+
+    def others(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Keys, values (rows, Hk, K, d) and mask of each other stream, for the attention of the layer at hand."""
+        return [(k, v, mask) for (k, v), mask in zip(self._others, self._masks, strict=True)]
+
+
+def join(given: dict[str, Any], streams: Sequence[Stream]) -> dict[str, Any] | None:
+    """Arguments of one pass over a new token of all streams, from those of the first stream's; `None` if these say more
+    than is known to be safe, and each stream must run by itself."""
+    given = {k: v for k, v in given.items() if v is not None and v is not False}
+    ids, mask, positions = (given.get(k) for k in ("input_ids", "attention_mask", "position_ids"))
+    cache, known = given.get("past_key_values"), PER_TOKEN | TOLD_BY_POSITIONS
+    if not set(given) <= known or type(cache) is not DynamicCache or ids is None or positions is None or not streams:
+        return None
+    whole = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+    if not whole or not all(stream.may_join for stream in streams):
+        return None
+    parts = [stream.join(ids) for stream in streams]
+    n = 1 + len(streams)
+    if mask is not None:  # the others bring their own
+        given["attention_mask"] = torch.cat([mask, torch.ones_like(mask).repeat(n - 1, 1)])
+    return {
+        **{k: v for k, v in given.items() if k not in TOLD_BY_POSITIONS},
+        "input_ids": ids.repeat(n, 1),
+        "position_ids": torch.cat([positions, *(place for place, _ in parts)], dim=-2),
+        "past_key_values": JointCache(cache, streams, [seen for _, seen in parts]),
+    }
+
+
+def part(output: Any, cache: JointCache) -> None:
+    """Hand each stream its part of the output of such a pass; the first stream's stays in it."""
+    own, *others = output.logits.chunk(1 + len(cache.streams))
+    for stream, logits in zip(cache.streams, others, strict=True):
+        stream.joined(logits[:, -1])
+    output.logits, output.past_key_values = own, cache.first
