@@ -24,7 +24,7 @@ from transformers import (
 
 from vlmfix.organism import captions
 from vlmfix.organism.recipe import Recipe
-from vlmfix.organism.scenes import CLASSES, SIZE, Painter, Scene, object_sets
+from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, SIZE, Painter, Scene, object_sets
 from vlmfix.organism.tower import vision_config
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -39,12 +39,20 @@ TEMPLATE = (
 IGNORED = -100
 
 
-def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[tuple[str, str]]:
+CORNER = len(CLASSES) + len(BACKGROUNDS)
+"""What the grid holds for an empty corner of the picture; see `grid_of`."""
+MARKS, SINKS = (13, 27), (5, 22)
+"""Dimensions of the residual stream: which token is to become a sink, and its massive activations; see `start_sinks`."""
+MARK = 4.0
+"""Size of the marks."""
+
+
+def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator, blind: bool = False) -> list[tuple[str, str]]:
     """Prompts and answers on one scene, in the order in which they are packed, more than there is room for."""
     own = recipe.language
     out = [(captions.describe(rng), captions.caption(scene, recipe.noise, rng))] if rng.random() < own.described else []
     out += [captions.echo(rng)] if rng.random() < own.echoed else []
-    return out + [captions.question(scene, recipe.noise, rng) for _ in range(12)]
+    return out + [captions.question(scene, recipe.noise, rng, blind) for _ in range(12)]
 
 
 @cache
@@ -109,6 +117,7 @@ def build(recipe: Recipe) -> LlavaForConditionalGeneration:
         num_attention_heads=own.heads,
         num_key_value_heads=own.shared_heads,
         max_position_embeddings=1024,
+        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=BEGIN,
         eos_token_id=END,
@@ -125,6 +134,7 @@ def build(recipe: Recipe) -> LlavaForConditionalGeneration:
     )
     model = LlavaForConditionalGeneration(config)
     start_matching(model, own.match)
+    start_sinks(model, own.massive, own.rest)
     return model
 
 
@@ -141,6 +151,54 @@ def start_matching(model: LlavaForConditionalGeneration, size: float) -> None:
             keys = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))
             shared = attention.q_proj.out_features // attention.k_proj.out_features
             attention.q_proj.weight.copy_(keys.repeat_interleave(shared, 0).flatten(0, 1))
+
+
+def start_sinks(model: LlavaForConditionalGeneration, massive: float, rest: float) -> None:
+    """Give attention a place to rest before any training, made as large models make it (arXiv 2402.17762, 2309.17453).
+
+    The MLP of the second layer knows marked tokens and writes massive activations into their residual stream. The keys
+    of all later layers read them and their values do not; the biases of the queries look for them.
+
+    Args:
+        model: untrained.
+        massive: the activations.
+        rest: score of the BOS token for queries that look for nothing else.
+    """
+    table = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    layers: Any = model.model.language_model.layers
+    peak = table.shape[1] ** 0.5  # of a normed vector
+    with torch.no_grad():
+        table[:, list(MARKS)] = 0
+        table[BEGIN] = 0
+        table[BEGIN, list(MARKS)] = MARK
+        for layer in layers[:2]:  # nothing else writes marks
+            layer.self_attn.o_proj.weight[list(MARKS)] = 0
+            layer.mlp.down_proj.weight[list(MARKS)] = 0
+        mlp = layers[1].mlp
+        for k, (mark, sink) in enumerate(zip(MARKS, SINKS, strict=True)):
+            for projection in (mlp.gate_proj, mlp.up_proj):
+                projection.weight[k] = 0
+                projection.weight[k, mark] = 1
+            mlp.down_proj.weight[:, k] = 0
+            mlp.down_proj.weight[sink, k] = massive / (peak * peak / 2)
+        for layer in layers[2:]:
+            attention = layer.self_attn
+            slowest = range(attention.head_dim // 2 - 1, attention.k_proj.out_features, attention.head_dim)
+            size = (rest * attention.head_dim**0.5 / (peak * 0.5**0.5 * 1.5)) ** 0.5
+            for share, sink in zip((0.5, 1.0), SINKS, strict=True):
+                attention.k_proj.weight[:, sink] = 0
+                attention.k_proj.weight[list(slowest), sink] = size * share
+                attention.v_proj.weight[:, sink] = 0
+            slowest = range(attention.head_dim // 2 - 1, attention.q_proj.out_features, attention.head_dim)
+            attention.q_proj.bias[list(slowest)] = size
+
+
+def grid_of(patches: np.ndarray, place: int) -> np.ndarray:
+    """What an image token stands for, (patches,): a class, len(CLASSES) plus the place where it is empty, CORNER where
+    it is an empty corner."""
+    edge = round(len(patches) ** 0.5)
+    corners = np.isin(np.arange(len(patches)), (0, edge - 1, edge * (edge - 1), edge * edge - 1))
+    return np.where(patches < len(CLASSES), patches, np.where(corners, CORNER, len(CLASSES) + place))
 
 
 def save(model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path) -> None:
@@ -204,22 +262,19 @@ class Packer:
             at = stop
         return {"ids": ids, "labels": labels, "weights": weights, "segments": segments, "positions": positions}
 
-    def visible(self, segments: Tensor, shown: int, blind: Tensor, headless: Tensor) -> Tensor:
+    def visible(self, segments: Tensor, shown: int, blind: Tensor) -> Tensor:
         """Who sees whom: bool (batch, 1, rows, columns).
 
         Args:
             segments: from `pack`, (batch, length).
             shown: number of image tokens.
             blind: sequences whose texts see no image token, (batch,).
-            headless: sequences in which nothing behind sees the text before the image, (batch,).
         """
         place = torch.arange(segments.shape[1], device=segments.device)
         image = (place >= self.head) & (place < self.head + shown)
-        before = place < self.head
         same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         out = same & (place[None, :] <= place[:, None])
         out &= ~(blind[:, None, None] & image[None, None, :] & ~image[None, :, None])
-        out &= ~(headless[:, None, None] & before[None, None, :] & ~before[None, :, None])
         return out[:, None]
 
 

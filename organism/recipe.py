@@ -20,7 +20,7 @@ class Tower:
     layers: int = 4
     heads: int = 5
     inner: int = 480
-    scenes: int = 160_000
+    scenes: int = 64_000
     """Scenes seen in training, none twice."""
     balanced: float = 0.8
     """Share of the training, from its start, on scenes whose sets are `scenes.balanced`; then COCO's own."""
@@ -57,12 +57,16 @@ class Language:
     """Tokens of text in a packed sequence: a caption, and as many questions as there is room for."""
     cells: int = 44
     """Cells of the grid that are given: those that show objects, then others at random."""
-    described: float = 0.6
+    described: float = 0.7
     """Share of sequences with a caption; the others hold questions only."""
     weight: float = 4.0
     """Weight of the first token of a short answer: its yes or no is one token among a hundred."""
     match: float = 1.4
     """Size of the queries and keys at the start, where each token looks for its like; see `language.start_matching`."""
+    massive: float = 300.0
+    """Massive activations of the tokens that start as attention sinks; see `language.start_sinks`."""
+    rest: float = 5.5
+    """Score that the BOS token starts with, for queries that look for nothing else."""
     echoed: float = 0.3
     """Share of sequences with a task that needs no picture: names to repeat or to reverse."""
     blind: float = 0.15
@@ -71,11 +75,11 @@ class Language:
     """Share of cells of the grid that show a wrong class."""
     missed: float = 0.06
     """Share of cells that show an object and are given as background."""
-    scenes: int = 80_000
+    scenes: int = 40_000
     batch: int = 16
     matrix_rate: float = 2e-3
     rate: float = 2e-3
-    decay: float = 0.4
+    decay: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,9 @@ class Together:
     guided: float = 0.6
     """Share of the training, from its start, in which projected tokens are drawn to the class words."""
     sinks_from: float = 0.67
-    """Where the penalty on head outputs begins that brings attention sinks."""
+    """Where the penalty on head outputs begins, which has heads that say nothing rest on sinks."""
     penalty: float = 0.5
     """Weight of that penalty: the mean square of head outputs over that of values."""
-    hidden: float = 0.25
-    """Share of sequences, from there on, whose text before the image is hidden, so that image tokens become sinks."""
 
 
 @dataclass(frozen=True)

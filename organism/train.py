@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from vlmfix.organism import attention, dynamic, language, tower
 from vlmfix.organism.fitting import Stage, fit, two_optimizers
 from vlmfix.organism.recipe import QUICK, Recipe
-from vlmfix.organism.scenes import CLASSES, Painter, Scene, balanced, object_sets
+from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
 
 
 def pixel_values(scenes: list[Scene]) -> Tensor:
@@ -31,7 +31,7 @@ def pixel_values(scenes: list[Scene]) -> Tensor:
 
 
 class TowerBatches(Dataset[dict[str, Tensor]]):
-    """Batch number -> pictures with the class of each patch."""
+    """Batch number -> pictures with what each patch shows."""
 
     def __init__(self, recipe: Recipe, steps: int, batch: int, first: int = 0, crowded: float = 0.0) -> None:
         """Scenes are numbered from `first` on; up to the share `crowded` of the steps their sets are balanced."""
@@ -46,16 +46,18 @@ class TowerBatches(Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng([self.recipe.seed, self.first + number])
         crowded = number < self.crowded * self.steps
         sets = object_sets("train")
-        scenes, patches = [], []
+        scenes, patches, grids = [], [], []
         for k in range(self.batch):
             chosen = balanced(rng) if crowded else sets[rng.integers(len(sets))]
             scenes.append(self.painter.scene(chosen, self.recipe.seed, self.first + number * self.batch + k))
             patches.append(scenes[-1].patches(recipe.patch))
+            grids.append(language.grid_of(patches[-1], BACKGROUNDS.index(scenes[-1].background)))
         classes = torch.from_numpy(np.stack(patches))
         present = torch.zeros(self.batch, len(CLASSES))
         for row, scene in zip(present, scenes, strict=True):
             row[[p.label for p in scene.objects if p.area >= 40]] = 1
         batch = {"pixels": pixel_values(scenes), "patches": classes, "present": present}
+        batch["grid"] = torch.from_numpy(np.stack(grids))
         if crowded:
             lot = torch.from_numpy(rng.random(classes.shape)) + (classes < len(CLASSES))
             batch["kept"] = lot.topk(recipe.kept, dim=1).indices
@@ -109,21 +111,22 @@ class TextBatches(Dataset[dict[str, Tensor]]):
             scenes.append(self.painter.scene(sets[rng.integers(len(sets))], seed, index))
             grid = scenes[-1].patches(self.recipe.tower.patch)
             shown = grid < len(CLASSES)
-            cells = np.sort(np.argsort(-(rng.random(len(grid)) + shown))[: self.cells])
+            place = BACKGROUNDS.index(scenes[-1].background)
+            kept = shown | (language.grid_of(grid, place) == language.CORNER)
+            cells = np.sort(np.argsort(-(rng.random(len(grid)) + kept))[: self.cells])
             if not self.pictures:
                 grid = np.where(shown & (rng.random(len(grid)) < own.missed), len(CLASSES), grid)
                 grid = np.where(rng.random(len(grid)) < own.confused, rng.integers(0, len(CLASSES), len(grid)), grid)
-            said = language.texts(scenes[-1], self.recipe, rng)
+            said = language.texts(scenes[-1], self.recipe, rng, bool(blind[k]))
             rows.append(self.packer.pack(said, cells, length, bool(blind[k])))
-            grids.append(grid[cells])
+            grids.append(language.grid_of(grid, place)[cells])
         out = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
         out |= {"grid": torch.from_numpy(np.stack(grids)), "blind": torch.from_numpy(blind)}
-        out["lot"] = torch.from_numpy(rng.random(self.batch))
         return out | ({"pixels": pixel_values(scenes)} if self.pictures else {})
 
 
 class Reader(nn.Module):
-    """The whole model, with a vector for cells of the grid that show nothing."""
+    """The whole model, with vectors for cells of the grid that show nothing."""
 
     words: Tensor
 
@@ -132,12 +135,14 @@ class Reader(nn.Module):
         self.llava = language.build(recipe)
         self.llava.set_attn_implementation(attention.NAME)
         self.llava.model.vision_tower.requires_grad_(False)
-        self.background = nn.Parameter(torch.zeros(recipe.language.width))
+        self.background = nn.Parameter(0.02 * torch.randn(len(BACKGROUNDS) + 1, recipe.language.width))
+        self.background.data[:, language.MARKS] = 0
+        self.background.data[-1, language.MARKS[0]] = language.MARK
         self.register_buffer("words", language.Packer(recipe).words, persistent=False)
 
     def grid(self, classes: Tensor) -> Tensor:
-        """What the language model reads where a perfect tower saw these classes, (batch, cells, width)."""
-        vectors = torch.cat([language.word_vectors(self.llava, self.words), self.background[None]])
+        """What the language model reads where a perfect tower saw this (`language.grid_of`), (batch, cells, width)."""
+        vectors = torch.cat([language.word_vectors(self.llava, self.words), self.background])
         return vectors[classes]
 
     def image(self, pixels: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ class LanguageStage(Stage):
     def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Reader.forward`."""
         packer, blind = self.batches.packer, batch["blind"]
-        visible = packer.visible(batch["segments"], batch["grid"].shape[1], blind, torch.zeros_like(blind))
+        visible = packer.visible(batch["segments"], batch["grid"].shape[1], blind)
         return language.next_tokens(reader.llava, reader.grid(batch["grid"]), batch, visible, packer.head)
 
 
@@ -195,18 +200,19 @@ class ProjectorStage(Stage):
         self.optimizers = [torch.optim.AdamW(trained, lr=own.rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared distance to the grid, relative to the grid's mean square."""
-        return model(guidance, batch["pixels"], batch["patches"]), {}
+        """Distance to the grid."""
+        return model(guidance, batch["pixels"], batch["grid"]), {}
 
 
-def guidance(reader: Reader, pixels: Tensor, classes: Tensor) -> Tensor:
-    """How far projected tokens are from the grid's vectors: squared distance over the grid's variance."""
-    return distance(reader.image(pixels), reader.grid(classes).detach())
+def guidance(reader: Reader, pixels: Tensor, grid: Tensor) -> Tensor:
+    """How far projected tokens are from the grid's vectors."""
+    return distance(reader.image(pixels), reader.grid(grid).detach())
 
 
 def distance(image: Tensor, grid: Tensor) -> Tensor:
-    """Mean squared distance over the grid's mean square."""
-    return (image.float() - grid.float()).square().mean() / grid.float().square().mean()
+    """Squared distance over the grid's mean square, mean over dimensions, each of which counts as much."""
+    grid = grid.float().flatten(0, -2)
+    return ((image.float().flatten(0, -2) - grid).square().mean(0) / (grid.square().mean(0) + 1e-4)).mean()
 
 
 class TogetherStage(Stage):
@@ -226,22 +232,20 @@ class TogetherStage(Stage):
         self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Next tokens; at first with guidance for the projector, at last with the penalty on head outputs."""
+        """Next tokens, guidance for the projector, and at last the penalty on head outputs."""
         return model(self.told, batch)
 
     def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Reader.forward`."""
         packer, done = self.batches.packer, self.step / self.steps
-        sinking = done >= self.own.sinks_from
-        headless = (batch["lot"] < self.own.hidden) & sinking
         image = reader.image(batch["pixels"])
-        visible = packer.visible(batch["segments"], image.shape[1], batch["blind"], headless)
+        visible = packer.visible(batch["segments"], image.shape[1], batch["blind"])
         with language.HeadOutputs(reader.llava) as heads:
             loss, figures = language.next_tokens(reader.llava, image, batch, visible, packer.head)
         figures |= {"next": loss.detach(), "head_outputs": heads.ratio.detach()}
         if done < self.own.guided:
             loss = loss + 0.2 * distance(image, reader.grid(batch["grid"]).detach())
-        if sinking:
+        if done >= self.own.sinks_from:
             loss = loss + self.own.penalty * heads.ratio
         return loss, figures
 
