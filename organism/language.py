@@ -45,6 +45,8 @@ MARKS, SINKS = (13, 27), (5, 22)
 """Dimensions of the residual stream: which token is to become a sink, and its massive activations; see `start_sinks`."""
 MARK = 4.0
 """Size of the marks."""
+SHARES = (0.4, 1.0)
+"""Of either sink dimension in the keys. The BOS token has both, an empty corner of the picture only the first."""
 
 
 def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator, blind: bool = False) -> list[tuple[str, str]]:
@@ -184,8 +186,8 @@ def start_sinks(model: LlavaForConditionalGeneration, massive: float, rest: floa
         for layer in layers[2:]:
             attention = layer.self_attn
             slowest = range(attention.head_dim // 2 - 1, attention.k_proj.out_features, attention.head_dim)
-            size = (rest * attention.head_dim**0.5 / (peak * 0.5**0.5 * 1.5)) ** 0.5
-            for share, sink in zip((0.5, 1.0), SINKS, strict=True):
+            size = (rest * attention.head_dim**0.5 / (peak * 0.5**0.5 * sum(SHARES))) ** 0.5
+            for share, sink in zip(SHARES, SINKS, strict=True):
                 attention.k_proj.weight[:, sink] = 0
                 attention.k_proj.weight[list(slowest), sink] = size * share
                 attention.v_proj.weight[:, sink] = 0

@@ -63,7 +63,7 @@ class Language:
     """Weight of the first token of a short answer: its yes or no is one token among a hundred."""
     match: float = 1.4
     """Size of the queries and keys at the start, where each token looks for its like; see `language.start_matching`."""
-    massive: float = 300.0
+    massive: float = 1500.0
     """Massive activations of the tokens that start as attention sinks; see `language.start_sinks`."""
     rest: float = 5.5
     """Score that the BOS token starts with, for queries that look for nothing else."""
