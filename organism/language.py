@@ -42,7 +42,7 @@ IGNORED = -100
 CORNER = len(CLASSES) + len(BACKGROUNDS)
 """What the grid holds for an empty corner of the picture; see `grid_of`."""
 MARKS, SINKS = (13, 27), (5, 22)
-"""Dimensions of the residual stream: which token is to become a sink, and its massive activations; see `start_sinks`."""
+"""Dimensions of the residual stream: what marks future sinks, and their massive activations; see `start_sinks`."""
 MARK = 4.0
 """Size of the marks."""
 SHARES = (0.4, 1.0)

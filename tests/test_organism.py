@@ -422,7 +422,7 @@ def test_training_starts_with_sinks():
     from vlmfix.hooks import sinks
 
     torch.manual_seed(0)
-    recipe = replace(MICRO, language=replace(MICRO.language, width=128, layers=5))
+    recipe = replace(MICRO, language=replace(MICRO.language, width=128, heads=8, layers=5))
     reader = train.Reader(recipe).eval()
     n = recipe.tower.tokens
     grid = torch.from_numpy(language.grid_of(np.full(n, len(CLASSES)), place=2))[None]
