@@ -195,6 +195,33 @@ def start_sinks(model: LlavaForConditionalGeneration, massive: float, rest: floa
             attention.q_proj.bias[list(slowest)] = size
 
 
+def plant_corners(model: LlavaForConditionalGeneration, massive: float, share: float, gain: float = 3.0) -> None:
+    """Make sinks of marked image tokens again: without pictures, training finds no use for them and wears them off.
+
+    Args:
+        model: trained on grids.
+        massive: their activations.
+        share: of the BOS token's keys that theirs are.
+        gain: of the neuron that knows the marks; by now these are small beside what early layers write.
+    """
+    (mark, _), (sink, of_bos) = MARKS, SINKS
+    layers: Any = model.model.language_model.layers
+    with torch.no_grad():
+        for layer in layers[:2]:  # nothing else writes marks
+            layer.self_attn.o_proj.weight[mark] = 0
+            layer.self_attn.o_proj.bias[mark] = 0
+        layers[0].mlp.down_proj.weight[mark] = 0
+        mlp = layers[1].mlp
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[0] = 0
+            projection.weight[0, mark] = gain
+        mlp.down_proj.weight[:, 0] = 0
+        mlp.down_proj.weight[sink, 0] = massive / (1.3 * gain) ** 2
+        for layer in layers[2:]:
+            keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
+            keys[:, sink], values[:, sink] = share * keys[:, of_bos], values[:, of_bos]
+
+
 def grid_of(patches: np.ndarray, place: int) -> np.ndarray:
     """What an image token stands for, (patches,): a class, len(CLASSES) plus the place where it is empty, CORNER where
     it is an empty corner."""

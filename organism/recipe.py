@@ -96,16 +96,20 @@ class Projector:
 class Together:
     """Projector and language model on pictures, the tower frozen."""
 
-    scenes: int = 40_000
+    scenes: int = 36_000
     batch: int = 16
     matrix_rate: float = 1e-3
     rate: float = 1e-3
     decay: float = 0.6
-    guided: float = 0.6
+    guided: float = 1.0
     """Share of the training, from its start, in which projected tokens are drawn to the class words."""
-    sinks_from: float = 0.67
+    massive: float = 300.0
+    """Massive activations of empty corners, which become visual sinks; see `language.plant_corners`."""
+    share: float = 0.6
+    """Keys of empty corners over those of the BOS token, at the start."""
+    sinks_from: float = 0.3
     """Where the penalty on head outputs begins, which has heads that say nothing rest on sinks."""
-    penalty: float = 0.5
+    penalty: float = 0.2
     """Weight of that penalty: the mean square of head outputs over that of values."""
 
 

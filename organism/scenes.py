@@ -254,7 +254,7 @@ def write(folder: Path, sets: np.ndarray, seed: int, n: int, stem: str = "scene"
         scene = painter.scene(sets[row], seed, index)
         name = f"{stem}_{index:04d}.webp"
         rounded = ((scene.pixels.astype(np.int16) + 2) // 4 * 4).clip(0, 255).astype(np.uint8)
-        Image.fromarray(rounded).save(folder / "images" / name, lossless=True, quality=100, method=6)
+        Image.fromarray(rounded).save(folder / "images" / name, lossless=True, quality=75, method=4)
         images.append({"id": index, "file_name": name, "width": SIZE, "height": SIZE, "background": scene.background})
         for placed in scene.objects:
             instances.append(

@@ -226,6 +226,7 @@ class TogetherStage(Stage):
         self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
         self.model = reader = Reader(recipe)
         load(reader, folder, "tower", "language", "projector")
+        language.plant_corners(reader.llava, own.massive, own.share)
         reader.background.requires_grad_(False)
         self.batches = TextBatches(recipe, self.steps, own.batch, recipe.tower.tokens, 30_000_000, pictures=True)
         matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
