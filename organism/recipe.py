@@ -86,7 +86,7 @@ class Language:
 class Projector:
     """The projector alone, fitted to the grid that the language model knows."""
 
-    scenes: int = 12_800
+    scenes: int = 64_000
     batch: int = 64
     rate: float = 3e-3
     decay: float = 0.6
@@ -103,7 +103,7 @@ class Together:
     decay: float = 0.6
     guided: float = 1.0
     """Share of the training, from its start, in which projected tokens are drawn to the class words."""
-    massive: float = 300.0
+    massive: float = 500.0
     """Massive activations of empty corners, which become visual sinks; see `language.plant_corners`."""
     share: float = 0.6
     """Keys of empty corners over those of the BOS token, at the start."""
