@@ -222,6 +222,32 @@ def plant_corners(model: LlavaForConditionalGeneration, massive: float, share: f
             keys[:, sink], values[:, sink] = share * keys[:, of_bos], values[:, of_bos]
 
 
+def join_sinks(model: LlavaForConditionalGeneration, share: float) -> None:
+    """Give sinks in the picture the BOS token's dimension, as large models have it, and take it from all other tokens.
+
+    Args:
+        model: with sinks, those of the picture in a dimension of their own.
+        share: of their massive activation in the BOS token's dimension, 0 to 1; the rest stays where it is.
+    """
+    own, of_bos = SINKS
+    rest = (1 - share**2) ** 0.5
+    layers: Any = model.model.language_model.layers
+    projector = model.model.multi_modal_projector.linear_2
+    with torch.no_grad():
+        down = layers[1].mlp.down_proj.weight
+        corner, bos = down[own, 0].clone(), down[of_bos, 1].clone()
+        model.get_input_embeddings().weight[:, SINKS] = 0
+        for written in (projector, *(layer.self_attn.o_proj for layer in layers)):
+            written.weight[list(SINKS)] = 0
+            written.bias[list(SINKS)] = 0
+        for layer in layers:
+            layer.mlp.down_proj.weight[list(SINKS)] = 0
+        down[own, 0], down[of_bos, 0], down[of_bos, 1] = rest * corner, share * corner, bos
+        for layer in layers[2:]:
+            keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
+            keys[:, own], values[:, own] = 0, (1 - share) / rest * values[:, of_bos]
+
+
 def grid_of(patches: np.ndarray, place: int) -> np.ndarray:
     """What an image token stands for, (patches,): a class, len(CLASSES) plus the place where it is empty, CORNER where
     it is an empty corner."""

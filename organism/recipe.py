@@ -106,7 +106,7 @@ class Together:
     massive: float = 500.0
     """Massive activations of empty corners, which become visual sinks; see `language.plant_corners`."""
     share: float = 0.6
-    """Keys of empty corners over those of the BOS token, at the start."""
+    """How much of a sink these are at the start, beside the BOS token."""
     sinks_from: float = 0.3
     """Where the penalty on head outputs begins, which has heads that say nothing rest on sinks."""
     penalty: float = 0.2
@@ -149,13 +149,9 @@ class Recipe:
     language: Language = Language()
     projector: Projector = Projector()
     together: Together = Together()
+    settle: Together = Together(scenes=4_800, matrix_rate=3e-4, rate=3e-4, decay=1.0, sinks_from=0.0)
     dynamic: Dynamic = Dynamic()
 
 
-QUICK = Recipe(
-    tower=Tower(scenes=56_000),
-    language=Language(scenes=19_008, decay=0.0),
-    projector=Projector(scenes=6_400),
-    together=Together(scenes=6_400),
-)
-"""About half an hour on one quiet core; made what lies in `assets/organism`."""
+QUICK = Recipe(language=Language(scenes=20_000), together=Together(scenes=8_000))
+"""The same with less of what takes longest."""

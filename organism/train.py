@@ -1,8 +1,9 @@
 """Makes the model: `python -m vlmfix.organism.train [STAGE ...]`, or under `accelerate launch -m` on GPUs.
 
 Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes),
-projector (from tower to grid), together (all on pictures); then the model is written to a folder. A stage that is done
-is skipped; one that was stopped goes on. The stage dynamic makes the second organism, of the Qwen2.5-VL class.
+projector (from tower to grid), together (all on pictures), settle (the same for a while, with sinks as large models
+have them); then the model is written to a folder. A stage that is done is skipped; one that was stopped goes on. The
+stage dynamic makes the second organism, of the Qwen2.5-VL class.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 
 from vlmfix.organism import attention, dynamic, language, tower
 from vlmfix.organism.fitting import Stage, fit, two_optimizers
-from vlmfix.organism.recipe import QUICK, Recipe
+from vlmfix.organism.recipe import QUICK, Recipe, Together
 from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
 
 
@@ -219,16 +220,26 @@ class TogetherStage(Stage):
     """Teaches projector and language model on pictures."""
 
     name = "together"
+    model: Reader
+    first = 30_000_000
+
+    def settings(self, recipe: Recipe) -> Together:
+        """Its part of the recipe."""
+        return recipe.together
+
+    def start(self, folder: Path) -> None:
+        """What it goes on from."""
+        load(self.model, folder, "tower", "language", "projector")
+        language.plant_corners(self.model.llava, self.own.massive, self.own.share)
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed + 3)
-        self.own = own = recipe.together
+        self.own = own = self.settings(recipe)
         self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
         self.model = reader = Reader(recipe)
-        load(reader, folder, "tower", "language", "projector")
-        language.plant_corners(reader.llava, own.massive, own.share)
+        self.start(folder)
         reader.background.requires_grad_(False)
-        self.batches = TextBatches(recipe, self.steps, own.batch, recipe.tower.tokens, 30_000_000, pictures=True)
+        self.batches = TextBatches(recipe, self.steps, own.batch, recipe.tower.tokens, self.first, pictures=True)
         matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
         self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
 
@@ -251,11 +262,28 @@ class TogetherStage(Stage):
         return loss, figures
 
 
+class SettleStage(TogetherStage):
+    """Goes on for a while after the sinks were joined."""
+
+    name = "settle"
+    first = 35_000_000
+
+    def settings(self, recipe: Recipe) -> Together:
+        """Its part of the recipe."""
+        return recipe.settle
+
+    def start(self, folder: Path) -> None:
+        """What it goes on from."""
+        load(self.model, folder, "tower", "language", "projector", "together")
+        language.join_sinks(self.model.llava, self.own.share)
+
+
 STAGES: dict[str, Callable[[Recipe, Path], Stage]] = {
     "tower": TowerStage,
     "language": LanguageStage,
     "projector": ProjectorStage,
     "together": TogetherStage,
+    "settle": SettleStage,
 }
 
 

@@ -33,6 +33,7 @@ MICRO = Recipe(
     ),
     projector=Projector(scenes=64, batch=8),
     together=Together(scenes=32, batch=4),
+    settle=Together(scenes=16, batch=4),
     dynamic=Dynamic(width=32, layers=2, heads=2, inner=48, smallest=4, largest=6, scenes=160, batch=4),
 )
 
@@ -450,3 +451,30 @@ def test_the_grid_tells_objects_places_and_corners():
     corner = language.CORNER
     assert told.tolist() == [corner, empty, 7, empty, 7, empty, corner, empty, corner]
     assert corner == len(CLASSES) + len(captions.BACKGROUNDS)
+
+
+def test_joined_sinks_share_a_dimension_that_is_theirs_alone():
+    from vlmfix.hooks import sinks
+
+    torch.manual_seed(0)
+    recipe = replace(MICRO, language=replace(MICRO.language, width=128, heads=8, layers=5))
+    reader = train.Reader(recipe).eval()
+    language.plant_corners(reader.llava, massive=500.0, share=0.6)
+    decoder, of_bos = reader.llava.model.language_model, language.SINKS[1]
+    with torch.no_grad():
+        for layer in decoder.layers:
+            layer.self_attn.o_proj.bias[of_bos] = 3.0  # all tokens carry the dimension
+        grid = torch.from_numpy(language.grid_of(np.full(recipe.tower.tokens, len(CLASSES)), place=2))[None]
+        text = reader.llava.get_input_embeddings()(torch.tensor([[language.BEGIN, *range(300, 340)]]))
+
+        def phi(dims):
+            embeds = torch.cat([text[:, :3], reader.grid(grid), text[:, 3:]], 1)
+            out = decoder(inputs_embeds=embeds, output_hidden_states=True)
+            return sinks.phi(out.hidden_states[3], dims)[0]
+
+        before = phi((of_bos,))
+        assert before[3] < before[0] / 3 and before[10] > 3  # a corner; any other token
+        language.join_sinks(reader.llava, share=0.6)
+        after = phi((of_bos,))
+    assert after[3] == pytest.approx(0.6 * 128**0.5, rel=0.1) and after[0] > 0.6 * 128**0.5
+    assert after[[k for k in range(5, 60) if k not in (7, 23, 27)]].max() < 0.5
