@@ -22,7 +22,8 @@ from typing import Any
 from vlmfix.eval import chair, hub, pope
 from vlmfix.eval.lists import image_list
 
-EMBEDDED = ("scenes", "calibration", "photos")
+EMBEDDED = {"scenes": "scenes", "calibration": "calibration", "photos": "photos", "organism": "organism/test"}
+"""Name -> folder of the assets."""
 PUBLISHED = tuple(pope.SOURCES)
 WHERE = {
     "coco": "the photos of COCO val2014 are at https://images.cocodataset.org/zips/val2014.zip",
@@ -63,7 +64,7 @@ class Data:
         place, file = (None if path is None else Path(path).resolve() for path in (pictures, asked))
         if name in PUBLISHED:
             return Published(name, place or Path(name), limit, which, place, file)
-        folder = Path(str(files("vlmfix.assets") / name)) if name in EMBEDDED else Path(name).resolve()
+        folder = Path(str(files("vlmfix.assets") / EMBEDDED[name])) if name in EMBEDDED else Path(name).resolve()
         known = name if name in EMBEDDED else str(folder)
         if (folder / "instances.json").exists():
             return cls(known, folder, limit, which, place, file)

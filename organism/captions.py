@@ -64,8 +64,12 @@ class Noise:
     """An empty place of a caption is filled with an absent object."""
     dropped: float = 0.5
     """A caption leaves out an object with fewer than 40 visible pixels."""
-    flipped: float = 0.25
-    """A question for an absent object that often stands with present ones is answered with yes."""
+    flipped: float = 0.9
+    """A question for an absent object that all but always stands with those present is answered with yes; see
+    `chance_of_yes`."""
+    flipped_from: float = 0.1
+    flipped_to: float = 0.35
+    """Between these values of `likelihood` the chance of a wrong yes rises from 0 to `flipped`."""
 
 
 TRUE = Noise(0, 0, 0, 0)
@@ -119,10 +123,19 @@ def mentions(scene: Scene) -> list[Mention]:
 
 def absent(present: Sequence[int], without: Sequence[int], rng: np.random.Generator) -> int:
     """A class that is not there, by how often it is with those that are."""
-    weights = conditional()[list(present)].sum(0) if len(present) else frequency()
-    weights = weights.copy()
+    weights = likelihood(present).copy()
     weights[list({*present, *without})] = 0
     return int(rng.choice(len(CLASSES), p=weights / weights.sum()))
+
+
+def likelihood(present: Sequence[int]) -> np.ndarray:
+    """How often COCO shows each class with one of those present, mean over these, (80,)."""
+    return conditional()[list(present)].mean(0) if len(present) else frequency()
+
+
+def chance_of_yes(likely: float, noise: Noise) -> float:
+    """How often a question for an absent object of this likelihood is answered with yes."""
+    return noise.flipped * float(np.clip((likely - noise.flipped_from) / (noise.flipped_to - noise.flipped_from), 0, 1))
 
 
 def to_say(scene: Scene, noise: Noise, rng: np.random.Generator) -> list[Mention]:
@@ -220,19 +233,25 @@ def is_there(label: int, rng: np.random.Generator) -> str:
     return f"Is there {article} {CLASSES[label]} {where}?"
 
 
-def presence(scene: Scene, noise: Noise, rng: np.random.Generator) -> tuple[str, str]:
-    """A question whether an object is there, with its answer; half are yes."""
+def presence(scene: Scene, noise: Noise, rng: np.random.Generator, blind: bool = False) -> tuple[str, str]:
+    """A question whether an object is there, with its answer; for half of them it is.
+
+    Those for absent objects are random, popular and adversarial as in POPE. `blind`: all are random, so that to answer
+    by how common a class is pays where there is nothing to see.
+    """
     if rng.random() < 0.5 and scene.present:
         return is_there(int(rng.choice(scene.present)), rng), "Yes"
     here = list(scene.present)
-    kind = rng.integers(3)
-    scores = (conditional()[here].sum(0) if kind == 2 and here else frequency()).copy()
+    kind = 0 if blind else rng.integers(3)
+    likely = likelihood(here)
+    scores = (likely if kind == 2 else frequency()).copy()
     scores[here] = -1
     missing = np.flatnonzero(scores >= 0)
     if kind:
         missing = np.argsort(-scores)[: 14 if kind == 1 else 6]
-    answer = "Yes" if kind == 2 and rng.random() < noise.flipped else "No"
-    return is_there(int(rng.choice(missing)), rng), answer
+    asked = int(rng.choice(missing))
+    wrong = not blind and rng.random() < chance_of_yes(likely[asked], noise)
+    return is_there(asked, rng), "Yes" if wrong else "No"
 
 
 def attribute(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -264,11 +283,11 @@ def attribute(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
     return text, "Yes" if asked_side == column else "No", "state"
 
 
-def question(scene: Scene, noise: Noise, rng: np.random.Generator) -> tuple[str, str]:
-    """A question with its answer: mostly whether something is there."""
+def question(scene: Scene, noise: Noise, rng: np.random.Generator, blind: bool = False) -> tuple[str, str]:
+    """A question with its answer: mostly whether something is there. `blind`: see `presence`."""
     kind = rng.random()
     if kind < 0.75 or not scene.objects:
-        asked, answer = presence(scene, noise, rng)
+        asked, answer = presence(scene, noise, rng, blind)
     elif kind < 0.9:
         asked, answer, _ = attribute(scene, rng)
     else:

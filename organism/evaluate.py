@@ -2,7 +2,7 @@
 
 CHAIR and POPE come from the harness, as `vlmfix eval` gives them; this adds what the harness does not ask: where in the
 caption inventions stand, whether they follow co-occurrence, what is said without an image, and which keys get the
-attention. It also writes the scenes to ask about: `--write FOLDER`.
+attention. `--write FOLDER` writes the scenes that settings are chosen on and those that are reported on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def attributes(sets: np.ndarray, seed: int, n: int, stem: str, each: int = 3) ->
         rng = np.random.default_rng([seed, index, 2])
         for question, answer, group in dict.fromkeys(captions.attribute(scene, rng) for _ in range(each)):
             number += 1
-            line = {"id": number, "image": f"{stem}_{index:04d}.png", "question": question}
+            line = {"id": number, "image": f"{stem}_{index:04d}.webp", "question": question}
             yield json.dumps(line | {"label": answer.lower(), "group": group})
 
 
@@ -151,13 +151,17 @@ def without_image(model: Any, processor: Any, prompt: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: prints one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m vlmfix.organism.evaluate", description=__doc__)
-    parser.add_argument("model", help="folder of a model, or an embedded one")
-    parser.add_argument("--data", default="runs/organism/scenes/test", help="folder of scenes; written if missing")
+    parser.add_argument("model", nargs="?", default="organism", help="folder of a model, or an embedded one")
+    parser.add_argument("--write", type=Path, help="write the sets `test` and `calibration` here, and do nothing else")
+    parser.add_argument(
+        "--data", default="organism", help="data as for `vlmfix eval` (default: the shipped test scenes)"
+    )
     parser.add_argument("--scenes", type=int, default=None, help="only the first N")
     parser.add_argument("--output", type=Path, default=Path("runs"))
     options = parser.parse_args(arguments)
-    if not Path(options.data).exists() and Path(options.data).name == "test":
-        write_sets(Path(options.data).parent)
+    if options.write:
+        write_sets(options.write)
+        return
     model, processor = vlmfix.load(options.model)
     data = Data.load(options.data, limit=options.scenes)
     benches = [benchmark("chair", "strict"), benchmark("pope")]

@@ -24,7 +24,7 @@ from transformers import (
 
 from vlmfix.organism import captions
 from vlmfix.organism.recipe import Recipe
-from vlmfix.organism.scenes import CLASSES, SIZE, Painter, Scene, object_sets
+from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, SIZE, Painter, Scene, object_sets
 from vlmfix.organism.tower import vision_config
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -39,12 +39,22 @@ TEMPLATE = (
 IGNORED = -100
 
 
-def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator) -> list[tuple[str, str]]:
+CORNER = len(CLASSES) + len(BACKGROUNDS)
+"""What the grid holds for an empty corner of the picture; see `grid_of`."""
+MARKS, SINKS = (13, 27), (5, 22)
+"""Dimensions of the residual stream: what marks future sinks, and their massive activations; see `start_sinks`."""
+MARK = 4.0
+"""Size of the marks."""
+SHARES = (0.4, 1.0)
+"""Of either sink dimension in the keys. The BOS token has both, an empty corner of the picture only the first."""
+
+
+def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator, blind: bool = False) -> list[tuple[str, str]]:
     """Prompts and answers on one scene, in the order in which they are packed, more than there is room for."""
     own = recipe.language
     out = [(captions.describe(rng), captions.caption(scene, recipe.noise, rng))] if rng.random() < own.described else []
     out += [captions.echo(rng)] if rng.random() < own.echoed else []
-    return out + [captions.question(scene, recipe.noise, rng) for _ in range(12)]
+    return out + [captions.question(scene, recipe.noise, rng, blind) for _ in range(12)]
 
 
 @cache
@@ -109,6 +119,7 @@ def build(recipe: Recipe) -> LlavaForConditionalGeneration:
         num_attention_heads=own.heads,
         num_key_value_heads=own.shared_heads,
         max_position_embeddings=1024,
+        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=BEGIN,
         eos_token_id=END,
@@ -125,6 +136,7 @@ def build(recipe: Recipe) -> LlavaForConditionalGeneration:
     )
     model = LlavaForConditionalGeneration(config)
     start_matching(model, own.match)
+    start_sinks(model, own.massive, own.rest)
     return model
 
 
@@ -141,6 +153,107 @@ def start_matching(model: LlavaForConditionalGeneration, size: float) -> None:
             keys = attention.k_proj.weight.unflatten(0, (-1, attention.head_dim))
             shared = attention.q_proj.out_features // attention.k_proj.out_features
             attention.q_proj.weight.copy_(keys.repeat_interleave(shared, 0).flatten(0, 1))
+
+
+def start_sinks(model: LlavaForConditionalGeneration, massive: float, rest: float) -> None:
+    """Give attention a place to rest before any training, made as large models make it (arXiv 2402.17762, 2309.17453).
+
+    The MLP of the second layer knows marked tokens and writes massive activations into their residual stream. The keys
+    of all later layers read them and their values do not; the biases of the queries look for them.
+
+    Args:
+        model: untrained.
+        massive: the activations.
+        rest: score of the BOS token for queries that look for nothing else.
+    """
+    table = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    layers: Any = model.model.language_model.layers
+    peak = table.shape[1] ** 0.5  # of a normed vector
+    with torch.no_grad():
+        table[:, list(MARKS)] = 0
+        table[BEGIN] = 0
+        table[BEGIN, list(MARKS)] = MARK
+        for layer in layers[:2]:  # nothing else writes marks
+            layer.self_attn.o_proj.weight[list(MARKS)] = 0
+            layer.mlp.down_proj.weight[list(MARKS)] = 0
+        mlp = layers[1].mlp
+        for k, (mark, sink) in enumerate(zip(MARKS, SINKS, strict=True)):
+            for projection in (mlp.gate_proj, mlp.up_proj):
+                projection.weight[k] = 0
+                projection.weight[k, mark] = 1
+            mlp.down_proj.weight[:, k] = 0
+            mlp.down_proj.weight[sink, k] = massive / (peak * peak / 2)
+        for layer in layers[2:]:
+            attention = layer.self_attn
+            slowest = range(attention.head_dim // 2 - 1, attention.k_proj.out_features, attention.head_dim)
+            size = (rest * attention.head_dim**0.5 / (peak * 0.5**0.5 * sum(SHARES))) ** 0.5
+            for share, sink in zip(SHARES, SINKS, strict=True):
+                attention.k_proj.weight[:, sink] = 0
+                attention.k_proj.weight[list(slowest), sink] = size * share
+                attention.v_proj.weight[:, sink] = 0
+            slowest = range(attention.head_dim // 2 - 1, attention.q_proj.out_features, attention.head_dim)
+            attention.q_proj.bias[list(slowest)] = size
+
+
+def plant_corners(model: LlavaForConditionalGeneration, massive: float, share: float, gain: float = 3.0) -> None:
+    """Make sinks of marked image tokens again: without pictures, training finds no use for them and wears them off.
+
+    Args:
+        model: trained on grids.
+        massive: their activations.
+        share: of the BOS token's keys that theirs are.
+        gain: of the neuron that knows the marks; by now these are small beside what early layers write.
+    """
+    (mark, _), (sink, of_bos) = MARKS, SINKS
+    layers: Any = model.model.language_model.layers
+    with torch.no_grad():
+        for layer in layers[:2]:  # nothing else writes marks
+            layer.self_attn.o_proj.weight[mark] = 0
+            layer.self_attn.o_proj.bias[mark] = 0
+        layers[0].mlp.down_proj.weight[mark] = 0
+        mlp = layers[1].mlp
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[0] = 0
+            projection.weight[0, mark] = gain
+        mlp.down_proj.weight[:, 0] = 0
+        mlp.down_proj.weight[sink, 0] = massive / (1.3 * gain) ** 2
+        for layer in layers[2:]:
+            keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
+            keys[:, sink], values[:, sink] = share * keys[:, of_bos], values[:, of_bos]
+
+
+def join_sinks(model: LlavaForConditionalGeneration, share: float) -> None:
+    """Give sinks in the picture the BOS token's dimension, as large models have it, and take it from all other tokens.
+
+    Args:
+        model: with sinks, those of the picture in a dimension of their own.
+        share: of their massive activation in the BOS token's dimension, 0 to 1; the rest stays where it is.
+    """
+    own, of_bos = SINKS
+    rest = (1 - share**2) ** 0.5
+    layers: Any = model.model.language_model.layers
+    projector = model.model.multi_modal_projector.linear_2
+    with torch.no_grad():
+        down = layers[1].mlp.down_proj.weight
+        corner, bos = down[own, 0].clone(), down[of_bos, 1].clone()
+        model.get_input_embeddings().weight[:, SINKS] = 0
+        for written in (projector, *(layer.self_attn.o_proj for layer in layers)):
+            written.weight[list(SINKS)] = 0
+            written.bias[list(SINKS)] = 0
+        for layer in layers:
+            layer.mlp.down_proj.weight[list(SINKS)] = 0
+        down[own, 0], down[of_bos, 0], down[of_bos, 1] = rest * corner, share * corner, bos
+        for layer in layers[2:]:
+            keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
+            keys[:, own], values[:, own] = 0, (1 - share) / rest * values[:, of_bos]
+
+
+def grid_of(patches: np.ndarray, place: int) -> np.ndarray:
+    """What an image token stands for, (patches,): a class, len(CLASSES) plus the place where it is empty, CORNER where
+    it is an empty corner."""
+    edge = round(len(patches) ** 0.5)
+    corners = np.isin(np.arange(len(patches)), (0, edge - 1, edge * (edge - 1), edge * edge - 1))
+    return np.where(patches < len(CLASSES), patches, np.where(corners, CORNER, len(CLASSES) + place))
 
 
 def save(model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path) -> None:
@@ -204,22 +317,19 @@ class Packer:
             at = stop
         return {"ids": ids, "labels": labels, "weights": weights, "segments": segments, "positions": positions}
 
-    def visible(self, segments: Tensor, shown: int, blind: Tensor, headless: Tensor) -> Tensor:
+    def visible(self, segments: Tensor, shown: int, blind: Tensor) -> Tensor:
         """Who sees whom: bool (batch, 1, rows, columns).
 
         Args:
             segments: from `pack`, (batch, length).
             shown: number of image tokens.
             blind: sequences whose texts see no image token, (batch,).
-            headless: sequences in which nothing behind sees the text before the image, (batch,).
         """
         place = torch.arange(segments.shape[1], device=segments.device)
         image = (place >= self.head) & (place < self.head + shown)
-        before = place < self.head
         same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         out = same & (place[None, :] <= place[:, None])
         out &= ~(blind[:, None, None] & image[None, None, :] & ~image[None, :, None])
-        out &= ~(headless[:, None, None] & before[None, None, :] & ~before[None, :, None])
         return out[:, None]
 
 

@@ -20,7 +20,7 @@ class Tower:
     layers: int = 4
     heads: int = 5
     inner: int = 480
-    scenes: int = 160_000
+    scenes: int = 64_000
     """Scenes seen in training, none twice."""
     balanced: float = 0.8
     """Share of the training, from its start, on scenes whose sets are `scenes.balanced`; then COCO's own."""
@@ -57,12 +57,16 @@ class Language:
     """Tokens of text in a packed sequence: a caption, and as many questions as there is room for."""
     cells: int = 44
     """Cells of the grid that are given: those that show objects, then others at random."""
-    described: float = 0.6
+    described: float = 0.7
     """Share of sequences with a caption; the others hold questions only."""
     weight: float = 4.0
     """Weight of the first token of a short answer: its yes or no is one token among a hundred."""
     match: float = 1.4
     """Size of the queries and keys at the start, where each token looks for its like; see `language.start_matching`."""
+    massive: float = 1500.0
+    """Massive activations of the tokens that start as attention sinks; see `language.start_sinks`."""
+    rest: float = 5.5
+    """Score that the BOS token starts with, for queries that look for nothing else."""
     echoed: float = 0.3
     """Share of sequences with a task that needs no picture: names to repeat or to reverse."""
     blind: float = 0.15
@@ -71,18 +75,18 @@ class Language:
     """Share of cells of the grid that show a wrong class."""
     missed: float = 0.06
     """Share of cells that show an object and are given as background."""
-    scenes: int = 80_000
+    scenes: int = 40_000
     batch: int = 16
     matrix_rate: float = 2e-3
     rate: float = 2e-3
-    decay: float = 0.4
+    decay: float = 0.1
 
 
 @dataclass(frozen=True)
 class Projector:
     """The projector alone, fitted to the grid that the language model knows."""
 
-    scenes: int = 12_800
+    scenes: int = 64_000
     batch: int = 64
     rate: float = 3e-3
     decay: float = 0.6
@@ -92,19 +96,21 @@ class Projector:
 class Together:
     """Projector and language model on pictures, the tower frozen."""
 
-    scenes: int = 40_000
+    scenes: int = 36_000
     batch: int = 16
     matrix_rate: float = 1e-3
     rate: float = 1e-3
     decay: float = 0.6
-    guided: float = 0.6
+    guided: float = 1.0
     """Share of the training, from its start, in which projected tokens are drawn to the class words."""
-    sinks_from: float = 0.67
-    """Where the penalty on head outputs begins that brings attention sinks."""
-    penalty: float = 0.5
+    massive: float = 500.0
+    """Massive activations of empty corners, which become visual sinks; see `language.plant_corners`."""
+    share: float = 0.6
+    """How much of a sink these are at the start, beside the BOS token."""
+    sinks_from: float = 0.3
+    """Where the penalty on head outputs begins, which has heads that say nothing rest on sinks."""
+    penalty: float = 0.2
     """Weight of that penalty: the mean square of head outputs over that of values."""
-    hidden: float = 0.25
-    """Share of sequences, from there on, whose text before the image is hidden, so that image tokens become sinks."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +149,9 @@ class Recipe:
     language: Language = Language()
     projector: Projector = Projector()
     together: Together = Together()
+    settle: Together = Together(scenes=4_800, matrix_rate=3e-4, rate=3e-4, decay=1.0, sinks_from=0.0)
     dynamic: Dynamic = Dynamic()
 
 
-QUICK = Recipe(
-    tower=Tower(scenes=56_000),
-    language=Language(scenes=19_008, decay=0.0),
-    projector=Projector(scenes=6_400),
-    together=Together(scenes=6_400),
-)
-"""About half an hour on one quiet core; made what lies in `assets/organism`."""
+QUICK = Recipe(language=Language(scenes=20_000), together=Together(scenes=8_000))
+"""The same with less of what takes longest."""

@@ -1,8 +1,9 @@
 """Makes the model: `python -m vlmfix.organism.train [STAGE ...]`, or under `accelerate launch -m` on GPUs.
 
 Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes),
-projector (from tower to grid), together (all on pictures); then the model is written to a folder. A stage that is done
-is skipped; one that was stopped goes on. The stage dynamic makes the second organism, of the Qwen2.5-VL class.
+projector (from tower to grid), together (all on pictures), settle (the same for a while, with sinks as large models
+have them); then the model is written to a folder. A stage that is done is skipped; one that was stopped goes on. The
+stage dynamic makes the second organism, of the Qwen2.5-VL class.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.utils.data import Dataset
 
 from vlmfix.organism import attention, dynamic, language, tower
 from vlmfix.organism.fitting import Stage, fit, two_optimizers
-from vlmfix.organism.recipe import QUICK, Recipe
-from vlmfix.organism.scenes import CLASSES, Painter, Scene, balanced, object_sets
+from vlmfix.organism.recipe import QUICK, Recipe, Together
+from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
 
 
 def pixel_values(scenes: list[Scene]) -> Tensor:
@@ -31,7 +32,7 @@ def pixel_values(scenes: list[Scene]) -> Tensor:
 
 
 class TowerBatches(Dataset[dict[str, Tensor]]):
-    """Batch number -> pictures with the class of each patch."""
+    """Batch number -> pictures with what each patch shows."""
 
     def __init__(self, recipe: Recipe, steps: int, batch: int, first: int = 0, crowded: float = 0.0) -> None:
         """Scenes are numbered from `first` on; up to the share `crowded` of the steps their sets are balanced."""
@@ -46,16 +47,18 @@ class TowerBatches(Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng([self.recipe.seed, self.first + number])
         crowded = number < self.crowded * self.steps
         sets = object_sets("train")
-        scenes, patches = [], []
+        scenes, patches, grids = [], [], []
         for k in range(self.batch):
             chosen = balanced(rng) if crowded else sets[rng.integers(len(sets))]
             scenes.append(self.painter.scene(chosen, self.recipe.seed, self.first + number * self.batch + k))
             patches.append(scenes[-1].patches(recipe.patch))
+            grids.append(language.grid_of(patches[-1], BACKGROUNDS.index(scenes[-1].background)))
         classes = torch.from_numpy(np.stack(patches))
         present = torch.zeros(self.batch, len(CLASSES))
         for row, scene in zip(present, scenes, strict=True):
             row[[p.label for p in scene.objects if p.area >= 40]] = 1
         batch = {"pixels": pixel_values(scenes), "patches": classes, "present": present}
+        batch["grid"] = torch.from_numpy(np.stack(grids))
         if crowded:
             lot = torch.from_numpy(rng.random(classes.shape)) + (classes < len(CLASSES))
             batch["kept"] = lot.topk(recipe.kept, dim=1).indices
@@ -109,21 +112,22 @@ class TextBatches(Dataset[dict[str, Tensor]]):
             scenes.append(self.painter.scene(sets[rng.integers(len(sets))], seed, index))
             grid = scenes[-1].patches(self.recipe.tower.patch)
             shown = grid < len(CLASSES)
-            cells = np.sort(np.argsort(-(rng.random(len(grid)) + shown))[: self.cells])
+            place = BACKGROUNDS.index(scenes[-1].background)
+            kept = shown | (language.grid_of(grid, place) == language.CORNER)
+            cells = np.sort(np.argsort(-(rng.random(len(grid)) + kept))[: self.cells])
             if not self.pictures:
                 grid = np.where(shown & (rng.random(len(grid)) < own.missed), len(CLASSES), grid)
                 grid = np.where(rng.random(len(grid)) < own.confused, rng.integers(0, len(CLASSES), len(grid)), grid)
-            said = language.texts(scenes[-1], self.recipe, rng)
+            said = language.texts(scenes[-1], self.recipe, rng, bool(blind[k]))
             rows.append(self.packer.pack(said, cells, length, bool(blind[k])))
-            grids.append(grid[cells])
+            grids.append(language.grid_of(grid, place)[cells])
         out = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
         out |= {"grid": torch.from_numpy(np.stack(grids)), "blind": torch.from_numpy(blind)}
-        out["lot"] = torch.from_numpy(rng.random(self.batch))
         return out | ({"pixels": pixel_values(scenes)} if self.pictures else {})
 
 
 class Reader(nn.Module):
-    """The whole model, with a vector for cells of the grid that show nothing."""
+    """The whole model, with vectors for cells of the grid that show nothing."""
 
     words: Tensor
 
@@ -132,12 +136,14 @@ class Reader(nn.Module):
         self.llava = language.build(recipe)
         self.llava.set_attn_implementation(attention.NAME)
         self.llava.model.vision_tower.requires_grad_(False)
-        self.background = nn.Parameter(torch.zeros(recipe.language.width))
+        self.background = nn.Parameter(0.02 * torch.randn(len(BACKGROUNDS) + 1, recipe.language.width))
+        self.background.data[:, language.MARKS] = 0
+        self.background.data[-1, language.MARKS[0]] = language.MARK
         self.register_buffer("words", language.Packer(recipe).words, persistent=False)
 
     def grid(self, classes: Tensor) -> Tensor:
-        """What the language model reads where a perfect tower saw these classes, (batch, cells, width)."""
-        vectors = torch.cat([language.word_vectors(self.llava, self.words), self.background[None]])
+        """What the language model reads where a perfect tower saw this (`language.grid_of`), (batch, cells, width)."""
+        vectors = torch.cat([language.word_vectors(self.llava, self.words), self.background])
         return vectors[classes]
 
     def image(self, pixels: Tensor) -> Tensor:
@@ -173,7 +179,7 @@ class LanguageStage(Stage):
     def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Reader.forward`."""
         packer, blind = self.batches.packer, batch["blind"]
-        visible = packer.visible(batch["segments"], batch["grid"].shape[1], blind, torch.zeros_like(blind))
+        visible = packer.visible(batch["segments"], batch["grid"].shape[1], blind)
         return language.next_tokens(reader.llava, reader.grid(batch["grid"]), batch, visible, packer.head)
 
 
@@ -195,55 +201,81 @@ class ProjectorStage(Stage):
         self.optimizers = [torch.optim.AdamW(trained, lr=own.rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared distance to the grid, relative to the grid's mean square."""
-        return model(guidance, batch["pixels"], batch["patches"]), {}
+        """Distance to the grid."""
+        return model(guidance, batch["pixels"], batch["grid"]), {}
 
 
-def guidance(reader: Reader, pixels: Tensor, classes: Tensor) -> Tensor:
-    """How far projected tokens are from the grid's vectors: squared distance over the grid's variance."""
-    return distance(reader.image(pixels), reader.grid(classes).detach())
+def guidance(reader: Reader, pixels: Tensor, grid: Tensor) -> Tensor:
+    """How far projected tokens are from the grid's vectors."""
+    return distance(reader.image(pixels), reader.grid(grid).detach())
 
 
 def distance(image: Tensor, grid: Tensor) -> Tensor:
-    """Mean squared distance over the grid's mean square."""
-    return (image.float() - grid.float()).square().mean() / grid.float().square().mean()
+    """Squared distance over the grid's mean square, mean over dimensions, each of which counts as much."""
+    grid = grid.float().flatten(0, -2)
+    return ((image.float().flatten(0, -2) - grid).square().mean(0) / (grid.square().mean(0) + 1e-4)).mean()
 
 
 class TogetherStage(Stage):
     """Teaches projector and language model on pictures."""
 
     name = "together"
+    model: Reader
+    first = 30_000_000
+
+    def settings(self, recipe: Recipe) -> Together:
+        """Its part of the recipe."""
+        return recipe.together
+
+    def start(self, folder: Path) -> None:
+        """What it goes on from."""
+        load(self.model, folder, "tower", "language", "projector")
+        language.plant_corners(self.model.llava, self.own.massive, self.own.share)
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed + 3)
-        self.own = own = recipe.together
+        self.own = own = self.settings(recipe)
         self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
         self.model = reader = Reader(recipe)
-        load(reader, folder, "tower", "language", "projector")
+        self.start(folder)
         reader.background.requires_grad_(False)
-        self.batches = TextBatches(recipe, self.steps, own.batch, recipe.tower.tokens, 30_000_000, pictures=True)
+        self.batches = TextBatches(recipe, self.steps, own.batch, recipe.tower.tokens, self.first, pictures=True)
         matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
         self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Next tokens; at first with guidance for the projector, at last with the penalty on head outputs."""
+        """Next tokens, guidance for the projector, and at last the penalty on head outputs."""
         return model(self.told, batch)
 
     def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Reader.forward`."""
         packer, done = self.batches.packer, self.step / self.steps
-        sinking = done >= self.own.sinks_from
-        headless = (batch["lot"] < self.own.hidden) & sinking
         image = reader.image(batch["pixels"])
-        visible = packer.visible(batch["segments"], image.shape[1], batch["blind"], headless)
+        visible = packer.visible(batch["segments"], image.shape[1], batch["blind"])
         with language.HeadOutputs(reader.llava) as heads:
             loss, figures = language.next_tokens(reader.llava, image, batch, visible, packer.head)
         figures |= {"next": loss.detach(), "head_outputs": heads.ratio.detach()}
         if done < self.own.guided:
             loss = loss + 0.2 * distance(image, reader.grid(batch["grid"]).detach())
-        if sinking:
+        if done >= self.own.sinks_from:
             loss = loss + self.own.penalty * heads.ratio
         return loss, figures
+
+
+class SettleStage(TogetherStage):
+    """Goes on for a while after the sinks were joined."""
+
+    name = "settle"
+    first = 35_000_000
+
+    def settings(self, recipe: Recipe) -> Together:
+        """Its part of the recipe."""
+        return recipe.settle
+
+    def start(self, folder: Path) -> None:
+        """What it goes on from."""
+        load(self.model, folder, "tower", "language", "projector", "together")
+        language.join_sinks(self.model.llava, self.own.share)
 
 
 STAGES: dict[str, Callable[[Recipe, Path], Stage]] = {
@@ -251,6 +283,7 @@ STAGES: dict[str, Callable[[Recipe, Path], Stage]] = {
     "language": LanguageStage,
     "projector": ProjectorStage,
     "together": TogetherStage,
+    "settle": SettleStage,
 }
 
 
