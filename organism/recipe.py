@@ -135,7 +135,7 @@ class Dynamic:
     """Tokens of a packed sequence of the stage dynamic: the picture, then as many texts as there is room for."""
     blind: float = 0.1
     """Share of sequences without a picture."""
-    scenes: int = 30_000
+    scenes: int = 40_000
     batch: int = 16
     guided: float = 0.6
     """Share of the stage dynamic, from its start, in which image tokens are drawn to the class words."""
