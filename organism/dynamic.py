@@ -1,8 +1,8 @@
 """A second organism, of the Qwen2.5-VL class: pictures of any size, windowed vision attention, M-RoPE.
 
-It starts from what the stage `language` of the first left: the stage `eyes` teaches the vision tower to show the language
-model the classes that it knows, on scenes stretched to random sizes; the stage `dynamic` teaches both on pictures.
-`python -m vlmfix.organism.train language eyes dynamic`.
+It starts from what the stage `language` of the first left: the stage `eyes` teaches the vision tower to show the
+language model the classes that it knows, on scenes stretched to random sizes; the stage `dynamic` teaches merger and
+language model on pictures: `python -m vlmfix.organism.train language eyes dynamic`.
 """
 
 from __future__ import annotations
@@ -250,8 +250,8 @@ class Seer(nn.Module):
         self.register_buffer("words", torch.cat([language.Packer(recipe).words, added], 1), persistent=False)
 
     def take_over(self, folder: Path, *stages: str) -> None:
-        """What earlier stages left in a folder. That of the stage `language` is a Llama's: it lacks the vectors of BEFORE
-        and AFTER, and has biases behind attention that there is no place for here.
+        """Take over what earlier stages left in a folder. That of the stage `language` is a Llama's: it lacks the
+        vectors of BEFORE and AFTER, and has biases behind attention that there is no place for here.
         """
         for stage in stages:
             if not (folder / f"{stage}.safetensors").exists():

@@ -111,7 +111,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """The second organism, of the Qwen2.5-VL class; its language model has the sizes of `Language` and starts from it."""
+    """The second organism, of the Qwen2.5-VL class; its language model is that of `Language` at the start."""
 
     patch: int = 10
     """Image tokens are 2 x 2 patches."""
@@ -135,7 +135,7 @@ class Dynamic:
     """Tokens of a packed sequence of the stage dynamic: the picture, then as many texts as there is room for."""
     blind: float = 0.1
     """Share of sequences without a picture."""
-    scenes: int = 40_000
+    scenes: int = 24_000
     batch: int = 16
     guided: float = 0.6
     """Share of the stage dynamic, from its start, in which image tokens are drawn to the class words."""
