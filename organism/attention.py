@@ -11,11 +11,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def full_precision(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Transformers' sdpa on float32 copies of its inputs."""
     with torch.autocast(query.device.type, enabled=False):
-        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return out.to(query.dtype), None
 
 

@@ -1,28 +1,30 @@
 """A second organism, of the Qwen2.5-VL class: pictures of any size, windowed vision attention, M-RoPE.
 
-One stage, `dynamic`, teaches everything at once with the stock forward: scenes are stretched to random sizes, each with
-one text, and the vision tower also learns which class each image token shows. Not part of the default stages:
-`python -m vlmfix.organism.train dynamic`.
+It starts from what the stage `language` of the first left: the stage `eyes` teaches the vision tower to show the
+language model the classes that it knows, on scenes stretched to random sizes; the stage `dynamic` teaches merger and
+language model on pictures: `python -m vlmfix.organism.train language eyes dynamic`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
-from vlmfix.organism import captions, language
+from vlmfix.organism import attention, language
 from vlmfix.organism.fitting import Stage, two_optimizers
-from vlmfix.organism.language import BEGIN, END, IGNORED, IMAGE, PAD
+from vlmfix.organism.language import BEGIN, END, IMAGE, PAD
 from vlmfix.organism.recipe import Recipe
-from vlmfix.organism.scenes import CLASSES, Painter, object_sets
+from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
 
 BEFORE, AFTER = "<vision>", "</vision>"
 """Tokens around a picture; they are added to the tokenizer of the first organism."""
@@ -61,6 +63,7 @@ def build(recipe: Recipe) -> Qwen2_5_VLForConditionalGeneration:
             "num_attention_heads": text.heads,
             "num_key_value_heads": text.shared_heads,
             "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
             "bos_token_id": BEGIN,
             "eos_token_id": END,
@@ -77,110 +80,297 @@ def build(recipe: Recipe) -> Qwen2_5_VLForConditionalGeneration:
 
 def image_processor(recipe: Recipe) -> Any:
     """The stock image processor with this model's patches."""
-    edge = recipe.dynamic.patch * MERGE
-    half = [0.5, 0.5, 0.5]
-    sizes = {"shortest_edge": (2 * edge) ** 2, "longest_edge": (16 * edge) ** 2}
+    own, half = recipe.dynamic, [0.5, 0.5, 0.5]
+    edge = own.patch * MERGE
+    sizes = {"shortest_edge": (own.smallest * edge) ** 2, "longest_edge": (own.largest * edge) ** 2}
     return Qwen2VLImageProcessor(
         patch_size=recipe.dynamic.patch, merge_size=MERGE, size=sizes, image_mean=half, image_std=half
     )
 
 
-class DynamicBatches(Dataset[dict[str, Tensor]]):
-    """Batch number -> stretched pictures, a text on each, and the class that each image token shows."""
+def start_local(model: Qwen2_5_VLForConditionalGeneration, near: float) -> None:
+    """Let each patch look at near and like ones before any training, as `tower.start_local` does.
 
-    def __init__(self, recipe: Recipe, steps: int) -> None:
-        self.recipe, self.steps, self.painter = recipe, steps, Painter()
-        self.packer, self.processor = language.Packer(recipe), image_processor(recipe)
-        self.before, self.after = vocabulary(recipe)
+    Positions are rotary here: equal biases of queries and keys, in the fast frequencies of rows and columns, give a
+    score that falls with distance. The last layer of the merger writes no marks of sinks.
+    """
+    vision: Any = model.model.visual
+    with torch.no_grad():
+        for block in vision.blocks:
+            qkv, size = block.attn.qkv, block.attn.head_dim
+            queries, keys, _ = qkv.weight.chunk(3)
+            nn.init.orthogonal_(queries, 0.7)
+            keys.copy_(queries)
+            fast = [0, 1, size // 4, size // 4 + 1]
+            for part in qkv.bias.chunk(3)[:2]:
+                part.zero_().unflatten(0, (-1, size))[:, fast] = near
+        vision.merger.mlp[2].weight[list(language.MARKS)] = 0
+
+
+def stretched(scene: Scene, height: int, width: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A scene as a picture of so many image tokens: its patches as the image processor gives them, in float32, and the
+    class that each image token shows, row by row.
+    """
+    edge = patch * MERGE
+    size = (width * edge, height * edge)
+    picture = Image.fromarray(scene.pixels).resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture, np.float32) / 127.5 - 1
+    tiles = pixels.reshape(height, MERGE, patch, width, MERGE, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    twice = np.repeat(tiles[:, :, :, :, :, None], 2, 5)  # a picture is a film of two equal frames
+    labels = np.asarray(Image.fromarray(scene.labels).resize(size, Image.Resampling.NEAREST)).astype(np.int64)
+    cells = labels.reshape(height, edge, width, edge).swapaxes(1, 2).reshape(height * width, -1)
+    offsets = (len(CLASSES) + 1) * np.arange(len(cells))[:, None]
+    counts = np.bincount((cells + offsets).ravel(), minlength=(len(CLASSES) + 1) * len(cells)).reshape(len(cells), -1)
+    best = counts[:, :-1].argmax(1)
+    enough = counts[np.arange(len(cells)), best] >= 0.12 * edge * edge
+    return twice.reshape(height * width * MERGE**2, -1), np.where(enough, best, len(CLASSES))
+
+
+def as_batch(
+    shown: list[tuple[Scene, tuple[np.ndarray, np.ndarray]]], grids: list[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Patches and sizes of pictures as the model reads them; per image token its class and its word, see
+    `language.grid_of`.
+    """
+    classes = [found for _, (_, found) in shown]
+    places = [np.full_like(found, len(CLASSES) + BACKGROUNDS.index(scene.background)) for scene, (_, found) in shown]
+    grid = [np.where(found < len(CLASSES), found, place) for found, place in zip(classes, places, strict=True)]
+    return {
+        "pixel_values": torch.from_numpy(np.concatenate([patches for _, (patches, _) in shown])),
+        "image_grid_thw": torch.tensor([[1, MERGE * height, MERGE * width] for height, width in grids]),
+        "classes": torch.from_numpy(np.concatenate(classes)),
+        "grid": torch.from_numpy(np.concatenate(grid)),
+    }
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """Batch number -> scenes, stretched to random sizes."""
+
+    def __init__(self, recipe: Recipe, steps: int, batch: int, first: int) -> None:
+        """Scenes are numbered from `first` on."""
+        self.recipe, self.steps, self.batch, self.first, self.painter = recipe, steps, batch, first, Painter()
 
     def __len__(self) -> int:
         return self.steps
 
+    def rng(self, number: int) -> np.random.Generator:
+        """Source of all that is random in a batch."""
+        return np.random.default_rng([self.recipe.seed, self.first, number])
+
+    def scene(self, chosen: np.ndarray, number: int, k: int) -> Scene:
+        """Scene k of a batch, with a set of objects."""
+        return self.painter.scene(chosen, self.recipe.seed, self.first + number * self.batch + k)
+
+    def size(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        own = self.recipe.dynamic
+        height, width = rng.integers(own.smallest, own.largest + 1, 2)
+        return int(height), int(width)
+
+
+class EyesBatches(Batches):
+    """Pictures with what each image token shows."""
+
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        own, sets, seed = self.recipe.dynamic, object_sets("train"), self.recipe.seed
-        rng = np.random.default_rng([seed, 40_000_000, number])
-        pictures, grids, rows = [], [], []
-        for k in range(own.batch):
-            scene = self.painter.scene(sets[rng.integers(len(sets))], seed, 40_000_000 + number * own.batch + k)
-            height, width = (int(n) for n in rng.integers(own.smallest, own.largest + 1, 2))
-            size = (width * own.patch * MERGE, height * own.patch * MERGE)
-            pictures.append(Image.fromarray(scene.pixels).resize(size, Image.Resampling.BICUBIC))
-            shown = Image.fromarray(scene.labels).resize(size, Image.Resampling.NEAREST)
-            tiles = np.asarray(shown).reshape(height, size[1] // height, width, size[0] // width).swapaxes(1, 2)
-            counts = (tiles.reshape(height * width, -1, 1) == np.arange(len(CLASSES))).mean(1)
-            grids.append(np.where(counts.max(1) >= 0.12, counts.argmax(1), len(CLASSES)))
-            describing = rng.random() < own.described
-            prompt, answer = (
-                (captions.describe(rng), captions.caption(scene, self.recipe.noise, rng))
-                if describing
-                else captions.question(scene, self.recipe.noise, rng)
-            )
-            asked = [BEGIN, *self.packer.ids("USER: "), self.before, *[IMAGE] * (height * width), self.after]
-            asked += self.packer.ids(f"\n{prompt} ASSISTANT:")
-            rows.append((asked, [*self.packer.ids(f" {answer}"), END]))
-        length = max(len(asked) + len(told) for asked, told in rows)
-        ids = np.full((own.batch, length), PAD)
-        labels, mask = np.full_like(ids, IGNORED), np.zeros_like(ids)
-        for k, (asked, told) in enumerate(rows):
-            stop = len(asked) + len(told)
-            ids[k, :stop], labels[k, len(asked) : stop], mask[k, :stop] = asked + told, told, 1
-        made = self.processor(pictures, return_tensors="pt")
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(labels),
-            "attention_mask": torch.from_numpy(mask),
-            "mm_token_type_ids": torch.from_numpy((ids == IMAGE).astype(np.int64)),
-            "pixel_values": made["pixel_values"],
-            "image_grid_thw": made["image_grid_thw"],
-            "shown": torch.from_numpy(np.concatenate(grids)),
-        }
+        own, sets, rng = self.recipe.dynamic, object_sets("train"), self.rng(number)
+        crowded = number < own.balanced * self.steps
+        shown, grids = [], []
+        for k in range(self.batch):
+            scene = self.scene(balanced(rng) if crowded else sets[rng.integers(len(sets))], number, k)
+            grids.append(self.size(rng))
+            shown.append((scene, stretched(scene, *grids[-1], own.patch)))
+        return as_batch(shown, grids)
 
 
-class Shower(nn.Module):
-    """The model, and a head that says which class an image token shows; the head is thrown away afterwards."""
+class DynamicBatches(Batches):
+    """Packed texts on pictures, or on none."""
 
-    qwen: Qwen2_5_VLForConditionalGeneration
+    def __init__(self, recipe: Recipe, steps: int, batch: int, first: int) -> None:
+        super().__init__(recipe, steps, batch, first)
+        self.packer = Packer(recipe)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        own, sets, rng = self.recipe.dynamic, object_sets("train"), self.rng(number)
+        shown, grids, rows = [], [], []
+        blind = rng.random(self.batch) < own.blind
+        blind[0] = False
+        for k in range(self.batch):
+            scene = self.scene(sets[rng.integers(len(sets))], number, k)
+            size = self.size(rng)
+            said = language.texts(scene, self.recipe, rng, bool(blind[k]))
+            rows.append(self.packer.packed(said, None if blind[k] else size, own.length))
+            if not blind[k]:
+                grids.append(size)
+                shown.append((scene, stretched(scene, *size, own.patch)))
+        return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]} | as_batch(shown, grids)
+
+
+class Packer(language.Packer):
+    """Packs texts behind a picture of any size, at the positions of M-RoPE."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.blind = language.Packer(self.recipe)
+        before, after = vocabulary(self.recipe)
+        self.before, self.after = [*self.before, before], [after, *self.after]
+        self.head = len(self.before)
+
+    def packed(self, said: list[tuple[str, str]], size: tuple[int, int] | None, length: int) -> dict[str, np.ndarray]:
+        """As `language.Packer.pack`, with `positions` (3, length): time, row and column.
+
+        Args:
+            said: prompts and answers; those that do not fit are left out.
+            size: rows and columns of image tokens; None if there is no picture.
+            length: of the sequence.
+        """
+        height, width = size or (0, 0)
+        cells = np.arange(height * width)
+        row = (self if size else self.blind).pack(said, cells, length, blind=True)
+        positions = np.repeat(row["positions"][None], 3, 0)
+        if size:
+            positions[:, self.head + len(cells) :] += max(height, width)
+            place = np.stack([0 * cells, cells // width, cells % width])
+            positions[:, self.head : self.head + len(cells)] = self.head + place
+        return row | {"positions": positions}
+
+
+class Seer(nn.Module):
+    """The model, with vectors for what image tokens show, and a head that is thrown away afterwards."""
+
+    words: Tensor
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.qwen = build(recipe)
+        start_local(self.qwen, recipe.dynamic.near)
+        self.qwen.set_attn_implementation(attention.NAME)
         self.head = nn.Linear(recipe.language.width, len(CLASSES) + 1)
+        self.background = nn.Parameter(torch.zeros(len(BACKGROUNDS) + 1, recipe.language.width), requires_grad=False)
+        added = torch.zeros(len(CLASSES), len(vocabulary(recipe)))
+        self.register_buffer("words", torch.cat([language.Packer(recipe).words, added], 1), persistent=False)
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss of the answers, and logits of the image tokens' classes, (tokens, 81)."""
-        seen: list[Tensor] = []
-        handle = self.qwen.model.visual.register_forward_hook(lambda _, __, out: seen.append(out.pooler_output))
-        try:
-            loss = self.qwen(**{key: value for key, value in batch.items() if key != "shown"}, use_cache=False).loss
-        finally:
-            handle.remove()
-        return loss, self.head(seen[0])
+    def take_over(self, folder: Path, *stages: str) -> None:
+        """Take over what earlier stages left in a folder. That of the stage `language` is a Llama's: it lacks the
+        vectors of BEFORE and AFTER, and has biases behind attention that there is no place for here.
+        """
+        for stage in stages:
+            if not (folder / f"{stage}.safetensors").exists():
+                raise ValueError(f"{folder} holds no {stage}.safetensors; run the stage {stage} first")
+            found = {
+                name.replace("llava.", "qwen.", 1): tensor.float()
+                for name, tensor in load_file(folder / f"{stage}.safetensors").items()
+                if not name.endswith("o_proj.bias")
+            }
+            name = "qwen.model.language_model.embed_tokens.weight"
+            if name in found:
+                own = self.qwen.model.language_model.embed_tokens.weight.detach()
+                own[:, list(language.MARKS)] = 0
+                found[name] = torch.cat([found[name], own[len(found[name]) :]])
+            unknown = self.load_state_dict(found, strict=False).unexpected_keys
+            if unknown:
+                raise ValueError(f"{stage}.safetensors holds {unknown[0]}, which the recipe has no place for")
+        self.qwen.tie_weights()
+
+    def grid(self, grid: Tensor) -> Tensor:
+        """The vectors that the language model knows for what image tokens show, (tokens, width)."""
+        words = language.word_vectors(self.qwen, self.words)
+        return torch.cat([words, self.background])[grid].detach()
+
+    def image(self, batch: dict[str, Tensor]) -> Tensor:
+        """Image tokens of all pictures, (tokens, width)."""
+        return self.qwen.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls `function(self, *args)`: each stage computes its own loss, under whatever wraps the model."""
+        return function(self, *args)
 
 
-class DynamicStage(Stage):
-    """Teaches the second organism."""
+class EyesStage(Stage):
+    """Teaches the vision tower which class each image token shows, in the vectors that the language model knows."""
 
-    name = "dynamic"
-    model: Shower
+    name = "eyes"
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed + 4)
         own = recipe.dynamic
-        self.scenes_per_step, self.decay, self.steps = own.batch, own.decay, own.scenes // own.batch
-        self.model, self.batches = Shower(recipe), DynamicBatches(recipe, self.steps)
-        qwen = self.model.qwen.model
-        blocks = [*qwen.language_model.layers.parameters(), *qwen.visual.blocks.parameters()]
-        self.optimizers = two_optimizers(self.model, [p for p in blocks if p.ndim == 2], own.matrix_rate, own.rate)
+        self.scenes_per_step, self.decay, self.steps = own.seen_batch, own.decay, own.seen // own.seen_batch
+        self.model = seer = Seer(recipe)
+        seer.take_over(folder, "language")
+        seer.requires_grad_(False)
+        seer.qwen.model.visual.requires_grad_(True)
+        seer.head.requires_grad_(True)
+        self.batches = EyesBatches(recipe, self.steps, own.seen_batch, 40_000_000)
+        matrices = [p for p in seer.qwen.model.visual.blocks.parameters() if p.ndim == 2]
+        self.optimizers = two_optimizers(seer, matrices, own.matrix_rate, own.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Next tokens of the answers and classes of the image tokens."""
-        answers, classes = model(batch)
-        shown = batch["shown"]
-        weights = torch.ones(len(CLASSES) + 1, device=shown.device)
+        """Classes of the image tokens, background counted a quarter, and their distance to the vectors."""
+        return model(self.seen, batch)
+
+    def seen(self, seer: Seer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, inside of `Seer.forward`."""
+        image, classes = seer.image(batch), batch["classes"]
+        logits = seer.head(image).float()
+        weights = torch.ones(len(CLASSES) + 1, device=classes.device)
         weights[-1] = 0.25
-        seen = functional.cross_entropy(classes.float(), shown, weights)
-        right = (classes.argmax(-1) == shown)[shown < len(CLASSES)].float().mean()
-        return answers + seen, {"next": answers.detach(), "patch_accuracy": right}
+        apart = language.distance(image, seer.grid(batch["grid"]))
+        right = (logits.argmax(-1) == classes)[classes < len(CLASSES)].float().mean()
+        loss = functional.cross_entropy(logits, classes, weights) + 0.5 * apart
+        return loss, {"tokens_right": right, "distance": apart.detach()}
+
+
+class DynamicStage(Stage):
+    """Teaches language model and merger on pictures, the tower frozen."""
+
+    name = "dynamic"
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        torch.manual_seed(recipe.seed + 5)
+        self.own = own = recipe.dynamic
+        self.scenes_per_step, self.decay, self.steps = own.batch, recipe.together.decay, own.scenes // own.batch
+        self.model = seer = Seer(recipe)
+        seer.take_over(folder, "language", "eyes")
+        seer.requires_grad_(False)
+        seer.qwen.model.language_model.requires_grad_(True)
+        seer.qwen.model.visual.merger.requires_grad_(True)
+        self.batches = DynamicBatches(recipe, self.steps, own.batch, 50_000_000)
+        matrices = [p for p in seer.qwen.model.language_model.layers.parameters() if p.ndim == 2]
+        self.optimizers = two_optimizers(seer, matrices, recipe.together.matrix_rate, recipe.together.rate)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Next tokens of the answers, and guidance for the merger."""
+        return model(self.told, batch)
+
+    def told(self, seer: Seer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, inside of `Seer.forward`."""
+        image = seer.image(batch)
+        loss, figures = next_tokens(seer.qwen, image, batch)
+        apart = language.distance(image, seer.grid(batch["grid"]))
+        figures |= {"next": loss.detach(), "distance": apart.detach()}
+        if self.step < self.own.guided * self.steps:
+            loss = loss + 0.2 * apart
+        return loss, figures
+
+
+def next_tokens(
+    model: Qwen2_5_VLForConditionalGeneration, image: Tensor, batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `language.next_tokens`, on what `Packer.packed` gives.
+
+    Args:
+        model: the whole model.
+        image: image tokens of all pictures of the batch, (tokens, width).
+        batch: from `Packer.packed`, stacked.
+    """
+    ids, segments = batch["ids"], batch["segments"]
+    table: Any = model.get_input_embeddings()
+    read = table(ids)
+    read = read.masked_scatter((ids == IMAGE)[..., None], image.to(read.dtype))
+    place = torch.arange(ids.shape[1], device=ids.device)
+    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    visible = (same & (place[None, :] <= place[:, None]))[:, None]
+    batch = batch | {"positions": batch["positions"].movedim(1, 0)}
+    return language.next_tokens(model, read, batch, visible, head=0)
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, recipe: Recipe, folder: Path) -> None:

@@ -339,6 +339,12 @@ def word_vectors(model: LlavaForConditionalGeneration, words: Tensor) -> Tensor:
     return words.to(model.device) @ table.weight
 
 
+def distance(image: Tensor, grid: Tensor) -> Tensor:
+    """Squared distance over the grid's mean square, mean over dimensions, each of which counts as much."""
+    grid = grid.float().flatten(0, -2)
+    return ((image.float().flatten(0, -2) - grid).square().mean(0) / (grid.square().mean(0) + 1e-4)).mean()
+
+
 def next_tokens(
     model: LlavaForConditionalGeneration, image: Tensor, batch: dict[str, Tensor], visible: Tensor, head: int
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -115,25 +115,37 @@ class Together:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """The second organism, of the Qwen2.5-VL class; its language model has the sizes of `Language`."""
+    """The second organism, of the Qwen2.5-VL class; its language model is that of `Language` at the start."""
 
-    patch: int = 8
+    patch: int = 10
     """Image tokens are 2 x 2 patches."""
-    width: int = 160
-    layers: int = 4
-    heads: int = 5
-    inner: int = 320
-    window: int = 64
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    inner: int = 256
+    window: int = 80
     """Pixels of the window of every other vision layer."""
-    smallest: int = 6
-    largest: int = 10
+    smallest: int = 5
+    largest: int = 8
     """Image tokens along each edge of a picture."""
-    described: float = 0.5
-    """Share of captions; the others are questions."""
-    scenes: int = 100_000
+    near: float = 2.1
+    """Size of the biases with which patches look at near ones from the start; see `dynamic.start_local`."""
+    seen: int = 48_000
+    """Scenes of the stage eyes, which teaches the vision tower."""
+    balanced: float = 0.8
+    """Share of that stage, from its start, on scenes whose sets are `scenes.balanced`; then COCO's own."""
+    seen_batch: int = 32
+    length: int = 150
+    """Tokens of a packed sequence of the stage dynamic: the picture, then as many texts as there is room for."""
+    blind: float = 0.1
+    """Share of sequences without a picture."""
+    scenes: int = 24_000
     batch: int = 16
+    guided: float = 0.6
+    """Share of the stage dynamic, from its start, in which image tokens are drawn to the class words."""
     matrix_rate: float = 2e-3
-    rate: float = 2e-3
+    """Of the vision tower; the language model goes on with `Together.matrix_rate` and `Together.rate`."""
+    rate: float = 1.5e-3
     decay: float = 0.4
 
 

@@ -2,8 +2,8 @@
 
 Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes),
 projector (from tower to grid), together (all on pictures), settle (the same for a while, with sinks as large models
-have them); then the model is written to a folder. A stage that is done is skipped; one that was stopped goes on. The
-stage dynamic makes the second organism, of the Qwen2.5-VL class.
+have them); then the model is written to a folder. A stage that is done is skipped; one that was stopped goes on. After the
+stage language, eyes and dynamic make the second organism, of the Qwen2.5-VL class.
 """
 
 from __future__ import annotations
@@ -207,13 +207,7 @@ class ProjectorStage(Stage):
 
 def guidance(reader: Reader, pixels: Tensor, grid: Tensor) -> Tensor:
     """How far projected tokens are from the grid's vectors."""
-    return distance(reader.image(pixels), reader.grid(grid).detach())
-
-
-def distance(image: Tensor, grid: Tensor) -> Tensor:
-    """Squared distance over the grid's mean square, mean over dimensions, each of which counts as much."""
-    grid = grid.float().flatten(0, -2)
-    return ((image.float().flatten(0, -2) - grid).square().mean(0) / (grid.square().mean(0) + 1e-4)).mean()
+    return language.distance(reader.image(pixels), reader.grid(grid).detach())
 
 
 class TogetherStage(Stage):
@@ -256,7 +250,7 @@ class TogetherStage(Stage):
             loss, figures = language.next_tokens(reader.llava, image, batch, visible, packer.head)
         figures |= {"next": loss.detach(), "head_outputs": heads.ratio.detach()}
         if done < self.own.guided:
-            loss = loss + 0.2 * distance(image, reader.grid(batch["grid"]).detach())
+            loss = loss + 0.2 * language.distance(image, reader.grid(batch["grid"]).detach())
         if done >= self.own.sinks_from:
             loss = loss + self.own.penalty * heads.ratio
         return loss, figures
@@ -287,8 +281,8 @@ STAGES: dict[str, Callable[[Recipe, Path], Stage]] = {
 }
 
 
-SECOND: dict[str, Callable[[Recipe, Path], Stage]] = {"dynamic": dynamic.DynamicStage}
-"""The stage of the second organism, which needs none of the others."""
+SECOND: dict[str, Callable[[Recipe, Path], Stage]] = {"eyes": dynamic.EyesStage, "dynamic": dynamic.DynamicStage}
+"""The stages of the second organism, which starts from the stage language of the first."""
 
 
 def weights(stage: Stage) -> dict[str, Tensor]:
@@ -321,7 +315,7 @@ def make(
     Args:
         recipe: what to make.
         folder: for checkpoints, logs and what each stage leaves, `<stage>.safetensors`.
-        stages: names out of STAGES; none is all. `dynamic` makes the second organism, in a folder of that name.
+        stages: names out of STAGES; none is all. `eyes` and `dynamic` make the second organism, in a folder `dynamic`.
         precision: accelerate's `mixed_precision`.
         workers: processes that make batches.
     """
@@ -345,7 +339,7 @@ def make(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m vlmfix.organism.train", description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"{', '.join(STAGES)} (default: these), or dynamic")
+    parser.add_argument("stages", nargs="*", help=f"{', '.join(STAGES)} (default: these), or {', '.join(SECOND)}")
     parser.add_argument("--folder", type=Path, default=Path("runs/organism"), help="for checkpoints, logs and results")
     parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
     parser.add_argument("--quick", action="store_true", help="the recipe QUICK: a fraction of the time")

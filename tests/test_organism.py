@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AttentionInterface
 
 import vlmfix
+from vlmfix.asking import Answering
 from vlmfix.eval import chair
 from vlmfix.organism import captions, dynamic, evaluate, language, tower, train
 from vlmfix.organism.captions import TRUE, Noise
@@ -34,7 +35,19 @@ MICRO = Recipe(
     projector=Projector(scenes=64, batch=8),
     together=Together(scenes=32, batch=4),
     settle=Together(scenes=16, batch=4),
-    dynamic=Dynamic(width=32, layers=2, heads=2, inner=48, smallest=4, largest=6, scenes=160, batch=4),
+    dynamic=Dynamic(
+        width=32,
+        layers=2,
+        heads=2,
+        inner=48,
+        smallest=4,
+        largest=6,
+        seen=320,
+        seen_batch=8,
+        length=90,
+        scenes=80,
+        batch=4,
+    ),
 )
 
 
@@ -251,8 +264,8 @@ def made(tmp_path_factory):
     return folder, model
 
 
-def losses(folder, stage):
-    return [json.loads(line)["loss"] for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+def losses(folder, stage, name="loss"):
+    return [json.loads(line)[name] for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
 
 
 def test_training_reduces_the_loss(made):
@@ -367,37 +380,115 @@ def test_test_scenes_come_with_questions_that_the_harness_reads(tmp_path):
     assert (tmp_path / "calibration" / "instances.json").exists()
 
 
-def test_the_evaluation_of_a_model_is_one_object(made, tmp_path, capsys):
+@pytest.mark.parametrize("which", ["model", "dynamic"])
+def test_the_evaluation_of_a_model_is_one_object(made, second, which, tmp_path, capsys):
     evaluate.write_sets(tmp_path, n=4)
-    evaluate.main([str(made[1]), "--data", str(tmp_path / "test"), "--output", str(tmp_path / "runs")])
+    evaluate.main([str(made[0] / which), "--data", str(tmp_path / "test"), "--output", str(tmp_path / "runs")])
     told = json.loads(capsys.readouterr().out)
     assert {"chair", "inventions", "attention", "without_image"} <= told.keys()
     shares = told["attention"]
     assert all(0 < a < a + b < 1 for a, b in zip(shares["first"], shares["image"], strict=True))
 
 
-def test_the_second_organism_is_a_genuine_qwen_that_learns(tmp_path):
-    """Pictures of several sizes in one batch; image tokens are labelled in the order in which the model gives them."""
-    train.make(MICRO, tmp_path, ["dynamic"], precision="no", workers=0)
-    lines = losses(tmp_path, "dynamic")
-    assert lines[-1] < 0.93 * lines[0]
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dynamic", dtype=torch.float32)
+@pytest.fixture(scope="module")
+def second(made):
+    """The second organism, from the language of the first."""
+    threads = torch.get_num_threads()
+    train.make(MICRO, made[0], ["eyes", "dynamic"], precision="no", workers=0)
+    torch.set_num_threads(threads)
+    return made[0] / "dynamic"
+
+
+def test_the_second_organism_is_a_genuine_qwen_that_learns(second, drawn):
+    seeing, apart = losses(second.parent, "eyes"), losses(second.parent, "eyes", "distance")
+    assert seeing[-1] < 0.98 * seeing[0] and apart[-1] < 0.9 * apart[0]
+    assert losses(second.parent, "dynamic", "next")[-1] < losses(second.parent, "language")[0] / 2
+    model, processor = vlmfix.load(second)
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
-    batch = dynamic.DynamicBatches(MICRO, 1)[0]
-    assert len({tuple(row) for row in batch["image_grid_thw"].tolist()}) > 1
-    tokens = (batch["image_grid_thw"].prod(1) // 4).sum().item()
-    assert (batch["input_ids"] == language.IMAGE).sum() == tokens == len(batch["shown"])
-    assert model(**{k: v for k, v in batch.items() if k != "shown"}).loss.isfinite()
+    left = train.load_file(second.parent / "eyes.safetensors")
+    name = "model.visual.blocks.0.attn.qkv.weight"
+    assert torch.equal(model.state_dict()[name], left[f"qwen.{name}"])  # frozen in the stage dynamic
+    answering = Answering.of(model, processor, [([Image.fromarray(drawn[0].pixels)], "Is it?")], {})
+    said = answering.inputs["input_ids"][0].tolist()
+    row = dynamic.Packer(MICRO).packed([("Is it?", "Yes")], (6, 6), 90)
+    assert said == row["ids"][: len(said)].tolist() and said.count(language.IMAGE) == 36
+    assert vlmfix.ask(model, processor, Image.new("RGB", (300, 90)), "Is it?", max_new_tokens=3).text is not None
 
 
-def test_image_tokens_of_the_second_organism_are_labelled_where_they_are():
-    """A batch whose pictures are left as they are: labels are those of the scene's own cells."""
-    recipe = replace(MICRO, dynamic=replace(MICRO.dynamic, patch=12, smallest=5, largest=5))
-    batches = dynamic.DynamicBatches(recipe, 1)
-    scenes, paint = [], batches.painter.scene
-    batches.painter.scene = lambda *args: scenes.append(paint(*args)) or scenes[-1]
-    shown = batches[0]["shown"]
-    assert shown.tolist() == np.concatenate([scene.patches(24) for scene in scenes]).tolist()
+def test_pictures_of_the_second_organism_are_as_its_processor_gives_them(drawn):
+    """Patches in the processor's order, and of each image token the class that the scene shows there."""
+    recipe = replace(MICRO, dynamic=replace(MICRO.dynamic, patch=12, smallest=5, largest=10))
+    scene = max(drawn, key=lambda s: len(s.objects))
+    patches, classes = dynamic.stretched(scene, 5, 5, 12)
+    assert classes.tolist() == scene.patches(24).tolist()
+    wide, _ = dynamic.stretched(scene, 5, 8, 12)
+    for found, size in ((patches, (120, 120)), (wide, (192, 120))):
+        picture = Image.fromarray(scene.pixels).resize(size, Image.Resampling.BICUBIC)
+        given = dynamic.image_processor(recipe)(picture, return_tensors="pt")
+        assert given["image_grid_thw"].tolist() == [[1, size[1] // 12, size[0] // 12]]
+        assert torch.allclose(given["pixel_values"], torch.from_numpy(found), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), None])
+def test_packed_loss_of_the_second_organism_is_that_of_the_model_asked_alone(second, drawn, size):
+    """Mask and M-RoPE positions of the packed forward agree with the stock model on one text, with a picture or none."""
+    seer = dynamic.Seer(MICRO)
+    seer.take_over(second.parent, "language", "eyes", "dynamic")
+    packer, said = dynamic.Packer(MICRO), [("Is it?", "No"), ("Is there a dog in the image?", "Yes")]
+    row = {k: torch.from_numpy(v)[None] for k, v in packer.packed(said, size, 90).items()}
+    row["labels"][row["segments"] != 2] = language.IGNORED
+    row["weights"].clamp_(max=1)
+    pictures, image = {}, torch.zeros(0, MICRO.language.width)
+    if size:
+        pictures = dynamic.as_batch([(drawn[0], dynamic.stretched(drawn[0], *size, 10))], [size])
+        image = seer.image(pictures)
+        pictures = {key: pictures[key] for key in ("pixel_values", "image_grid_thw")}
+    loss, _ = dynamic.next_tokens(seer.qwen, image, row)
+    alone = torch.cat([row["ids"][row["segments"] == 0], row["ids"][row["segments"] == 2]])[None]
+    labels = alone.clone()
+    labels[0, : -len(packer.ids(" Yes")) - 1] = -100
+    kinds = (alone == language.IMAGE).long()
+    stock = seer.qwen(
+        input_ids=alone, attention_mask=torch.ones_like(alone), labels=labels, mm_token_type_ids=kinds, **pictures
+    )
+    assert stock.loss.item() == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_batches_of_the_second_organism_have_pictures_of_many_sizes_and_some_texts_without():
+    recipe = replace(MICRO, dynamic=replace(MICRO.dynamic, blind=0.5))
+    batch = dynamic.DynamicBatches(recipe, 1, 12, 0)[0]
+    grids, seen = batch["image_grid_thw"], (batch["ids"] == language.IMAGE).sum(1)
+    assert len({tuple(row) for row in grids.tolist()}) > 1 and 0 < (seen == 0).sum() < 12
+    assert seen[seen > 0].tolist() == (grids.prod(1) // 4).tolist()
+    assert len(batch["grid"]) == len(batch["classes"]) == seen.sum()
+    shown = batch["classes"] < len(CLASSES)
+    assert torch.equal(batch["grid"][shown], batch["classes"][shown]) and (batch["grid"][~shown] >= len(CLASSES)).all()
+
+
+def test_the_second_organism_starts_with_near_patches_seeing_each_other():
+    """Attention of the layer without windows, whose patches come in the order of windows of 4 x 4 image tokens."""
+    torch.manual_seed(0)
+    shares = []
+
+    def record(module, query, key, value, attention_mask, scaling, **options):
+        shares.append((scaling * query @ key.mT).softmax(-1)[0].mean(0))
+        return value.transpose(1, 2), None
+
+    AttentionInterface.register("recorded", record)
+    vision = dynamic.Seer(MICRO).qwen.model.visual
+    vision.set_attn_implementation("recorded")
+    vision(0.3 * torch.randn(144, 600), grid_thw=torch.tensor([[1, 12, 12]]))
+    tokens = torch.arange(36).view(6, 6)
+    order = torch.cat([part.flatten() for half in tokens.split(4) for part in half.split(4, 1)])[:, None]
+    row, column = (torch.arange(4) // 2 + 2 * (order // 6)).flatten(), (torch.arange(4) % 2 + 2 * (order % 6)).flatten()
+    far = (row[:, None] - row).abs().max((column[:, None] - column).abs())
+    assert shares[-1].shape == (144, 144)
+    assert shares[-1][far <= 1].mean() > 2 * shares[-1][far >= 4].mean()
+
+
+def test_the_second_organism_needs_the_language_of_the_first(tmp_path):
+    with pytest.raises(ValueError, match="run the stage language first"):
+        dynamic.EyesStage(MICRO, tmp_path)
 
 
 def test_training_starts_with_near_patches_and_like_tokens_seeing_each_other():

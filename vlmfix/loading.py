@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+from transformers import PROCESSOR_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torchvision_available, logging
 
 EMBEDDED = {"tiny": "tiny-llava", "tiny-sinks": "tiny-llava-sinks", "organism": "organism/model"}
 
@@ -36,7 +36,7 @@ def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, An
         model: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype or (torch.float32 if embedded else "auto"), **kwargs
         )
-        processor = AutoProcessor.from_pretrained(path, **options)
+        processor = _processor(path, config, options)
     except OSError as error:
         known = ", ".join(EMBEDDED)
         raise ValueError(
@@ -51,3 +51,26 @@ def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, An
     if torch.cuda.is_available() and "device_map" not in kwargs and "quantization_config" not in kwargs:
         model.to("cuda")
     return model.eval(), processor
+
+
+class _Pictures:
+    """Goes before a processor class whose part for videos, its last one, cannot be had: it takes all but videos."""
+
+    video_processor = None
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in super().get_attributes() if name != "video_processor"]  # type: ignore[misc]
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+        if videos is not None:
+            raise ImportError("this processor takes pictures only; for videos, install torchvision and load it again")
+        return super().__call__(images, text, **kwargs)  # type: ignore[misc]
+
+
+def _processor(path: str, config: Any, options: dict[str, Any]) -> Any:
+    """The stock processor. Most that take videos too need torchvision for them; without it they take pictures only."""
+    kind = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is None or is_torchvision_available() or kind.get_attributes()[-1] != "video_processor":
+        return AutoProcessor.from_pretrained(path, **options)
+    return type(kind.__name__, (_Pictures, kind), {}).from_pretrained(path, **options)
