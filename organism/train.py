@@ -2,8 +2,8 @@
 
 Stages: tower (scenes and the classes of their patches), language (captions and questions on grids of classes),
 projector (from tower to grid), together (all on pictures), settle (the same for a while, with sinks as large models
-have them); then the model is written to a folder. A stage that is done is skipped; one that was stopped goes on. After the
-stage language, eyes and dynamic make the second organism, of the Qwen2.5-VL class.
+have them); then the model is written to a folder. A stage that is done is skipped; one that was stopped goes on.
+After the stage language, eyes and dynamic make the second organism, of the Qwen2.5-VL class.
 """
 
 from __future__ import annotations

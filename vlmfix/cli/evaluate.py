@@ -49,8 +49,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="scenes (default), calibration, photos or organism, embedded; coco, aokvqa, gqa, coco_first_release, with "
-            "--images; hf:NAME, from the Hub; or a folder: images/ with instances.json and captions.json, or a "
+            help="scenes (default), calibration, photos or organism, embedded; coco, aokvqa, gqa, coco_first_release, "
+            "with --images; hf:NAME, from the Hub; or a folder: images/ with instances.json and captions.json, or a "
             "benchmark's original files."
         ),
     ] = None,
