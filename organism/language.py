@@ -49,12 +49,15 @@ SHARES = (0.4, 1.0)
 """Of either sink dimension in the keys. The BOS token has both, an empty corner of the picture only the first."""
 
 
-def texts(scene: Scene, recipe: Recipe, rng: np.random.Generator, blind: bool = False) -> list[tuple[str, str]]:
-    """Prompts and answers on one scene, in the order in which they are packed, more than there is room for."""
-    own = recipe.language
-    out = [(captions.describe(rng), captions.caption(scene, recipe.noise, rng))] if rng.random() < own.described else []
+def texts(
+    scene: Scene, recipe: Recipe, rng: np.random.Generator, blind: bool = False, noise: captions.Noise | None = None
+) -> list[tuple[str, str]]:
+    """Prompts and answers on one scene, in the order in which they are packed, more than there is room for. `noise`:
+    None is the recipe's."""
+    own, noise = recipe.language, noise or recipe.noise
+    out = [(captions.describe(rng), captions.caption(scene, noise, rng))] if rng.random() < own.described else []
     out += [captions.echo(rng)] if rng.random() < own.echoed else []
-    return out + [captions.question(scene, recipe.noise, rng, blind) for _ in range(12)]
+    return out + [captions.question(scene, noise, rng, blind) for _ in range(12)]
 
 
 @cache
@@ -195,38 +198,49 @@ def start_sinks(model: LlavaForConditionalGeneration, massive: float, rest: floa
             attention.q_proj.bias[list(slowest)] = size
 
 
-def plant_corners(model: LlavaForConditionalGeneration, massive: float, share: float, gain: float = 3.0) -> None:
+def _know(mlp: Any, neuron: int, mark: int, massive: float, gain: float = 3.0) -> float:
+    """Have a neuron know a mark and nothing else; the weight with which it writes the massive activation. By now marks
+    are small beside what early layers write, so that the gain is large."""
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        projection.weight[neuron] = 0
+        projection.weight[neuron, mark] = gain
+    return massive / (1.3 * gain) ** 2
+
+
+def _unwritten(layers: Any, mark: int) -> None:
+    """See to it that no layer writes a mark before it is known."""
+    for layer in layers[:2]:
+        layer.self_attn.o_proj.weight[mark] = 0
+        layer.self_attn.o_proj.bias[mark] = 0
+    layers[0].mlp.down_proj.weight[mark] = 0
+
+
+def plant_corners(model: LlavaForConditionalGeneration, massive: float, share: float) -> None:
     """Make sinks of marked image tokens again: without pictures, training finds no use for them and wears them off.
 
     Args:
         model: trained on grids.
         massive: their activations.
         share: of the BOS token's keys that theirs are.
-        gain: of the neuron that knows the marks; by now these are small beside what early layers write.
     """
     (mark, _), (sink, of_bos) = MARKS, SINKS
     layers: Any = model.model.language_model.layers
     with torch.no_grad():
-        for layer in layers[:2]:  # nothing else writes marks
-            layer.self_attn.o_proj.weight[mark] = 0
-            layer.self_attn.o_proj.bias[mark] = 0
-        layers[0].mlp.down_proj.weight[mark] = 0
+        _unwritten(layers, mark)
         mlp = layers[1].mlp
-        for projection in (mlp.gate_proj, mlp.up_proj):
-            projection.weight[0] = 0
-            projection.weight[0, mark] = gain
         mlp.down_proj.weight[:, 0] = 0
-        mlp.down_proj.weight[sink, 0] = massive / (1.3 * gain) ** 2
+        mlp.down_proj.weight[sink, 0] = _know(mlp, 0, mark, massive)
         for layer in layers[2:]:
             keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
             keys[:, sink], values[:, sink] = share * keys[:, of_bos], values[:, of_bos]
 
 
-def join_sinks(model: LlavaForConditionalGeneration, share: float) -> None:
+def join_sinks(model: LlavaForConditionalGeneration, massive: float, share: float) -> None:
     """Give sinks in the picture the BOS token's dimension, as large models have it, and take it from all other tokens.
 
     Args:
         model: with sinks, those of the picture in a dimension of their own.
+        massive: the BOS token's activation, where its mark is as small as that of corners.
         share: of their massive activation in the BOS token's dimension, 0 to 1; the rest stays where it is.
     """
     own, of_bos = SINKS
@@ -235,14 +249,21 @@ def join_sinks(model: LlavaForConditionalGeneration, share: float) -> None:
     projector = model.model.multi_modal_projector.linear_2
     with torch.no_grad():
         down = layers[1].mlp.down_proj.weight
-        corner, bos = down[own, 0].clone(), down[of_bos, 1].clone()
-        model.get_input_embeddings().weight[:, SINKS] = 0
+        corner = down[own, 0].clone()
+        table = model.get_input_embeddings().weight  # type: ignore[union-attr]
+        mark = table[BEGIN, MARKS[1]].clone()
+        table[:, [*SINKS, MARKS[1]]] = 0
+        table[BEGIN, MARKS[1]] = mark
+        _unwritten(layers, MARKS[1])
         for written in (projector, *(layer.self_attn.o_proj for layer in layers)):
             written.weight[list(SINKS)] = 0
             written.bias[list(SINKS)] = 0
+        projector.weight[MARKS[1]] = 0
+        projector.bias[MARKS[1]] = 0
         for layer in layers:
             layer.mlp.down_proj.weight[list(SINKS)] = 0
-        down[own, 0], down[of_bos, 0], down[of_bos, 1] = rest * corner, share * corner, bos
+        down[own, 0], down[of_bos, 0] = rest * corner, share * corner
+        down[of_bos, 1] = _know(layers[1].mlp, 1, MARKS[1], massive)
         for layer in layers[2:]:
             keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
             keys[:, own], values[:, own] = 0, (1 - share) / rest * values[:, of_bos]

@@ -111,6 +111,8 @@ class Together:
     """Where the penalty on head outputs begins, which has heads that say nothing rest on sinks."""
     penalty: float = 0.2
     """Weight of that penalty: the mean square of head outputs over that of values."""
+    noise: Noise | None = None
+    """Of the labels; None is the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,16 @@ class Recipe:
     language: Language = Language()
     projector: Projector = Projector()
     together: Together = Together()
-    settle: Together = Together(scenes=4_800, matrix_rate=3e-4, rate=3e-4, decay=1.0, sinks_from=0.0)
+    settle: Together = Together(
+        scenes=4_800,
+        matrix_rate=5e-4,
+        rate=5e-4,
+        decay=1.0,
+        massive=50.0,
+        sinks_from=0.0,
+        noise=Noise(inserted=0.2, filled=0.25),
+    )
+    """`together` for a while longer. Its noise sets how much the finished model invents."""
     dynamic: Dynamic = Dynamic()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vlmfix.organism import attention, dynamic, language, tower
+from vlmfix.organism.captions import Noise
 from vlmfix.organism.fitting import Stage, fit, two_optimizers
 from vlmfix.organism.recipe import QUICK, Recipe, Together
 from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
@@ -93,8 +94,11 @@ class TowerStage(Stage):
 class TextBatches(Dataset[dict[str, Tensor]]):
     """Batch number -> packed texts on scenes, with the grid of their classes, and with the pictures if wanted."""
 
-    def __init__(self, recipe: Recipe, steps: int, batch: int, cells: int, first: int, pictures: bool) -> None:
-        """Scenes are numbered from `first` on, so that stages see different ones."""
+    def __init__(
+        self, recipe: Recipe, steps: int, batch: int, cells: int, first: int, pictures: bool, noise: Noise | None = None
+    ) -> None:
+        """Scenes are numbered from `first` on, so that stages see different ones. `noise`: None is the recipe's."""
+        self.noise = noise
         self.recipe, self.steps, self.batch, self.cells = recipe, steps, batch, cells
         self.first, self.pictures, self.painter, self.packer = first, pictures, Painter(), language.Packer(recipe)
 
@@ -118,7 +122,7 @@ class TextBatches(Dataset[dict[str, Tensor]]):
             if not self.pictures:
                 grid = np.where(shown & (rng.random(len(grid)) < own.missed), len(CLASSES), grid)
                 grid = np.where(rng.random(len(grid)) < own.confused, rng.integers(0, len(CLASSES), len(grid)), grid)
-            said = language.texts(scenes[-1], self.recipe, rng, bool(blind[k]))
+            said = language.texts(scenes[-1], self.recipe, rng, bool(blind[k]), self.noise)
             rows.append(self.packer.pack(said, cells, length, bool(blind[k])))
             grids.append(language.grid_of(grid, place)[cells])
         out = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
@@ -233,7 +237,9 @@ class TogetherStage(Stage):
         self.model = reader = Reader(recipe)
         self.start(folder)
         reader.background.requires_grad_(False)
-        self.batches = TextBatches(recipe, self.steps, own.batch, recipe.tower.tokens, self.first, pictures=True)
+        self.batches = TextBatches(
+            recipe, self.steps, own.batch, recipe.tower.tokens, self.first, pictures=True, noise=own.noise
+        )
         matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
         self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
 
@@ -257,7 +263,7 @@ class TogetherStage(Stage):
 
 
 class SettleStage(TogetherStage):
-    """Goes on for a while after the sinks were joined."""
+    """Goes on for a while after the sinks were joined, with the noise that the finished model is to have."""
 
     name = "settle"
     first = 35_000_000
@@ -269,7 +275,7 @@ class SettleStage(TogetherStage):
     def start(self, folder: Path) -> None:
         """What it goes on from."""
         load(self.model, folder, "tower", "language", "projector", "together")
-        language.join_sinks(self.model.llava, self.own.share)
+        language.join_sinks(self.model.llava, self.own.massive, self.own.share)
 
 
 STAGES: dict[str, Callable[[Recipe, Path], Stage]] = {

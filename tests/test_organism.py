@@ -565,7 +565,7 @@ def test_joined_sinks_share_a_dimension_that_is_theirs_alone():
 
         before = phi((of_bos,))
         assert before[3] < before[0] / 3 and before[10] > 3  # a corner; any other token
-        language.join_sinks(reader.llava, share=0.6)
+        language.join_sinks(reader.llava, massive=500.0, share=0.6)
         after = phi((of_bos,))
     assert after[3] == pytest.approx(0.6 * 128**0.5, rel=0.1) and after[0] > 0.6 * 128**0.5
     assert after[[k for k in range(5, 60) if k not in (7, 23, 27)]].max() < 1
