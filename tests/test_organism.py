@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AttentionInterface
 
 import vlmfix
-from vlmfix.asking import Answering
+from vlmfix.asking import Answering, ask_batch
 from vlmfix.eval import chair
 from vlmfix.organism import captions, dynamic, evaluate, language, tower, train
 from vlmfix.organism.captions import TRUE, Noise
@@ -412,7 +412,10 @@ def test_the_second_organism_is_a_genuine_qwen_that_learns(second, drawn):
     said = answering.inputs["input_ids"][0].tolist()
     row = dynamic.Packer(MICRO).packed([("Is it?", "Yes")], (6, 6), 90)
     assert said == row["ids"][: len(said)].tolist() and said.count(language.IMAGE) == 36
-    assert vlmfix.ask(model, processor, Image.new("RGB", (300, 90)), "Is it?", max_new_tokens=3).text is not None
+    pictures = [Image.fromarray(drawn[k].pixels).resize((150, 90 + 60 * k)) for k in (0, 1)]
+    asked = [(pictures[k % 2], prompt) for k, prompt in enumerate(("Is it?", "Is there a dog?", "What is it?", "Is it?"))]
+    shared, alone = (ask_batch(model, processor, asked, max_new_tokens=6, share=share) for share in (True, False))
+    assert [a.token_ids for a in shared] == [a.token_ids for a in alone] and shared[0].tokens < alone[0].tokens
 
 
 def test_pictures_of_the_second_organism_are_as_its_processor_gives_them(drawn):

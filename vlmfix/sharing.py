@@ -132,10 +132,10 @@ def _split(
         for end, part in ((n, prompt[: shared[g]]), (n + rest, prompt[shared[g] :])):
             ids[b, end - len(part) : end] = torch.tensor(part)
             mask[b, end - len(part) : end] = 1
-    whole_shape = out["input_ids"].shape
+    whole_shape, real = out["input_ids"].shape, out["attention_mask"].bool()
     for name, x in list(out.items()):
         if isinstance(x, Tensor) and x.shape == whole_shape:
-            rows = [row[m.bool()][:k] for row, m, k in zip(x, out["attention_mask"], shared, strict=True)]
+            rows = [row[m][:k] for row, m, k in zip(x, real, shared, strict=True)]
             out[name] = torch.stack([torch.nn.functional.pad(r, (n - len(r), 0)) for r in rows])
     out["input_ids"] = ids[first, :n]
     return out, ids, mask
