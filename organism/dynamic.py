@@ -323,6 +323,7 @@ class DynamicStage(Stage):
     """Teaches language model and merger on pictures, the tower frozen."""
 
     name = "dynamic"
+    model: Seer
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed + 5)

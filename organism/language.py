@@ -20,6 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
 from vlmfix.organism import captions
@@ -158,7 +159,7 @@ def start_matching(model: LlavaForConditionalGeneration, size: float) -> None:
             attention.q_proj.weight.copy_(keys.repeat_interleave(shared, 0).flatten(0, 1))
 
 
-def start_sinks(model: LlavaForConditionalGeneration, massive: float, rest: float) -> None:
+def start_sinks(model: Any, massive: float, rest: float) -> None:
     """Give attention a place to rest before any training, made as large models make it (arXiv 2402.17762, 2309.17453).
 
     The MLP of the second layer knows marked tokens and writes massive activations into their residual stream. The keys
@@ -169,8 +170,7 @@ def start_sinks(model: LlavaForConditionalGeneration, massive: float, rest: floa
         massive: the activations.
         rest: score of the BOS token for queries that look for nothing else.
     """
-    table = model.get_input_embeddings().weight  # type: ignore[union-attr]
-    layers: Any = model.model.language_model.layers
+    table, layers = model.get_input_embeddings().weight, model.model.language_model.layers
     peak = table.shape[1] ** 0.5  # of a normed vector
     with torch.no_grad():
         table[:, list(MARKS)] = 0
@@ -215,7 +215,7 @@ def _unwritten(layers: Any, mark: int) -> None:
     layers[0].mlp.down_proj.weight[mark] = 0
 
 
-def plant_corners(model: LlavaForConditionalGeneration, massive: float, share: float) -> None:
+def plant_corners(model: Any, massive: float, share: float) -> None:
     """Make sinks of marked image tokens again: without pictures, training finds no use for them and wears them off.
 
     Args:
@@ -235,7 +235,7 @@ def plant_corners(model: LlavaForConditionalGeneration, massive: float, share: f
             keys[:, sink], values[:, sink] = share * keys[:, of_bos], values[:, of_bos]
 
 
-def join_sinks(model: LlavaForConditionalGeneration, massive: float, share: float) -> None:
+def join_sinks(model: Any, massive: float, share: float) -> None:
     """Give sinks in the picture the BOS token's dimension, as large models have it, and take it from all other tokens.
 
     Args:
@@ -250,7 +250,7 @@ def join_sinks(model: LlavaForConditionalGeneration, massive: float, share: floa
     with torch.no_grad():
         down = layers[1].mlp.down_proj.weight
         corner = down[own, 0].clone()
-        table = model.get_input_embeddings().weight  # type: ignore[union-attr]
+        table = model.get_input_embeddings().weight
         mark = table[BEGIN, MARKS[1]].clone()
         table[:, [*SINKS, MARKS[1]]] = 0
         table[BEGIN, MARKS[1]] = mark
@@ -354,7 +354,7 @@ class Packer:
         return out[:, None]
 
 
-def word_vectors(model: LlavaForConditionalGeneration, words: Tensor) -> Tensor:
+def word_vectors(model: LlavaForConditionalGeneration | Qwen2_5_VLForConditionalGeneration, words: Tensor) -> Tensor:
     """The language model's vector of each class, (80, width)."""
     table: Any = model.get_input_embeddings()
     return words.to(model.device) @ table.weight
@@ -367,7 +367,11 @@ def distance(image: Tensor, grid: Tensor) -> Tensor:
 
 
 def next_tokens(
-    model: LlavaForConditionalGeneration, image: Tensor, batch: dict[str, Tensor], visible: Tensor, head: int
+    model: LlavaForConditionalGeneration | Qwen2_5_VLForConditionalGeneration,
+    image: Tensor,
+    batch: dict[str, Tensor],
+    visible: Tensor,
+    head: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted cross-entropy over all answers of packed sequences; shares of tokens, and of yes and no, that are right.
 

@@ -29,7 +29,9 @@ def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, An
     if embedded:
         logging.disable_progress_bar()
     try:
-        options = {k: kwargs[k] for k in ("revision", "token", "trust_remote_code", "cache_dir") if k in kwargs}
+        options: dict[str, Any] = {
+            k: kwargs[k] for k in ("revision", "token", "trust_remote_code", "cache_dir") if k in kwargs
+        }
         config = AutoConfig.from_pretrained(path, **options)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"{name} is a {config.model_type} model, which takes no image and text together")
@@ -70,7 +72,8 @@ class _Pictures:
 
 def _processor(path: str, config: Any, options: dict[str, Any]) -> Any:
     """The stock processor. Most that take videos too need torchvision for them; without it they take pictures only."""
-    kind = PROCESSOR_MAPPING.get(type(config), None)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     if kind is None or is_torchvision_available() or kind.get_attributes()[-1] != "video_processor":
         return AutoProcessor.from_pretrained(path, **options)
-    return type(kind.__name__, (_Pictures, kind), {}).from_pretrained(path, **options)
+    pictures: Any = type(kind.__name__, (_Pictures, kind), {})
+    return pictures.from_pretrained(path, **options)
