@@ -23,7 +23,7 @@ Speed = Annotated[str | None, typer.Option(help=SPEED_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first pictures; for trying out.")]
 ModelName = Annotated[
-    str, typer.Option("--model", help="tiny, tiny-sinks, organism (embedded), a Hub id, or a local folder.")
+    str, typer.Option("--model", help="tiny, tiny-sinks, organism, organism-qwen (embedded), a Hub id, or a folder.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to from_pretrained, for instance auto.")]
