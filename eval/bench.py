@@ -41,6 +41,7 @@ SETTINGS = {
 BEFORE = 5
 """Text tokens before the image: of the rest of the text, the question is after it."""
 NAIVE = "naive "
+PICTURE = "pass over the picture"
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -314,8 +315,9 @@ def share_questions(
     rounds: int,
     clock: str = "wall",
 ) -> dict[str, Any]:
-    """How fast `questions` about one picture are answered one by one, as one batch, and sharing the pass over it. They
-    differ in their last `own_tokens`. `ValueError` where the method cannot share."""
+    """How fast `questions` about one picture are answered one by one, as one batch, and sharing the pass over it, and
+    how long that pass alone takes. They differ in their last `own_tokens`. `ValueError` where the method cannot share.
+    """
     ids = inputs["input_ids"][:1].repeat(questions, 1)
     ends = torch.randint(3, 100, (questions, own_tokens), generator=torch.Generator().manual_seed(2))
     ids[:, -own_tokens:] = ends.to(ids.device)
@@ -334,6 +336,7 @@ def share_questions(
         "one by one": lambda: [asking(slice(i, i + 1)).generate()[0] for i in range(questions)],
         "one batch": asking(slice(None)).generate,
         "sharing": together.generate,
+        PICTURE: together.look,
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     with wrapped(model, list(method)), torch.inference_mode():
@@ -344,13 +347,14 @@ def share_questions(
                 began = _now(clock)
                 answer()
                 times[name].append(_now(clock) - began)
-    speed = {name: ratio(times["one by one"], seconds) for name, seconds in times.items()}
+    speed = {name: ratio(times["one by one"], times[name]) for name in ways if name != PICTURE}
     return {
         "method": spec_of(method),
         "questions": questions,
         "own_tokens": own_tokens,
         "seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
         "times_faster": speed,
+        PICTURE: ratio(times[PICTURE], times["sharing"]),
     }
 
 

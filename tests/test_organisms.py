@@ -61,9 +61,9 @@ def test_the_first_token_is_a_sink(organism):
 def test_var_acts_by_default_on_the_first_organism():
     model, processor = vlmfix.load("organism")
     picture = Data.load("organism", limit=1).images[1]
-    with VAR()(model, processor):
-        vlmfix.ask(model, processor, picture, DESCRIBE[0], max_new_tokens=4)
-        (told,) = vlmfix.report(model)
+    vlmfix.wrap(model, VAR(), processor)
+    vlmfix.ask(model, processor, picture, DESCRIBE[0], max_new_tokens=4)
+    (told,) = vlmfix.report(model)
     assert set(told["dims"]) <= set(language.SINKS)
     assert any(layer["visual_sinks"] and layer["edited"] > 0 for layer in told["samples"][0]["layers"].values())
 
@@ -71,7 +71,7 @@ def test_var_acts_by_default_on_the_first_organism():
 def test_methods_change_what_they_say(organism):
     picture = Data.load("organism", limit=1).images[1]
     before = vlmfix.ask(*organism, picture, DESCRIBE[0])
-    with PAI(alpha=2.0)(organism[0], organism[1]):
+    with PAI(alpha=2.0)(organism[0]):
         assert vlmfix.ask(*organism, picture, DESCRIBE[0]).token_ids != before.token_ids
 
 

@@ -73,11 +73,11 @@ class Sharing(Answering):
             picture=torch.tensor(group, device=model.device),
         )
 
-    def generate(self, inputs: dict[str, Any] | None = None, **changes: Any) -> list[list[int]]:
-        """As `Answering.generate`, for the whole batch."""
-        assert inputs is None and self.prefix is not None and self.picture is not None
+    def look(self) -> Any:
+        """The pass over the pictures, with the interventions in force: its cache, a row for each question."""
+        assert self.prefix is not None and self.picture is not None
         n, found = self.prefix["input_ids"].shape[1], attached(self.model)
-        settings = {**self.settings, **changes, "max_new_tokens": 1, "logits_processor": None, "temperature": None}
+        settings = {**self.settings, "max_new_tokens": 1, "logits_processor": None, "temperature": None}
         settings = {**settings, "top_p": None, "top_k": None, "return_dict_in_generate": True}
         if found is not None:
             settings["prompt_end"] = n + 1  # the prompt goes on
@@ -88,7 +88,12 @@ class Sharing(Answering):
         inner: Any = getattr(self.model, "model", None)
         if isinstance(offset := getattr(inner, "rope_deltas", None), Tensor):  # positions in M-RoPE models, per sample
             inner.rope_deltas = offset[self.picture.to(offset.device)]
-        return super().generate({**self.inputs, "past_key_values": cache}, **changes)
+        return cache
+
+    def generate(self, inputs: dict[str, Any] | None = None, **changes: Any) -> list[list[int]]:
+        """As `Answering.generate`, for the whole batch."""
+        assert inputs is None
+        return super().generate({**self.inputs, "past_key_values": self.look()}, **changes)
 
 
 def _split(

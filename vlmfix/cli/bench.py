@@ -102,14 +102,18 @@ def show_costs(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
 
 def show_questions(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Print how fast `vlmfix bench --questions` was."""
+    from vlmfix.eval.bench import PICTURE
+
     title = "{shape}, {layers} layers, {image_tokens} of {prompt_tokens} tokens image".format(**facts)
-    ways = list(rows[0]["seconds"])
-    table = Table("questions", "method", *ways, title=Text(title), title_justify="left")
+    ways = list(rows[0]["times_faster"])
+    table = Table("questions", "method", *ways, PICTURE, title=Text(title), title_justify="left")
     for row in rows:
         cells = []
         for way in ways:
             (low, high), times = row["times_faster"][way]["interval"], row["times_faster"][way]["ratio"]
             cells.append(f"{row['seconds'][way]:.2f} s, {times:.2f} [{low:.2f}, {high:.2f}] times as fast")
+        (low, high), share = row[PICTURE]["interval"], row[PICTURE]["ratio"]
+        cells.append(f"{row['seconds'][PICTURE]:.2f} s, {share:.2f} [{low:.2f}, {high:.2f}] of sharing")
         table.add_row(str(row["questions"]), *map(Text, (row["method"], *cells)))
     out().print(table)
     show_machine(facts)
