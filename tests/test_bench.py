@@ -78,17 +78,12 @@ def test_the_command(monkeypatch):
     assert {"shape", "layers", "machine", "command", "rows", "batch_size"} <= set(found)
     assert "naive var" in {row["variant"] for row in found["rows"]} and found["image_tokens"] == 64
     done = run(app, [*small, "--method", "none,var", "--questions", "3"])
-<<<<<<< HEAD
-    assert done.exit_code == 0 and "times as fast" in done.stdout
+    assert done.exit_code == 0 and "times as fast" in done.stdout and "] of sharing" in " ".join(done.stdout.split())
     for wrong, said in (
         (["--shape", "tinny"], "did you mean 'tiny'"),
         (["--dtype", "int8"], "expected float32"),
         (["--method", "rerank"], "acts in vlmfix.ask only"),
     ):
-=======
-    assert done.exit_code == 0 and "times as fast" in done.stdout and "] of sharing" in " ".join(done.stdout.split())
-    for wrong, said in ((["--shape", "tinny"], "did you mean 'tiny'"), (["--dtype", "int8"], "expected float32")):
->>>>>>> green
         done = run(app, [*small, *wrong])
         assert done.exit_code == 1 and said in done.stderr and "Traceback" not in done.stderr
     done = run(app, [*small, "--method", "vhr", "--questions", "3"])
