@@ -395,7 +395,9 @@ def test_the_second_organism_is_a_genuine_qwen_that_learns(second, drawn):
     row = dynamic.Packer(MICRO).packed([("Is it?", "Yes")], (6, 6), 90)
     assert said == row["ids"][: len(said)].tolist() and said.count(language.IMAGE) == 36
     pictures = [Image.fromarray(drawn[k].pixels).resize((150, 90 + 60 * k)) for k in (0, 1)]
-    asked = [(pictures[k % 2], prompt) for k, prompt in enumerate(("Is it?", "Is there a dog?", "What is it?", "Is it?"))]
+    asked = [
+        (pictures[k % 2], prompt) for k, prompt in enumerate(("Is it?", "Is there a dog?", "What is it?", "Is it?"))
+    ]
     shared, alone = (ask_batch(model, processor, asked, max_new_tokens=6, share=share) for share in (True, False))
     assert [a.token_ids for a in shared] == [a.token_ids for a in alone] and shared[0].tokens < alone[0].tokens
 
