@@ -241,7 +241,7 @@ class Seer(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.qwen = build(recipe)
+        self.qwen: Any = build(recipe)
         start_local(self.qwen, recipe.dynamic.near)
         self.qwen.set_attn_implementation(attention.NAME)
         self.head = nn.Linear(recipe.language.width, len(CLASSES) + 1)
@@ -289,6 +289,7 @@ class EyesStage(Stage):
     """Teaches the vision tower which class each image token shows, in the vectors that the language model knows."""
 
     name = "eyes"
+    model: Seer
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed + 4)
@@ -353,19 +354,16 @@ class DynamicStage(Stage):
         return loss, figures
 
 
-def next_tokens(
-    model: Qwen2_5_VLForConditionalGeneration, image: Tensor, batch: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def next_tokens(model: Any, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """As `language.next_tokens`, on what `Packer.packed` gives.
 
     Args:
-        model: the whole model.
+        model: the whole model, a `Qwen2_5_VLForConditionalGeneration`.
         image: image tokens of all pictures of the batch, (tokens, width).
         batch: from `Packer.packed`, stacked.
     """
     ids, segments = batch["ids"], batch["segments"]
-    table: Any = model.get_input_embeddings()
-    read = table(ids)
+    read = model.get_input_embeddings()(ids)
     read = read.masked_scatter((ids == IMAGE)[..., None], image.to(read.dtype))
     place = torch.arange(ids.shape[1], device=ids.device)
     same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])

@@ -113,7 +113,10 @@ def test_saved_and_loaded_again_from_a_folder(tiny, tmp_path):
 
 
 def test_load_says_what_it_cannot_load(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot load 'tiney': expected an embedded model \(tiny, tiny-sinks, organism, organism-qwen\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot load 'tiney': expected an embedded model \(tiny, tiny-sinks, organism, organism-qwen\)",
+    ):
         vlmfix.load("tiney")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="is a bert model, which takes no image and text together"):

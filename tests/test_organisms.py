@@ -4,7 +4,6 @@ import json
 from importlib.resources import files
 
 import pytest
-import torch
 
 import vlmfix
 from vlmfix.eval import chair
@@ -15,7 +14,7 @@ from vlmfix.eval.runner import answer_all
 from vlmfix.hooks import PAI, VAR
 from vlmfix.organism import evaluate, language
 from vlmfix.organism.captions import DESCRIBE
-from vlmfix.organism.scenes import CLASSES, Painter, frequency, object_sets
+from vlmfix.organism.scenes import Painter, object_sets
 
 ORGANISMS = ("organism", "organism-qwen")
 

@@ -75,10 +75,10 @@ class _Pictures:
         return super().__call__(images, text, **kwargs)  # type: ignore[misc]
 
 
-def _processor(path: str, config: Any, options: dict[str, Any]) -> Any:
+def _processor(path: str, config: Any, options: dict[Any, Any]) -> Any:
     """The stock processor. Most that take videos too need torchvision for them; without it they take pictures only."""
     kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     if kind is None or is_torchvision_available() or kind.get_attributes()[-1] != "video_processor":
         return AutoProcessor.from_pretrained(path, **options)
-    pictures: Any = type(kind.__name__, (_Pictures, kind), {})
-    return pictures.from_pretrained(path, **options)
+    pictures_only: Any = type(kind.__name__, (_Pictures, kind), {})
+    return pictures_only.from_pretrained(path, **options)
