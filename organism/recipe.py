@@ -170,7 +170,7 @@ class Recipe:
         decay=1.0,
         massive=50.0,
         sinks_from=0.0,
-        noise=Noise(inserted=0.2, filled=0.25),
+        noise=Noise(inserted=0.26, filled=0.33, flipped_to=0.4),
     )
     """`together` for a while longer. Its noise sets how much the finished model invents."""
     dynamic: Dynamic = Dynamic()

@@ -64,7 +64,7 @@ def test_var_acts_by_default_on_the_first_organism():
     vlmfix.ask(model, processor, picture, DESCRIBE[0], max_new_tokens=4)
     (told,) = vlmfix.report(model)
     assert set(told["dims"]) <= set(language.SINKS)
-    assert any(layer["visual_sinks"] and layer["edited"] > 0 for layer in told["samples"][0]["layers"].values())
+    assert any(layer["visual_sinks"] and layer["selected"] > 0 for layer in told["samples"][0]["layers"].values())
 
 
 def test_methods_change_what_they_say(organism):
