@@ -146,7 +146,7 @@ def test_heads(tmp_path):
         (["eval", "--speed", "pyramiddrop"], "var tells tokens by their place in the prompt, and pyramiddrop takes tokens out; with pyramiddrop:form=mask"),
         (["eval", "--benchmark", "chiar"], "unknown benchmark 'chiar'; did you mean 'chair'?"),
         (["eval", "--model", "no/such-folder/here"], "cannot load 'no/such-folder/here': expected an embedded model (tiny, tiny-sinks, organism"),
-        (["eval", "--data", "/no/such/folder"], "does not exist; expected scenes, calibration, photos, coco, aokvqa, gqa, coco_first_release or a folder: with images/"),
+        (["eval", "--data", "/no/such/folder"], "does not exist; expected scenes, calibration, photos, organism, coco, aokvqa, gqa, coco_first_release or a folder: with images/"),
         (["eval", "--dtype", "float8"], "dtype: expected float32, bfloat16 or float16, got 'float8'"),
         (["ask", "no-such.png", "Hello?"], "no such image file: no-such.png"),
         (["ask", SCENE, " "], "prompt: expected some text, got ' '"),

@@ -56,10 +56,10 @@ class Stream:
             self.cache.reorder_cache(parents)
         self._logits = self._advance(self._further(tokens))
 
-    @property
-    def may_join(self) -> bool:
-        """Whether its next token may go through the model beside the first stream's."""
-        return self._logits is not None and self._positions is not None
+    def may_join(self, positions: Tensor) -> bool:
+        """Whether its next token may go through the model beside the first stream's, which has these positions."""
+        own = self._positions
+        return self._logits is not None and own is not None and own.shape[:-2] == positions.shape[:-2]
 
     def join(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Take tokens (rows, 1) in a pass of the first stream: their positions, and the keys that they may see, (rows,
@@ -122,7 +122,7 @@ def join(given: dict[str, Any], streams: Sequence[Stream]) -> dict[str, Any] | N
     if not set(given) <= known or type(cache) is not DynamicCache or ids is None or positions is None or not streams:
         return None
     whole = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-    if not whole or not all(stream.may_join for stream in streams):
+    if not whole or not all(stream.may_join(positions) for stream in streams):
         return None
     parts = [stream.join(ids) for stream in streams]
     n = 1 + len(streams)
