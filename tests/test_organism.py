@@ -441,6 +441,7 @@ def test_packed_loss_of_the_second_organism_is_that_of_the_model_asked_alone(sec
     seer.take_over(second.parent, "language", "eyes", "dynamic")
     packer, said = dynamic.Packer(MICRO), [("Is it?", "No"), ("Is there a dog in the image?", "Yes")]
     row = {k: torch.from_numpy(v)[None] for k, v in packer.packed(said, size, 90).items()}
+    assert all((token in row["ids"]) == bool(size) for token in dynamic.vocabulary(MICRO))
     row["labels"][row["segments"] != 2] = language.IGNORED
     row["weights"].clamp_(max=1)
     pictures, image = {}, torch.zeros(0, MICRO.language.width)
