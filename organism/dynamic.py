@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
-from vlmfix.organism import attention, language
-from vlmfix.organism.fitting import Stage, two_optimizers
+from vlmfix.organism import attention, language, tower
+from vlmfix.organism.fitting import Stage, fill, read_stage, two_optimizers
 from vlmfix.organism.language import BEGIN, END, IMAGE, PAD
 from vlmfix.organism.recipe import Recipe
 from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
@@ -254,11 +252,9 @@ class Seer(nn.Module):
         vectors of BEFORE and AFTER, and has biases behind attention that there is no place for here.
         """
         for stage in stages:
-            if not (folder / f"{stage}.safetensors").exists():
-                raise ValueError(f"{folder} holds no {stage}.safetensors; run the stage {stage} first")
             found = {
-                name.replace("llava.", "qwen.", 1): tensor.float()
-                for name, tensor in load_file(folder / f"{stage}.safetensors").items()
+                name.replace("llava.", "qwen.", 1): tensor
+                for name, tensor in read_stage(folder, stage).items()
                 if not name.endswith("o_proj.bias")
             }
             name = "qwen.model.language_model.embed_tokens.weight"
@@ -266,9 +262,7 @@ class Seer(nn.Module):
                 own = self.qwen.model.language_model.embed_tokens.weight.detach()
                 own[:, list(language.MARKS)] = 0
                 found[name] = torch.cat([found[name], own[len(found[name]) :]])
-            unknown = self.load_state_dict(found, strict=False).unexpected_keys
-            if unknown:
-                raise ValueError(f"{stage}.safetensors holds {unknown[0]}, which the recipe has no place for")
+            fill(self, found, stage)
         self.qwen.tie_weights()
 
     def grid(self, grid: Tensor) -> Tensor:
@@ -311,12 +305,10 @@ class EyesStage(Stage):
     def seen(self, seer: Seer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Seer.forward`."""
         image, classes = seer.image(batch), batch["classes"]
-        logits = seer.head(image).float()
-        weights = torch.ones(len(CLASSES) + 1, device=classes.device)
-        weights[-1] = 0.25
+        logits = seer.head(image)
         apart = language.distance(image, seer.grid(batch["grid"]))
         right = (logits.argmax(-1) == classes)[classes < len(CLASSES)].float().mean()
-        loss = functional.cross_entropy(logits, classes, weights) + 0.5 * apart
+        loss = tower.of_patches(logits, classes) + 0.5 * apart
         return loss, {"tokens_right": right, "distance": apart.detach()}
 
 

@@ -107,8 +107,8 @@ def attention_shares(model: Any, processor: Any, pictures: Sequence[Path], promp
 
     Returns:
         Per layer: `first`, share of attention on the first token; `image`, on image tokens, and `largest_image`, on the
-        image token that gets most. `massive`: the largest |activation| of a layer input over the median, on the first
-        token and on image tokens.
+        image token that gets most. `massive_first`, `massive_image`: the largest |activation| of a layer input over the
+        median, on the first token and on image tokens.
     """
     kept = model.config._attn_implementation
     model.set_attn_implementation("eager")

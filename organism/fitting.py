@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -48,6 +49,21 @@ def two_optimizers(
         torch.optim.Muon(muon, lr=matrix_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.05),
     ]
+
+
+def read_stage(folder: Path, stage: str) -> dict[str, Tensor]:
+    """What a stage left in a folder, by name, in float32. `ValueError` if it left nothing."""
+    left = folder / f"{stage}.safetensors"
+    if not left.exists():
+        raise ValueError(f"{folder} holds no {left.name}; run the stage {stage} first")
+    return {name: tensor.float() for name, tensor in load_file(left).items()}
+
+
+def fill(model: nn.Module, found: dict[str, Tensor], stage: str) -> None:
+    """Put into the model what a stage left. `ValueError` if it holds what the model does not."""
+    unknown = model.load_state_dict(found, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{stage}.safetensors holds {unknown[0]}, which the recipe has no place for")
 
 
 def scale(step: int, steps: int, decay: float, warm: int = 50) -> float:

@@ -181,9 +181,7 @@ def start_sinks(model: Any, massive: float, rest: float) -> None:
             layer.mlp.down_proj.weight[list(MARKS)] = 0
         mlp = layers[1].mlp
         for k, (mark, sink) in enumerate(zip(MARKS, SINKS, strict=True)):
-            for projection in (mlp.gate_proj, mlp.up_proj):
-                projection.weight[k] = 0
-                projection.weight[k, mark] = 1
+            _know(mlp, k, mark, gain=1.0)
             mlp.down_proj.weight[:, k] = 0
             mlp.down_proj.weight[sink, k] = massive / (peak * peak / 2)
         for layer in layers[2:]:
@@ -198,13 +196,15 @@ def start_sinks(model: Any, massive: float, rest: float) -> None:
             attention.q_proj.bias[list(slowest)] = size
 
 
-def _know(mlp: Any, neuron: int, mark: int, massive: float, gain: float = 3.0) -> float:
-    """Have a neuron know a mark and nothing else; the weight with which it writes the massive activation. By now marks
-    are small beside what early layers write, so that the gain is large."""
+def _know(mlp: Any, neuron: int, mark: int, gain: float) -> None:
+    """Have a neuron know a mark and nothing else."""
     for projection in (mlp.gate_proj, mlp.up_proj):
         projection.weight[neuron] = 0
         projection.weight[neuron, mark] = gain
-    return massive / (1.3 * gain) ** 2
+
+
+LATE_GAIN = 3.0
+"""Of these neurons once there was training: marks are small beside what early layers write, 1.3 after the norm."""
 
 
 def _unwritten(layers: Any, mark: int) -> None:
@@ -229,7 +229,8 @@ def plant_corners(model: Any, massive: float, share: float) -> None:
         _unwritten(layers, mark)
         mlp = layers[1].mlp
         mlp.down_proj.weight[:, 0] = 0
-        mlp.down_proj.weight[sink, 0] = _know(mlp, 0, mark, massive)
+        _know(mlp, 0, mark, LATE_GAIN)
+        mlp.down_proj.weight[sink, 0] = massive / (1.3 * LATE_GAIN) ** 2
         for layer in layers[2:]:
             keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
             keys[:, sink], values[:, sink] = share * keys[:, of_bos], values[:, of_bos]
@@ -263,7 +264,8 @@ def join_sinks(model: Any, massive: float, share: float) -> None:
         for layer in layers:
             layer.mlp.down_proj.weight[list(SINKS)] = 0
         down[own, 0], down[of_bos, 0] = rest * corner, share * corner
-        down[of_bos, 1] = _know(layers[1].mlp, 1, MARKS[1], massive)
+        _know(layers[1].mlp, 1, MARKS[1], LATE_GAIN)
+        down[of_bos, 1] = massive / (1.3 * LATE_GAIN) ** 2
         for layer in layers[2:]:
             keys, values = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
             keys[:, own], values[:, own] = 0, (1 - share) / rest * values[:, of_bos]

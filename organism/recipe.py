@@ -101,8 +101,6 @@ class Together:
     matrix_rate: float = 1e-3
     rate: float = 1e-3
     decay: float = 0.6
-    guided: float = 1.0
-    """Share of the training, from its start, in which projected tokens are drawn to the class words."""
     massive: float = 500.0
     """Massive activations of empty corners, which become visual sinks; see `language.plant_corners`."""
     share: float = 0.6

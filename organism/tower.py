@@ -81,6 +81,13 @@ def start_local(vision: CLIPVisionModel, strength: float = 0.6) -> None:
             attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
+def of_patches(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy of patches, background counted a quarter: logits (patches, 81) and classes (patches,)."""
+    weights = torch.ones(len(CLASSES) + 1, device=classes.device)
+    weights[-1] = 0.25
+    return functional.cross_entropy(logits.float(), classes, weights)
+
+
 def loss(outputs: tuple[Tensor, Tensor], patches: Tensor, present: Tensor) -> Tensor:
     """Cross-entropy of patches, background counted a quarter, and of the picture's classes.
 
@@ -89,8 +96,5 @@ def loss(outputs: tuple[Tensor, Tensor], patches: Tensor, present: Tensor) -> Te
         patches: class of each patch, (batch, patches).
         present: which classes the picture shows, (batch, 80).
     """
-    weights = torch.ones(len(CLASSES) + 1, device=patches.device)
-    weights[-1] = 0.25
-    of_patches = functional.cross_entropy(outputs[0].float().flatten(0, 1), patches.flatten(), weights)
     of_picture = functional.binary_cross_entropy_with_logits(outputs[1].float(), present.float())
-    return of_patches + 4 * of_picture
+    return of_patches(outputs[0].flatten(0, 1), patches.flatten()) + 4 * of_picture

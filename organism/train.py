@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vlmfix.organism import attention, dynamic, language, tower
 from vlmfix.organism.captions import Noise
-from vlmfix.organism.fitting import Stage, fit, two_optimizers
+from vlmfix.organism.fitting import Stage, fill, fit, read_stage, two_optimizers
 from vlmfix.organism.recipe import QUICK, Recipe, Together
 from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
 
@@ -255,8 +255,7 @@ class TogetherStage(Stage):
         with language.HeadOutputs(reader.llava) as heads:
             loss, figures = language.next_tokens(reader.llava, image, batch, visible, packer.head)
         figures |= {"next": loss.detach(), "head_outputs": heads.ratio.detach()}
-        if done < self.own.guided:
-            loss = loss + 0.2 * language.distance(image, reader.grid(batch["grid"]).detach())
+        loss = loss + 0.2 * language.distance(image, reader.grid(batch["grid"]).detach())
         if done >= self.own.sinks_from:
             loss = loss + self.own.penalty * heads.ratio
         return loss, figures
@@ -303,14 +302,7 @@ def weights(stage: Stage) -> dict[str, Tensor]:
 def load(reader: Reader, folder: Path, *stages: str) -> None:
     """Take over what earlier stages left in a folder."""
     for stage in stages:
-        if not (folder / f"{stage}.safetensors").exists():
-            raise ValueError(f"{folder} holds no {stage}.safetensors; run the stage {stage} first")
-        found = load_file(folder / f"{stage}.safetensors")
-        unknown = reader.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
-        if unknown.unexpected_keys:
-            raise ValueError(
-                f"{stage}.safetensors holds {unknown.unexpected_keys[0]}, which the recipe has no place for"
-            )
+        fill(reader, read_stage(folder, stage), stage)
 
 
 def make(

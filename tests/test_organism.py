@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 import vlmfix
@@ -334,7 +335,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(made, tmp_path, mon
     again = train.TowerStage(MICRO, tmp_path)
     fit(again, tmp_path, "no", workers=0)
     assert losses(tmp_path, "tower") == losses(made[0], "tower")
-    left = train.load_file(made[0] / "tower.safetensors")
+    left = load_file(made[0] / "tower.safetensors")
     assert all(torch.equal(left[name], tensor) for name, tensor in train.weights(again).items())
 
 
@@ -405,7 +406,7 @@ def test_the_second_organism_is_a_genuine_qwen_that_learns(second, drawn):
     assert losses(second.parent, "dynamic", "next")[-1] < losses(second.parent, "language")[0] / 2
     model, processor = vlmfix.load(second)
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
-    left = train.load_file(second.parent / "eyes.safetensors")
+    left = load_file(second.parent / "eyes.safetensors")
     name = "model.visual.blocks.0.attn.qkv.weight"
     assert torch.equal(model.state_dict()[name], left[f"qwen.{name}"])  # frozen in the stage dynamic
     answering = Answering.of(model, processor, [([Image.fromarray(drawn[0].pixels)], "Is it?")], {})
