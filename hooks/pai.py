@@ -89,9 +89,10 @@ class PAI(Intervention):
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_j + alpha |s_j| for image keys j."""
-        edit = (site.geometry.image[:, None] & site.rows[..., None])[:, None]  # (B, 1, R, K)
-        site.memo["sight"] = site.memo.get("sight", 0) + edit.flatten(1).sum(1)
-        return (s + self.alpha * s.abs()).where(edit, s)
+        image = site.geometry.image
+        site.memo.setdefault("image", {}).setdefault(site.layer, image)
+        edit = (image[:, None] & site.rows[..., None])[:, None]  # (B, 1, R, K)
+        return s.add(s.abs(), alpha=self.alpha).where(edit, s)
 
     def controls(self) -> tuple[Intervention, ...]:
         """Image tokens pushed down instead."""
@@ -99,7 +100,8 @@ class PAI(Intervention):
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to raise."""
-        return [{"acted": bool(n)} for n in memo["sight"].tolist()] if "sight" in memo else []
+        seen = [image.any(1).tolist() for image in memo.get("image", {}).values()]
+        return [{"acted": any(layers)} for layers in zip(*seen, strict=True)]
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

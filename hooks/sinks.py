@@ -102,8 +102,10 @@ def default_tau(hidden_size: int) -> float:
 
 def phi(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Sink score max_d |x_d| / RMS(x) over `dims`, of x (..., D), in float32."""
-    rms = (x.float().pow(2).mean(-1) + 1e-6).sqrt()
-    return x[..., list(dims)].float().abs().amax(-1) / rms
+    import torch
+
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # makes no float32 copy of x
+    return x[..., list(dims)].float().abs().amax(-1) / (norm.square() / x.shape[-1] + 1e-6).sqrt()
 
 
 def calibrate(x: Tensor, tau: float, first: int = 0) -> Calibration:

@@ -134,6 +134,7 @@ class VAR(Intervention):
         for i, part in enumerate(parts):
             masks[..., i] = part
         site.memo.setdefault("masks", {})[site.layer] = masks
+        site.memo.setdefault("sighted", {})[site.layer] = (image & sink).any(1)[:, None, None]
         site.memo.setdefault("counts", {}).setdefault(site.layer, 0)
 
     @staticmethod
@@ -150,31 +151,26 @@ class VAR(Intervention):
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
         """A'_j = (1 - p) A_j on sinks, (1 + p sigma/n) A_j on visual non-sinks, in the head rows that qualify."""
-        masks = site.memo["masks"][site.layer][:, None]  # (B, 1, P, 3)
-        some_visual = (masks[..., 1].amax(-1) > 0)[..., None]  # (B, 1, 1), over the whole prompt
-        masks = masks[:, :, site.first_key :]
-        seen = a[..., : masks.shape[2]]  # all other keys are generated: neither sink nor image
-        masks = masks[:, :, : seen.shape[-1]]
-        n, v, text = (seen @ masks).unbind(-1)  # (B, H, R)
+        import torch
+
+        masks = site.memo["masks"][site.layer][:, site.first_key :]  # (B, P, 3)
+        seen = a[..., : masks.shape[1]]  # all other keys are generated: neither sink nor image
+        masks = masks[:, : seen.shape[-1]]
+        n, v, text = (seen.flatten(1, 2) @ masks).view(*a.shape[:3], 3).unbind(-1)  # (B, H, R)
         m, sigma = n + v, v + text
         if self.variant == "released":
-            enough = v <= (1 - self.rho) * (m + 1e-6 * (masks[..., 0] + masks[..., 1]).sum(-1)[..., None])
+            enough = v <= (1 - self.rho) * (m + 1e-6 * masks[..., :2].sum((1, 2))[:, None, None])
         else:
             enough = n >= self.rho * m
         sel = (m >= self.min_visual_mass) & enough & (n > 0) & site.rows[:, None]
         if self.require_visual_sink:
-            sel = sel & some_visual
-        gain = (self.p * sigma / n).where(sel, 0 * n)
-        loss = self.p * sel.to(n.dtype)
-        factors = gain.new_empty(*gain.shape, 3)
-        factors[..., 0], factors[..., 1], factors[..., 2] = gain, -loss, -loss
-        out = a.clone()
-        out[..., : seen.shape[-1]] = seen * (1 + factors @ masks.transpose(-1, -2))
-        rows = site.rows.sum(1) * a.shape[1]
-        found = n.new_empty(len(a), 3)
-        found[:, 0], found[:, 1], found[:, 2] = sel.sum((1, 2)), rows, (loss * sigma).sum((1, 2))
+            sel = sel & site.memo["sighted"][site.layer]
+        gain, loss = (self.p * sigma / n).where(sel, 0.0), -self.p * sel
+        factors = torch.stack([gain, loss, loss], dim=-1).flatten(1, 2)
+        out = torch.addcmul(seen, seen, (factors @ masks.transpose(1, 2)).view_as(seen))
+        found = torch.stack([sel, site.rows[:, None].expand_as(sel), gain * n], dim=-1).sum((1, 2))
         site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + found
-        return out
+        return out if out.shape == a.shape else torch.cat([out, a[..., out.shape[-1] :]], dim=-1)
 
     def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per

@@ -142,8 +142,8 @@ class Scores:
     def rows(self, picked: Any) -> tuple[Tensor, Tensor | None]:
         """(B, H, R, K) scores as the kernel sees them, and where a row may not look; `None`: nowhere."""
         q = self.query[:, :, picked].float()
+        q = q * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
         s = self._products(by_key_head(q, self.group)).view(*q.shape[:3], self.n_keys)
-        s = s * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
         if (cap := self.extra.get("softcap")) is not None:
             s = cap * (s / cap).tanh()
         if (bias := self.extra.get("position_bias")) is not None:
@@ -153,7 +153,7 @@ class Scores:
             return s, None
         if isinstance(self.mask, Tensor) and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
             s = s + self.mask[:, :, picked, : self.n_keys].float()
-        return s.masked_fill(hidden, torch.finfo(s.dtype).min), hidden
+        return s.masked_fill_(hidden, torch.finfo(s.dtype).min), hidden
 
     def _products(self, q: Tensor) -> Tensor:
         """(B, Hk, R, K) of queries (B, Hk, R, d) with all keys."""
@@ -164,7 +164,8 @@ class Scores:
         n = min(max(FLOATS.get(key.device.type, MOST_FLOATS) // (b * n_key_heads * d), 1), n_keys)
         room = q.new_empty(b, n_key_heads, n, d)  # one for all pieces: fresh memory would cost more than the maths
         parts = (room[:, :, : part.shape[2]].copy_(part) for part in key.split(n, dim=2))
-        return torch.cat([q @ part.transpose(-1, -2) for part in parts], dim=-1)
+        products = [q @ part.transpose(-1, -2) for part in parts]
+        return products[0] if n == n_keys else torch.cat(products, dim=-1)
 
     def softmax(self, s: Tensor, picked: Any) -> Tensor:
         """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
@@ -182,6 +183,11 @@ class Scores:
         if isinstance(mask, Tensor) and mask.dim() == 4:
             rows = mask[:, :, picked, :n_keys]
             return ~rows if rows.dtype == torch.bool else rows <= torch.finfo(rows.dtype).min / 2
+        window = self.extra.get("sliding_window")
+        window = None if window is None or window >= n_keys else window
+        causal = self.causal and not (n_queries == 1 and n_keys <= call.start + 1)
+        if mask is None and window is None and not causal:
+            return None
         query, key = torch.arange(n_queries, device=device)[picked, None], torch.arange(n_keys, device=device)
         if hasattr(mask, "mask_mod"):  # flex attention: a function of batch, head, query and key
             sample = torch.arange(self.query.shape[0], device=device)[:, None, None, None]
@@ -193,10 +199,9 @@ class Scores:
         hidden = None if mask is None else ~mask[:, None, None, -n_keys:].bool()
         position = query + min(call.start, n_keys - n_queries)
         limits = []
-        if self.causal and not (n_queries == 1 and n_keys <= call.start + 1):
+        if causal:
             limits.append(key > position)
-        window = self.extra.get("sliding_window")
-        if window is not None and window < n_keys:
+        if window is not None:
             limits.append(key <= position - window)
         for limit in limits:
             hidden = limit[None, None] if hidden is None else hidden | limit
@@ -246,13 +251,15 @@ def edit_rows(view: AttentionView, call: Call, stock: Callable[[], Tensor], scor
             a = e.weights(a, sites[i]) if e.acts_at("weights") else a
         if a is plain:
             continue
-        admitted = torch.stack([each.rows for each in sites.values()]).any(0)
-        changed = (a != plain).any(-1) & admitted[:, None]  # (B, H, R)
+        changed = (a != plain).any(-1)  # (B, H, R)
+        if call.n_prompt:  # all rows are admitted afterwards
+            changed &= torch.stack([each.rows for each in sites.values()]).any(0)[:, None]
         known = changed.device.type == "cpu"  # elsewhere, asking would wait for the device
-        if known and not changed.any():
+        every = known and bool(changed.all())
+        if known and not every and not changed.any():
             continue
         new = (by_key_head(a, scores.group).to(value.dtype) @ value).view(*a.shape[:3], -1).transpose(1, 2)
-        if index is None and known and changed.all():
+        if index is None and every:
             return new.to(scores.query.dtype)
         out = stock()
         out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
