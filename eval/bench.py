@@ -194,6 +194,8 @@ def naive_attention(
     """What most ports do: queries x keys in float32, the edits on the whole matrix, and no kernel."""
     view = module.config.vlmfix_view
     call, rows = view.current(), torch.arange(query.shape[2], device=query.device)
+    if call is None:  # a second stream: no edit of attention is in force there
+        return view.kernel()(view.original, query, key, value, attention_mask, **kwargs)
     scores = attention.Scores(view, call, query, key.float(), attention_mask, kwargs)
     s, hidden = scores.rows(rows)
     at = (view.layer, view.n_layers, scores.n_keys, rows, query.device)

@@ -34,6 +34,17 @@ def test_the_naive_reference_gives_the_same_answers(tiny):
     assert all(torch.equal(a, b) for a, b in zip(plain, model.generate(**prompt, **settings).logits, strict=True))
 
 
+def test_a_naive_edit_beside_a_second_stream(tiny):
+    model, prompt = tiny
+    (method,) = bench.find_methods(["pai:gamma=1.1,skip_first=0"])
+    settings = {"do_sample": False, "max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
+    with wrapped(model, list(method)):
+        ours = model.generate(**prompt, **settings).scores
+    with bench.naively(model, method):
+        naive = model.generate(**prompt, **settings).scores
+    torch.testing.assert_close(torch.stack(naive), torch.stack(ours), rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_compared_and_what_stays(tiny, monkeypatch):
     model, prompt = tiny
     methods = bench.find_methods(["none", "var", "vhr"])

@@ -12,6 +12,7 @@ from tests.test_contract import answer, build
 from vlmfix.attachment import wrapped
 from vlmfix.hooks import PAI, VCD, VHR, Contrast, PyramidDrop
 from vlmfix.intervention import Intervention
+from vlmfix.streams import join
 
 CONTRAST, NOISED = Contrast(gamma=1.8, beta=0.05), VCD(t=999, beta=0.05)
 METHODS = {
@@ -146,3 +147,37 @@ def test_layers_that_hand_on_other_keys_than_the_cache_s_run_apart(monkeypatch):
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     assert said(model, picture_prompt(model), [CONTRAST])[1] == 2 * TOKENS
+
+
+class Ready:
+    """A stream that would join."""
+
+    def may_join(self, positions):
+        return True
+
+    def join(self, tokens):
+        return torch.full_like(tokens, 3), None
+
+
+class Rolling(DynamicCache):
+    """A cache of another kind."""
+
+
+def test_a_pass_is_joined_only_if_all_that_it_is_told_is_known():
+    ids = torch.tensor([[5], [6]])
+    told = {"input_ids": ids, "position_ids": torch.full_like(ids, 9), "past_key_values": DynamicCache()}
+    told |= {"attention_mask": torch.ones(2, 10, dtype=torch.long), "output_attentions": False, "labels": None}
+    joined = join(told, [Ready()])
+    assert joined["input_ids"].tolist() == [[5], [6], [5], [6]]
+    assert joined["position_ids"].tolist() == [[9], [9], [3], [3]] and len(joined["attention_mask"]) == 4
+    for change in (
+        {"past_key_values": Rolling()},
+        {"past_key_values": None},
+        {"position_ids": None},
+        {"input_ids": None},
+        {"attention_mask": torch.ones(2, 1, 1, 10)},
+        {"output_attentions": True},
+        {"cache_position": torch.tensor([9])},
+    ):
+        assert join({**told, **change}, [Ready()]) is None, change
+    assert join(told, []) is None
