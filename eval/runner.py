@@ -139,18 +139,22 @@ def answer_each(
         "torch": torch.__version__,
     }
     settings = {"max_new_tokens": identity["max_new_tokens"], **settings}
-    environment = _environment(model, batch_size, command)
+    header = {"label": "", "fingerprint": "", "n": len(items), "identity": identity, "data": data.spec}
+    parent = out / bench.name / Path(str(identity["model"])).name
     own = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
+    tell = progress or (lambda label, done, total, figure: None)
     folders: dict[int, Path] = {}
     with in_force(model, None), _templated(processor, template):
-        groups = _groups(methods, isinstance(bench, YesNo) and can_share(model, settings))
-        for group in groups:
+        sharing = isinstance(bench, YesNo) and can_share(model, settings)
+        together = [i for i, method in enumerate(methods) if sharing and all(one.leaves_pictures for one in method)]
+        for group in filter(None, (together, *([i] for i in range(len(methods)) if i not in together))):
             courses: dict[Path, _Course] = {}
+            header["environment"] = _environment(model, batch_size, command)
             for i in group:
                 made = Attachment(model, tuple(methods[i]), processor) if methods[i] else None
-                course = _Course(made, spec_of(methods[i]), bench, data, items, progress)
-                folders[i] = course.begin(out, identity, environment, beside, workers.rank == 0)
-                courses.setdefault(course.folder, course)
+                course = _Course(made, spec_of(methods[i]), items, _Running(bench, data), tell)
+                folders[i] = course.begin(parent, header, beside, workers.rank == 0)
+                courses.setdefault(folders[i], course)
             workers.wait()  # everyone has seen what is done before anyone adds to it
             asked = list(courses.values())
             needs: dict[tuple[int, ...], list[Item]] = {}
@@ -161,7 +165,7 @@ def answer_each(
             with ExitStack() as stack:
                 if len(asked) == 1:
                     stack.enter_context(in_force(model, asked[0].method))
-                files = [stack.enter_context(_appending(one.folder / own)) for one in asked]
+                files = [stack.enter_context(_appending(folder / own)) for folder in courses]
                 for need, left in needs.items():
                     ask = _asking(model, processor, bench, [asked[k].method for k in need], settings, seed)
                     size = 1 if settings["do_sample"] else batch_size
@@ -175,49 +179,37 @@ def answer_each(
     return [Run.read(folders[i]) for i in range(len(methods))]
 
 
-def _groups(methods: Sequence[Sequence[Intervention]], sharing: bool) -> list[list[int]]:
-    """Which methods, by their number, are asked in turns: those that can share the pass over a picture."""
-    together = [i for i, method in enumerate(methods) if sharing and all(one.leaves_pictures for one in method)]
-    return ([together] if together else []) + [[i] for i in range(len(methods)) if i not in together]
-
-
+@dataclass
 class _Course:
     """One method on its way through a benchmark: what is on disk, and how the rest gets there."""
 
-    def __init__(
-        self,
-        method: Attachment | None,
-        label: str,
-        bench: Benchmark,
-        data: Data,
-        items: Sequence[Item],
-        progress: Progress | None,
-    ) -> None:
-        self.method, self.label, self.bench, self.data, self.items = method, label, bench, data, items
-        self.progress, self.so_far = progress or (lambda label, done, total, figure: None), _Running(bench, data)
+    method: Attachment | None
+    label: str
+    items: Sequence[Item]
+    so_far: _Running
+    tell: Progress
 
-    def begin(
-        self, out: Path, identity: dict[str, Any], environment: dict[str, Any], beside: bool, writes: bool
-    ) -> Path:
-        """Find the run folder, or make it; see what it holds."""
+    def begin(self, parent: Path, header: dict[str, Any], beside: bool, writes: bool) -> Path:
+        """Find the run folder, or make it, and see what it holds. The header lacks what is the method's own."""
         entries = [] if self.method is None else self.method.entries
         _refuse_own_pictures([e.facts for e in entries], self.items)
-        identity = {**identity, "method": [describe(e) for e in entries]}
+        identity = {**header["identity"], "method": [describe(e) for e in entries]}
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         name = "".join(c if c.isalnum() or c in "._=-" else "_" for c in f"{self.label[:60]}-{fingerprint}")
-        self.folder = out / self.bench.name / Path(str(identity["model"])).name / name
-        header = {"label": self.label, "fingerprint": fingerprint, "n": len(self.items), "identity": identity}
-        header["data"] = self.data.spec
-        if not beside and not (self.folder / HEADER).exists():
-            _refuse_other(self.folder.parent, header)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if writes and not (self.folder / HEADER).exists():
-            text = json.dumps({**header, "environment": environment}, indent=2, ensure_ascii=False)
-            _write(self.folder / HEADER, text)
-        on_disk = {r["id"]: r for path in _parts(self.folder) for r in read_lines(path)[0]}
+        folder, header = (
+            parent / name,
+            {**header, "label": self.label, "fingerprint": fingerprint, "identity": identity},
+        )
+        if not (folder / HEADER).exists():
+            if not beside:
+                _refuse_other(parent, header)
+            folder.mkdir(parents=True, exist_ok=True)
+            if writes:
+                _write(folder / HEADER, json.dumps(header, indent=2, ensure_ascii=False))
+        on_disk = {r["id"]: r for path in _parts(folder) for r in read_lines(path)[0]}
         self.done = set(on_disk)
-        self._tell(list(on_disk.values()))
-        return self.folder
+        self._count(list(on_disk.values()))
+        return folder
 
     def add(self, file: Any, batch: Sequence[Item], records: Sequence[Record]) -> None:
         """Write the answers of a batch."""
@@ -228,11 +220,11 @@ class _Course:
         file.writelines(record.to_json() + "\n" for record in named)
         file.flush()
         self.done.update(item.id for item in batch)
-        self._tell([vars(record) for record in named])
+        self._count([vars(record) for record in named])
 
-    def _tell(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _count(self, records: Sequence[Mapping[str, Any]]) -> None:
         self.so_far.add(records)
-        self.progress(f"{self.bench.name} {self.label}", len(self.done), len(self.items), str(self.so_far))
+        self.tell(f"{self.so_far.bench.name} {self.label}", len(self.done), len(self.items), str(self.so_far))
 
 
 def _generation(model: Any, decoding: str) -> dict[str, Any]:
