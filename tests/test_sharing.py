@@ -9,7 +9,7 @@ import torch
 import vlmfix
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt, plant_sinks
 from vlmfix.asking import Answering, ask_batch, spellings
-from vlmfix.attachment import Attachment, in_force, report, wrapped
+from vlmfix.attachment import Attachment, attached, in_force, report, wrapped
 from vlmfix.eval import runner
 from vlmfix.eval.benchmarks import Item, benchmark
 from vlmfix.eval.data import Data
@@ -240,7 +240,7 @@ def test_methods_go_on_from_one_pass_that_is_the_untouched_models(architecture):
 
 TOGETHER = {
     "tiny-sinks": "none var:dims=67/80,tau=4,rho=0 zerotuning:gamma=8 pai:alpha=2 none var:dims=67,tau=2,rho=0",
-    "organism-qwen": "none var:dims=22,tau=3,rho=0 pai:alpha=2",
+    "organism-qwen": "none var var:dims=22,tau=3,rho=0 pai:alpha=2",
 }
 FREE = ("seconds", "tokens", "did", "first_token", "batch_size")
 
@@ -250,6 +250,7 @@ def in_turns(loaded, specs, out, **how):
     return answer_each(*loaded, methods, benchmark("pope"), pictures, out, batch_size=16, **how)
 
 
+@pytest.mark.filterwarnings("ignore:var will not act")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_methods_asked_together_answer_as_alone(tmp_path, monkeypatch, name):
     """With one pass over a batch's pictures; what a half finished method has said is not asked again."""
@@ -272,7 +273,7 @@ def test_methods_asked_together_answer_as_alone(tmp_path, monkeypatch, name):
             assert mine["first_token"] == pytest.approx(theirs["first_token"], abs=1e-3)
         done = [said[1] for said in told if said[0] == f"pope {one.header['label']}"]
         assert done == sorted(done) and done[-1] == len(one.records)
-    assert all(run.records[0]["did"][0]["acted"] for run, spec in zip(runs, specs, strict=True) if spec != "none")
+    assert all(run.records[0]["did"][0]["acted"] for run, spec in zip(runs, specs, strict=True) if ":" in spec)
     assert set(kept) < set(path.read_text().splitlines(keepends=True))
     shared = [(share.seen, k) for share, k in asked if isinstance(share, Sharing)]
     n, n_methods = len(runs[0].records), len({spec for spec in specs if "zerotuning" not in spec})
@@ -309,7 +310,25 @@ def test_the_pass_that_methods_share_ends_with_the_picture(monkeypatch, tmp_path
         return look(self)
 
     monkeypatch.setattr(Sharing, "look", noted)
-    in_turns(loaded, ["none", "var:dims=67/80,tau=4,rho=0"], tmp_path)
+    together = in_turns(loaded, ["none", "var:dims=67/80,tau=4,rho=0"], tmp_path / "together")
     n = len(ends)
-    in_turns(loaded, ["pai"], tmp_path)
+    alone = in_turns(loaded, ["none"], tmp_path / "alone")
     assert ends == [True] * n + [False] * n and n > 1
+    passes = [sum(r["passes"] for r in run.records) for run in (*together, *alone)]
+    assert passes[:2] == pytest.approx([passes[2]] * 2), "each bears that pass in full"
+
+
+def test_a_wrapped_model_is_asked_without_and_stays_wrapped(monkeypatch, tmp_path):
+    loaded, attach, n = vlmfix.load("tiny"), Attachment.attach, []
+    specs = ["zerotuning:gamma=8", "none"]
+    bare = [in_turns(loaded, [spec], tmp_path / "bare")[0] for spec in specs]
+    with wrapped(loaded[0], "pai:alpha=9"):
+        before = attached(loaded[0])
+        monkeypatch.setattr(Attachment, "attach", lambda self: n.append(self.requested[0].name) or attach(self))
+        runs = in_turns(loaded, specs, tmp_path / "wrapped")
+        assert attached(loaded[0]) is before
+    assert n == ["zerotuning", "pai"], "on for all its questions"
+    for one, other in zip(runs, bare, strict=True):
+        assert [r["first_token"] for r in one.records] == [r["first_token"] for r in other.records]
+    assert runs[0].records[0]["first_token"] != runs[1].records[0]["first_token"]
+    assert attached(loaded[0]) is None
