@@ -162,6 +162,8 @@ def answer_each(
                 needs.setdefault(tuple(k for k, one in enumerate(asked) if item.id not in one.done), []).append(item)
             needs.pop((), None)
             _check_pictures([item for left in needs.values() for item in left], data.where or bench.where)
+            for one in asked:
+                one.show()
             with ExitStack() as stack:
                 if len(asked) == 1:
                     stack.enter_context(in_force(model, asked[0].method))
@@ -208,7 +210,7 @@ class _Course:
                 _write(folder / HEADER, json.dumps(header, indent=2, ensure_ascii=False))
         on_disk = {r["id"]: r for path in _parts(folder) for r in read_lines(path)[0]}
         self.done = set(on_disk)
-        self._count(list(on_disk.values()))
+        self.so_far.add(list(on_disk.values()))
         return folder
 
     def add(self, file: Any, batch: Sequence[Item], records: Sequence[Record]) -> None:
@@ -220,10 +222,11 @@ class _Course:
         file.writelines(record.to_json() + "\n" for record in named)
         file.flush()
         self.done.update(item.id for item in batch)
-        self._count([vars(record) for record in named])
+        self.so_far.add([vars(record) for record in named])
+        self.show()
 
-    def _count(self, records: Sequence[Mapping[str, Any]]) -> None:
-        self.so_far.add(records)
+    def show(self) -> None:
+        """Tell how far it is."""
         self.tell(f"{self.so_far.bench.name} {self.label}", len(self.done), len(self.items), str(self.so_far))
 
 
