@@ -332,3 +332,24 @@ def test_a_wrapped_model_is_asked_without_and_stays_wrapped(monkeypatch, tmp_pat
         assert [r["first_token"] for r in one.records] == [r["first_token"] for r in other.records]
     assert runs[0].records[0]["first_token"] != runs[1].records[0]["first_token"]
     assert attached(loaded[0]) is None
+
+
+def test_a_batch_too_large_for_one_of_the_methods_is_halved_for_all(tmp_path, monkeypatch):
+    loaded, specs, ask, sizes = vlmfix.load("tiny"), ["none", "pai"], runner.ask_batch, []
+    good = [in_turns(loaded, [spec], tmp_path / "good")[0] for spec in specs]
+
+    def small_memory(model, processor, questions, **how):
+        if attached(model) is not None and len(questions) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        sizes.append(len(questions))
+        return ask(model, processor, questions, **how)
+
+    monkeypatch.setattr(runner, "ask_batch", small_memory)
+    with pytest.warns(UserWarning, match="going on with"):
+        runs = in_turns(loaded, specs, tmp_path / "small")
+    assert sizes[0] > 8 >= max(sizes[1:])
+    for one, other in zip(runs, good, strict=True):
+        lines = (one.folder / "records.jsonl").read_text().splitlines()
+        assert len(lines) == len(other.records) and [r["text"] for r in one.records] == [
+            r["text"] for r in other.records
+        ]
