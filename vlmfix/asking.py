@@ -42,7 +42,7 @@ class Record:
     """`stop` if the model ended its answer, `length` if it was cut."""
     seconds: float
     """Wall time of the generation, shared equally by the answers of a batch. In `seconds`, `passes` and `tokens`, a
-    pass over pictures that several methods share counts in full for each, as if the method had been alone."""
+    pass over pictures that several methods share counts in full for each of them."""
     batch_size: int
     generation: dict[str, Any]
     """Settings given to `generate`."""
