@@ -12,10 +12,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from PIL import Image
 
 import vlmfix
 from vlmfix.asking import Record, ask_batch, open_picture, spellings
-from vlmfix.attachment import attached, describe, wrapped
+from vlmfix.attachment import Attachment, describe, in_force
 from vlmfix.eval import stats
 from vlmfix.eval.benchmarks import Benchmark, Item, YesNo
 from vlmfix.eval.data import Data
@@ -36,7 +35,7 @@ from vlmfix.eval.yesno import MARGIN
 from vlmfix.heads import HeadList, picture_id
 from vlmfix.hooks.lookback import Detector
 from vlmfix.intervention import Intervention, did_you_mean, spec_of
-from vlmfix.sharing import can_share
+from vlmfix.sharing import can_share, seen_by_all
 
 Progress = Callable[[str, int, int, str], None]
 """Is told how far a run is: its label, answers on disk, answers in all, and the figure so far."""
@@ -75,6 +74,19 @@ def answer_all(
     bench: Benchmark,
     data: Data,
     out: Path,
+    **options: Any,
+) -> Run:
+    """`answer_each` for one method."""
+    return answer_each(model, processor, [interventions], bench, data, out, **options)[0]
+
+
+def answer_each(
+    model: Any,
+    processor: Any,
+    methods: Sequence[Sequence[Intervention]],
+    bench: Benchmark,
+    data: Data,
+    out: Path,
     *,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
@@ -86,85 +98,136 @@ def answer_all(
     progress: Progress | None = None,
     command: str | None = None,
     workers: Workers | None = None,
-) -> Run:
-    """Answer every question of a benchmark under some interventions; what is on disk already is not asked again.
+) -> list[Run]:
+    """Answer every question of a benchmark under each of several methods; what is on disk already is not asked again.
 
     The run folder is `out/<benchmark>/<model>/<method>-<hash>`; the hash covers all that could change an answer, so
     that different settings never share a folder. Each batch is written and flushed before the next is asked. Several
     processes may share the questions (`workers`); what they leave is what one process would have left. Sampled answers
     are asked one by one, each with a seed of its own, so that they depend on nothing but `seed` and the question.
+    Methods that leave the pass over a picture as it is (`leaves_pictures`) take turns within each batch of yes/no
+    questions and share that pass; the others follow, one after another. Answers are those of each method alone.
 
     Raises:
         ValueError: pictures are missing, or the same method has an unfinished run here that was asked otherwise: the
             message says what differs. `beside` starts another run beside it.
     """
     workers = workers or Workers()
-    if told := [one.name for one in interventions if one.uses_answers]:
+    if told := [one.name for method in methods for one in method if one.uses_answers]:
         raise ValueError(f"{', '.join(told)} with these settings uses the right answers: an upper bound, and no result")
     items = bench.items(data)
-    label = spec_of(interventions)
     settings = _generation(model, decoding)
-    with wrapped(model, list(interventions), processor), _templated(processor, template):
-        found = attached(model)
-        _refuse_own_pictures([] if found is None else [e.facts for e in found.entries], items)
-        identity = {
-            "benchmark": bench.name,
-            "protocol": protocol,
-            "asking": bench.asking,
-            "model": model.config._name_or_path,
-            "revision": getattr(model.config, "_commit_hash", None),
-            "weights_digest": weights_digest(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "method": [] if found is None else [describe(e) for e in found.entries],
-            "data": data.name,
-            "data_digest": data.digest,
-            "items_digest": items_digest(items),
-            "limit": data.limit,
-            "max_new_tokens": _budget(model, processor, items, max_new_tokens or bench.max_new_tokens),
-            "template": template,
-            "decoding": decoding,
-            "seed": seed,
-            "vlmfix": vlmfix.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        }
+    identity = {
+        "benchmark": bench.name,
+        "protocol": protocol,
+        "asking": bench.asking,
+        "model": model.config._name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_digest": weights_digest(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "method": [],
+        "data": data.name,
+        "data_digest": data.digest,
+        "items_digest": items_digest(items),
+        "limit": data.limit,
+        "max_new_tokens": _budget(model, processor, items, max_new_tokens or bench.max_new_tokens),
+        "template": template,
+        "decoding": decoding,
+        "seed": seed,
+        "vlmfix": vlmfix.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    settings = {"max_new_tokens": identity["max_new_tokens"], **settings}
+    header = {"label": "", "fingerprint": "", "n": len(items), "identity": identity, "data": data.spec}
+    parent = out / bench.name / Path(str(identity["model"])).name
+    own = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
+    tell = progress or (lambda label, done, total, figure: None)
+    folders: dict[int, Path] = {}
+    with in_force(model, None), _templated(processor, template):
+        sharing = isinstance(bench, YesNo) and can_share(model, settings)
+        together = [i for i, method in enumerate(methods) if sharing and all(one.leaves_pictures for one in method)]
+        for group in filter(None, (together, *([i] for i in range(len(methods)) if i not in together))):
+            courses: dict[Path, _Course] = {}
+            header["environment"] = _environment(model, batch_size, command)
+            for i in group:
+                made = Attachment(model, tuple(methods[i]), processor) if methods[i] else None
+                course = _Course(made, spec_of(methods[i]), items, _Running(bench, data), tell)
+                folders[i] = course.begin(parent, header, beside, workers.rank == 0)
+                courses.setdefault(folders[i], course)
+            workers.wait()  # everyone has seen what is done before anyone adds to it
+            asked = list(courses.values())
+            needs: dict[tuple[int, ...], list[Item]] = {}
+            for item in items:
+                needs.setdefault(tuple(k for k, one in enumerate(asked) if item.id not in one.done), []).append(item)
+            needs.pop((), None)
+            _check_pictures([item for left in needs.values() for item in left], data.where or bench.where)
+            for one in asked:
+                one.show()
+            with ExitStack() as stack:
+                if len(asked) == 1:
+                    stack.enter_context(in_force(model, asked[0].method))
+                files = [stack.enter_context(_appending(folder / own)) for folder in courses]
+                for need, left in needs.items():
+                    ask = _asking(model, processor, bench, [asked[k].method for k in need], settings, seed)
+                    size = 1 if settings["do_sample"] else batch_size
+                    for batch, answers in _answers(_share(left, workers), size, ask):
+                        for k, records in zip(need, answers, strict=True):
+                            asked[k].add(files[k], batch, records)
+            workers.wait()
+            for folder in courses if workers.rank == 0 else ():
+                _merge(folder, items)
+            workers.wait()
+    return [Run.read(folders[i]) for i in range(len(methods))]
+
+
+@dataclass
+class _Course:
+    """One method on its way through a benchmark: what is on disk, and how the rest gets there."""
+
+    method: Attachment | None
+    label: str
+    items: Sequence[Item]
+    so_far: _Running
+    tell: Progress
+
+    def begin(self, parent: Path, header: dict[str, Any], beside: bool, writes: bool) -> Path:
+        """Find the run folder, or make it, and see what it holds. The header lacks what is the method's own."""
+        entries = [] if self.method is None else self.method.entries
+        _refuse_own_pictures([e.facts for e in entries], self.items)
+        identity = {**header["identity"], "method": [describe(e) for e in entries]}
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-        name = "".join(c if c.isalnum() or c in "._=-" else "_" for c in f"{label[:60]}-{fingerprint}")
-        folder = out / bench.name / Path(str(identity["model"])).name / name
-        header = {"label": label, "fingerprint": fingerprint, "n": len(items), "identity": identity, "data": data.spec}
-        if not beside and not (folder / HEADER).exists():
-            _refuse_other(folder.parent, header)
-        folder.mkdir(parents=True, exist_ok=True)
-        if workers.rank == 0 and not (folder / HEADER).exists():
-            environment = _environment(model, batch_size, command)
-            _write(folder / HEADER, json.dumps({**header, "environment": environment}, indent=2, ensure_ascii=False))
+        name = "".join(c if c.isalnum() or c in "._=-" else "_" for c in f"{self.label[:60]}-{fingerprint}")
+        folder, header = (
+            parent / name,
+            {**header, "label": self.label, "fingerprint": fingerprint, "identity": identity},
+        )
+        if not (folder / HEADER).exists():
+            if not beside:
+                _refuse_other(parent, header)
+            folder.mkdir(parents=True, exist_ok=True)
+            if writes:
+                _write(folder / HEADER, json.dumps(header, indent=2, ensure_ascii=False))
         on_disk = {r["id"]: r for path in _parts(folder) for r in read_lines(path)[0]}
-        workers.wait()  # everyone has seen what is done before anyone adds to it
-        left = [item for item in items if item.id not in on_disk]
-        _check_pictures(left, data.where or bench.where)
-        todo = _share(left, workers)
-        so_far, n_done = _Running(bench, data), len(on_disk)
-        so_far.add(list(on_disk.values()))
-        tell = progress or (lambda label, done, total, figure: None)
-        tell(f"{bench.name} {label}", n_done, len(items), str(so_far))
-        ask = _asking(model, processor, bench, {"max_new_tokens": identity["max_new_tokens"], **settings}, seed)
-        own = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
-        with _appending(folder / own) as file:
-            for batch, records in _answers(todo, 1 if settings["do_sample"] else batch_size, ask):
-                named = [
-                    replace(record, id=item.id, image=[Path(item.image).name])
-                    for item, record in zip(batch, records, strict=True)
-                ]
-                file.writelines(record.to_json() + "\n" for record in named)
-                file.flush()
-                n_done += len(batch)
-                so_far.add([vars(record) for record in named])
-                tell(f"{bench.name} {label}", n_done, len(items), str(so_far))
-        workers.wait()
-        if workers.rank == 0:
-            _merge(folder, items)
-        workers.wait()
-    return Run.read(folder)
+        self.done = set(on_disk)
+        self.so_far.add(list(on_disk.values()))
+        return folder
+
+    def add(self, file: Any, batch: Sequence[Item], records: Sequence[Record]) -> None:
+        """Write the answers of a batch."""
+        named = [
+            replace(record, id=item.id, image=[Path(item.image).name])
+            for item, record in zip(batch, records, strict=True)
+        ]
+        file.writelines(record.to_json() + "\n" for record in named)
+        file.flush()
+        self.done.update(item.id for item in batch)
+        self.so_far.add([vars(record) for record in named])
+        self.show()
+
+    def show(self) -> None:
+        """Tell how far it is."""
+        self.tell(f"{self.so_far.bench.name} {self.label}", len(self.done), len(self.items), str(self.so_far))
 
 
 def _generation(model: Any, decoding: str) -> dict[str, Any]:
@@ -221,15 +284,23 @@ def _pixels(path: str) -> int:
         return 0
 
 
-Ask = Callable[[Sequence[Item], Mapping[str, Any]], list[Record]]
-"""Asks a batch of items; the mapping has the opened picture of each path."""
+Ask = Callable[[Sequence[Item], Mapping[str, Any]], list[list[Record]]]
+"""Asks a batch of items: records of each method. The mapping has the opened picture of each path."""
 
 
-def _asking(model: Any, processor: Any, bench: Benchmark, settings: dict[str, Any], seed: int) -> Ask:
-    """How a batch of items is asked. Answers to yes/no questions also tell the first token's probabilities.
+def _asking(
+    model: Any,
+    processor: Any,
+    bench: Benchmark,
+    methods: Sequence[Attachment | None],
+    settings: dict[str, Any],
+    seed: int,
+) -> Ask:
+    """How a batch of items is asked under each method. Answers to yes/no questions also tell the first token's
+    probabilities.
 
-    Questions about one picture share the pass over it. The first batch in which some do is asked without sharing, too:
-    should an answer differ, the model cannot share, and all are asked plainly.
+    Questions about one picture share the pass over it, those of several methods, too. The first batch in which some do
+    is asked without sharing, too: should an answer differ, the model cannot share, and all are asked plainly.
     """
     words = None
     if isinstance(bench, YesNo):
@@ -240,21 +311,32 @@ def _asking(model: Any, processor: Any, bench: Benchmark, settings: dict[str, An
                 raise
             warnings.warn(str(error), stacklevel=2)
 
-    trust = None if can_share(model, settings) else False
+    with in_force(model, methods[0] or methods[-1]):  # several are alike in this
+        trust = None if can_share(model, settings) else False
 
-    def ask(batch: Sequence[Item], pictures: Mapping[str, Any]) -> list[Record]:
-        nonlocal trust
+    def run(batch: Sequence[Item], pictures: Mapping[str, Any], share: bool) -> list[list[Record]]:
         questions = [(pictures[item.image], item.prompt) for item in batch]
         own: dict[str, Any] = {"seed": _seed(seed, batch[0].id)} if settings["do_sample"] else {}
-        run = partial(ask_batch, model, processor, questions, first_token=words, **settings, **own)
-        records = run(share=trust is not False)
+        how: Any = {"first_token": words, "share": share, **settings, **own}
+        if share and len(methods) > 1 and (seen := seen_by_all(model, processor, questions, settings, methods)):
+            how["share"] = seen
+        answers = []
+        for method in methods:
+            with in_force(model, method):
+                answers.append(ask_batch(model, processor, questions, **how))
+        return answers
+
+    def ask(batch: Sequence[Item], pictures: Mapping[str, Any]) -> list[list[Record]]:
+        nonlocal trust
+        answers = run(batch, pictures, trust is not False)
         if trust is None and len({item.image for item in batch}) < len(batch):
-            plain = run(share=False)
-            trust = [r.token_ids for r in plain] == [r.token_ids for r in records]
+            plain = run(batch, pictures, False)
+            tokens, plainly = ([[r.token_ids for r in said] for said in ways] for ways in (answers, plain))
+            trust = tokens == plainly
             if not trust:
                 warnings.warn("questions about one picture cannot share the pass over it on this model", stacklevel=2)
                 return plain
-        return records
+        return answers
 
     return ask
 
@@ -335,7 +417,7 @@ def _files(facts: Sequence[dict[str, Any]], kind: str) -> list[str]:
     return [one[kind]["file"] for one in facts if kind in one]
 
 
-def _answers(items: Sequence[Item], size: int, ask: Ask) -> Iterator[tuple[Sequence[Item], list[Record]]]:
+def _answers(items: Sequence[Item], size: int, ask: Ask) -> Iterator[tuple[Sequence[Item], list[list[Record]]]]:
     """Answers batch by batch; a batch that does not fit into memory is halved, and so are those after it. While one is
     answered, a thread opens the pictures of the next."""
     start = 0
@@ -347,14 +429,14 @@ def _answers(items: Sequence[Item], size: int, ask: Ask) -> Iterator[tuple[Seque
             paths = dict.fromkeys(item.image for item in ahead)
             opening = {path: opening.get(path) or thread.submit(open_picture, path) for path in paths}
             try:
-                records = ask(batch, {item.image: opening[item.image].result() for item in batch})
+                answers = ask(batch, {item.image: opening[item.image].result() for item in batch})
             except Exception as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
                 size = len(batch) // 2
                 warnings.warn(f"out of memory with {len(batch)} questions at once; going on with {size}", stacklevel=2)
                 continue
-            yield batch, records
+            yield batch, answers
             start += len(batch)
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Record:
     finish: str
     """`stop` if the model ended its answer, `length` if it was cut."""
     seconds: float
-    """Wall time of the generation, shared equally by the answers of a batch."""
+    """Wall time of the generation, shared equally by the answers of a batch. In `seconds`, `passes` and `tokens`, a
+    pass over pictures that several methods share counts in full for each of them."""
     batch_size: int
     generation: dict[str, Any]
     """Settings given to `generate`."""
@@ -289,13 +290,13 @@ def ask_batch(
     max_new_tokens: int = 256,
     seed: int | None = None,
     first_token: Mapping[str, Sequence[int]] | None = None,
-    share: bool = True,
+    share: bool | Answering = True,
     **generate: Any,
 ) -> list[Record]:
     """`ask` for several (image, prompt) pairs at once, padded on the left; answers come in the order of the
     questions. `first_token` names words by the tokens that begin them (`spellings`); records hold their probability.
     Questions about the same path or picture object share the pass over it, where model, methods and decoding allow it;
-    `share=False` does without.
+    `share=False` does without, and a batch of these questions from `sharing.seen_by_all` has made that pass already.
     """
     from vlmfix.sharing import Sharing
 
@@ -327,10 +328,16 @@ def ask_batch(
         refined, facts = _refine(model, processor, opened)
         first = FirstToken(first_token or {})
         noting = {"logits_processor": [*settings.get("logits_processor", ()), first]} if first_token else {}
-        build = Sharing.of_pictures if share else Answering.of
-        run = build(model, processor, refined, {**settings, **noting}, seed)
+        if isinstance(share, Answering):
+            run = replace(share, settings={**settings, **noting}, seed=seed)
+        else:
+            build = Sharing.of_pictures if share else Answering.of
+            run = build(model, processor, refined, {**settings, **noting}, seed)
         answers = _decode(run, facts)
-    seconds = (time.perf_counter() - began) / len(questions)
+    passes, tokens_run, seconds = meter.passes, meter.tokens, time.perf_counter() - began
+    if isinstance(run, Sharing) and run.seen and run.prefix:
+        ids = run.prefix["input_ids"]
+        passes, tokens_run, seconds = passes + len(ids), tokens_run + ids.numel(), seconds + run.seen.seconds
     if seed is not None:
         settings["seed"] = seed
     method = [] if found is None else [describe(e) for e in found.entries]
@@ -347,12 +354,12 @@ def ask_batch(
                 text=run.text(tokens),
                 token_ids=tokens,
                 finish="length" if run.end(tokens) is None else "stop",
-                seconds=seconds,
+                seconds=seconds / len(questions),
                 batch_size=len(questions),
                 generation=settings,
                 did=[{**one, **facts[i].get(k, {})} for k, one in enumerate(done)],
-                passes=meter.passes / len(questions),
-                tokens=meter.tokens / len(questions),
+                passes=passes / len(questions),
+                tokens=tokens_run / len(questions),
                 first_token=first.of(i, len(questions)),
             )
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -85,10 +86,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 @contextmanager
 def wrapped(model: nn.Module, interventions: Interventions, processor: Any = None) -> Iterator[nn.Module]:
     """`wrap` for the length of a `with` block; what was in force before is in force again after it."""
+    with in_force(model, attached(model)):
+        yield wrap(model, interventions, processor)
+
+
+@contextmanager
+def in_force(model: nn.Module, one: Attachment | None) -> Iterator[None]:
+    """Put an attachment on alone, or nothing, for the length of a `with` block; afterwards all is as before."""
     old = attached(model)
-    wrap(model, interventions, processor)
     try:
-        yield model
+        if one is not old:
+            unwrap(model)
+            if one is not None:
+                one.attach()
+        yield
     finally:
         if attached(model) is not old:
             unwrap(model)
@@ -114,6 +125,10 @@ class Entry:
     requested: Intervention
     active: Intervention | None
     facts: dict[str, Any]
+
+
+Left = tuple[list[Entry], Generation | None]
+"""Interventions that saw a pass, and its state."""
 
 
 class _Scope:
@@ -173,6 +188,16 @@ class Attachment:
         self._generate_parameters = list(inspect.signature(type(model).generate).parameters)[1:]  # type: ignore[attr-defined]
         modules = dict.fromkeys((model, self.anatomy.generator))
         self._parameters = [list(inspect.signature(module.forward).parameters) for module in modules]
+
+    @classmethod
+    def joint(cls, several: Sequence[Attachment]) -> Attachment:
+        """All that several attachments of one model put on it, for a pass in which none of them edits a row."""
+        new = copy.copy(several[0])
+        new.requested = tuple(one for each in several for one in each.requested)
+        new.entries = [entry for each in several for entry in each.entries]
+        new._handles, new._configs = [], []
+        new._forget()
+        return new
 
     def _forget(self) -> None:
         self._local = _Local()
@@ -353,10 +378,19 @@ class Attachment:
         """The last generation of this thread, or anyone's if this thread had none."""
         return self._local.last or self._last
 
-    def branch(self, cache: Any, index: Tensor) -> None:
-        """Let several prompts that begin alike go on from one cache: its samples are now those of `index`, in turn."""
-        if (generation := self._generations.get(cache)) is not None:  # else all interventions are idle
-            self._generations[cache] = generation.branched(index)
+    def left(self, cache: Any) -> Left:
+        """What the pass that filled a cache left here, for `go_on`."""
+        return self.entries, self._generations.get(cache)
+
+    def go_on(self, cache: Any, index: Tensor, left: Left) -> None:
+        """Let several prompts that begin alike go on from a cache: the b-th from sample `index[b]` of a pass in which
+        these interventions were in force, perhaps among others."""
+        entries, generation = left
+        if generation is not None:  # else all interventions are idle
+            memos = [
+                memo for own in self.entries for e, memo in zip(entries, generation.memos, strict=True) if e is own
+            ]
+            self._generations[cache] = replace(generation, memos=memos, force=self.force()).branched(index)
 
     def report(self, last: Generation | None = None) -> list[dict[str, Any]]:
         """See `vlmfix.report`: of a generation, else this thread's last one, or anyone's if this thread had none."""

@@ -120,6 +120,13 @@ class Intervention:
     """True: it knows the right answers, for an upper bound; result tables refuse it. A subclass may make it a
     property."""
 
+    @property
+    def leaves_pictures(self) -> bool:
+        """Whether rows up to the end of the picture stay as they are, by the stages it acts at and its `rows`: then
+        several methods may share one pass over a picture."""
+        after = self.shares_pictures and self.rows in ("last", "after_last_image", "generated")
+        return after and not any(map(self.acts_at, (*ASK_STAGES, "begin", "tokens", "heads")))
+
     def at_layers(self, n_layers: int) -> Iterable[int]:
         """Decoder layers whose stages run, of a model with `n_layers` layers."""
         return range(n_layers)

@@ -1,10 +1,13 @@
 """Questions about one picture share the pass over it: system text, image and common words go through the model once,
-and each question goes on from a copy of the cache. Answers are those of the questions asked one by one."""
+and each question goes on from a copy of the cache. Several methods may share one pass that ends with the picture.
+Answers are those of the questions asked one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmfix.asking import Answering, chat
-from vlmfix.attachment import attached
+from vlmfix.attachment import Attachment, Left, attached, in_force
 
 BOTH_WAYS = ("token_type_ids",)
 """Inputs of models whose prompts see both ways: there a question changes what comes before it."""
@@ -35,6 +38,18 @@ def can_share(model: Any, settings: dict[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a pass over pictures left, one row per picture."""
+
+    cache: Any
+    left: Left | None
+    """By the interventions in force."""
+    offset: Tensor | None
+    """Of positions in M-RoPE models, per sample."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Sharing(Answering):
     """A batch of questions, several of them about one picture. `inputs` holds ids and mask alone; in each row the part
     that is shared comes first, then padding, then the rest of the question."""
@@ -43,6 +58,8 @@ class Sharing(Answering):
     """What goes through the model once: one row per picture, padded on the left."""
     picture: Tensor | None = None
     """(B,) row of `prefix` that each question goes on from."""
+    seen: Seen | None = None
+    """The pass over the pictures, where other methods go on from it, too."""
 
     @classmethod
     def of_pictures(
@@ -52,13 +69,14 @@ class Sharing(Answering):
         questions: list[tuple[list[Image.Image], str]],
         settings: dict[str, Any],
         seed: int | None = None,
+        ends: Collection[int] = (),
     ) -> Answering:
         """Build the inputs; those of a plain batch where no two questions are about the same picture objects, or where
-        these cannot share the pass over it."""
+        these cannot share the pass over it. With `ends`, ids of image tokens, the pass ends at the last of them."""
         known: dict[tuple[int, ...], int] = {}
         group = [known.setdefault(tuple(map(id, images)), len(known)) for images, _ in questions]
         shares = len(known) < len(questions) and can_share(model, settings)
-        found = _split(processor, questions, group) if shares else None
+        found = _split(processor, questions, group, ends) if shares else None
         if found is None:
             return Answering.of(model, processor, questions, settings, seed)
         prefix, ids, mask = found
@@ -73,31 +91,61 @@ class Sharing(Answering):
             picture=torch.tensor(group, device=model.device),
         )
 
-    def look(self) -> Any:
-        """The pass over the pictures, with the interventions in force: its cache, a row for each question."""
-        assert self.prefix is not None and self.picture is not None
+    def look(self) -> Seen:
+        """The pass over the pictures, with the interventions in force."""
+        assert self.prefix is not None
         n, found = self.prefix["input_ids"].shape[1], attached(self.model)
         settings = {**self.settings, "max_new_tokens": 1, "logits_processor": None, "temperature": None}
         settings = {**settings, "top_p": None, "top_k": None, "return_dict_in_generate": True}
         if found is not None:
             settings["prompt_end"] = n + 1  # the prompt goes on
         cache = self.model.generate(**self.prefix, **settings).past_key_values
+        offset = getattr(getattr(self.model, "model", None), "rope_deltas", None)
+        left = None if found is None else found.left(cache)
+        return Seen(cache, left, offset if isinstance(offset, Tensor) else None)
+
+    def _continued(self) -> Any:
+        """The cache that the questions go on from, a row for each."""
+        assert self.picture is not None
+        seen, found = self.seen or self.look(), attached(self.model)
+        cache = seen.cache if self.seen is None else copy.deepcopy(seen.cache)
         cache.reorder_cache(self.picture)
-        if found is not None:
-            found.branch(cache, self.picture)
-        inner: Any = getattr(self.model, "model", None)
-        if isinstance(offset := getattr(inner, "rope_deltas", None), Tensor):  # positions in M-RoPE models, per sample
-            inner.rope_deltas = offset[self.picture.to(offset.device)]
+        if found is not None and seen.left is not None:
+            found.go_on(cache, self.picture, seen.left)
+        if seen.offset is not None:
+            self.model.model.rope_deltas = seen.offset[self.picture.to(seen.offset.device)]
         return cache
 
     def generate(self, inputs: dict[str, Any] | None = None, **changes: Any) -> list[list[int]]:
         """As `Answering.generate`, for the whole batch."""
         assert inputs is None
-        return super().generate({**self.inputs, "past_key_values": self.look()}, **changes)
+        return super().generate({**self.inputs, "past_key_values": self._continued()}, **changes)
+
+
+@torch.inference_mode()
+def seen_by_all(
+    model: Any,
+    processor: Any,
+    questions: Sequence[tuple[Image.Image, str]],
+    settings: dict[str, Any],
+    methods: Sequence[Attachment | None],
+) -> Sharing | None:
+    """A batch after the pass over its pictures, for each of several methods to go on from: they see that pass and leave
+    it as it is (`leaves_pictures`). `None` where this cannot be done."""
+    began, joint = time.perf_counter(), Attachment.joint([one for one in methods if one is not None])
+    asked = [([picture], prompt) for picture, prompt in questions]
+    with in_force(model, joint):
+        if not (ends := joint.anatomy.image_token_ids):
+            return None
+        run = Sharing.of_pictures(model, processor, asked, settings, ends=ends)
+        if not isinstance(run, Sharing):
+            return None
+        seen = run.look()
+    return replace(run, seen=replace(seen, seconds=time.perf_counter() - began))
 
 
 def _split(
-    processor: Any, questions: list[tuple[list[Image.Image], str]], group: list[int]
+    processor: Any, questions: list[tuple[list[Image.Image], str]], group: list[int], ends: Collection[int]
 ) -> tuple[Any, Tensor, Tensor] | None:
     """The processor's output for what questions about a picture share, and ids and mask (B, T) of the whole prompts.
     `None` if that cannot be told apart."""
@@ -130,6 +178,10 @@ def _split(
         shared.append(min(_alike(members), min(map(len, members)) - 1))
         if shared[-1] < pictures_end[first[g]]:
             return None
+        if ends:
+            shared[-1] = max((i + 1 for i in range(shared[-1]) if members[0][i] in ends), default=0)
+            if not shared[-1]:
+                return None
     n, rest = max(shared), max(len(p) - shared[g] for p, g in zip(prompts, group, strict=True))
     ids = torch.full((len(prompts), n + rest), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)

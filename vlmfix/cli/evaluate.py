@@ -137,21 +137,19 @@ def evaluate(
         if template is None:
             fits = preset is not None and getattr(processor, "image_token", None) == "<image>"
             template = preset.template if preset and fits else MODEL
-        from vlmfix.eval.runner import Workers, answer_all
+        from vlmfix.eval.runner import Workers, answer_each
 
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
         runs = []
         with progress_bar() if workers.rank == 0 else nullcontext() as progress:
             try:
                 for bench in benches:
-                    for interventions in methods:
-                        run = answer_all(
-                            loaded, processor, interventions, bench, pictures, output, batch_size=batch_size,
-                            max_new_tokens=max_new_tokens or (preset.max_new_tokens if preset else None),
-                            decoding=decoding, template=template, seed=seed,
-                            protocol=protocol, beside=beside, progress=progress, command=command, workers=workers,
-                        )  # fmt: skip
-                        runs.append(run)
+                    runs += answer_each(
+                        loaded, processor, methods, bench, pictures, output, batch_size=batch_size,
+                        max_new_tokens=max_new_tokens or (preset.max_new_tokens if preset else None),
+                        decoding=decoding, template=template, seed=seed,
+                        protocol=protocol, beside=beside, progress=progress, command=command, workers=workers,
+                    )  # fmt: skip
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
     if workers.rank == 0:
