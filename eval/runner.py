@@ -360,6 +360,8 @@ def _refuse_other(parent: Path, header: dict[str, Any]) -> None:
         identity, mine = other["identity"], header["identity"]
         if other["label"] != header["label"] or identity.get("limit") != mine["limit"]:
             continue
+        if other["fingerprint"] == header["fingerprint"]:  # begun by another process this moment
+            continue
         done = {r["id"] for part in _parts(path.parent) for r in read_lines(part)[0]}
         if len(done) >= other.get("n", 0):
             continue

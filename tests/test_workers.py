@@ -61,6 +61,7 @@ def kill_one(command, out):
     written = lambda: [p.read_text().count("\n") for p in out.rglob("records.?.jsonl") if p.exists()]  # noqa: E731
     while time.time() < deadline and process.poll() is None and not (len(n := written()) == 2 and min(n) >= 2):
         time.sleep(0.01)
+    assert process.poll() is None, f"it ended before both had answered: {process.communicate()}"
     parents = ["pgrep", "-P", str(process.pid)]
     workers = subprocess.run(parents, capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
@@ -91,6 +92,21 @@ def test_accelerate_goes_on_when_a_process_dies(alone, tmp_path):
     assert code == 0, why
     assert json.loads(said)[0]["rows"][0]["n"] == 30
     check_kept(kept, tmp_path, alone)
+
+
+def test_a_process_that_finds_the_run_begun_this_moment_joins_it(monkeypatch, tmp_path):
+    """Between its look for the header and its look for other runs, another process may have written the header."""
+    model, processor = vlmfix.load("tiny")
+    refuse, header = runner._refuse_other, runner._write
+
+    def late(parent, mine):
+        (parent / "written-meanwhile").mkdir(parents=True)
+        header(parent / "written-meanwhile" / runner.HEADER, json.dumps(mine))
+        refuse(parent, mine)
+
+    monkeypatch.setattr(runner, "_refuse_other", late)
+    run = runner.answer_all(model, processor, (), benchmark("chair"), Data.load(limit=2), tmp_path, max_new_tokens=2)
+    assert len(run.records) == 2
 
 
 def test_batches_that_do_not_fit_are_halved(monkeypatch, tmp_path):
