@@ -198,10 +198,8 @@ class _Course:
         identity = {**header["identity"], "method": [describe(e) for e in entries]}
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         name = "".join(c if c.isalnum() or c in "._=-" else "_" for c in f"{self.label[:60]}-{fingerprint}")
-        folder, header = (
-            parent / name,
-            {**header, "label": self.label, "fingerprint": fingerprint, "identity": identity},
-        )
+        folder = parent / name
+        header = {**header, "label": self.label, "fingerprint": fingerprint, "identity": identity}
         if not (folder / HEADER).exists():
             if not beside:
                 _refuse_other(parent, header)

@@ -47,6 +47,16 @@ def padded(prompts):
     return {k: torch.cat([left(p[k]) if tokens(p, p[k]) else p[k] for p in prompts]) for k in prompts[0]}
 
 
+def going_on(prefix, asked):
+    """Ids and mask of (row of `prefix`, further ids) pairs, padded between the two, and the rows."""
+    n, rest = prefix["input_ids"].shape[1], max(len(more) for _, more in asked)
+    ids, mask = torch.zeros(2, len(asked), n + rest, dtype=torch.long)
+    for b, (g, more) in enumerate(asked):
+        ids[b, :n], mask[b, :n] = prefix["input_ids"][g], prefix["attention_mask"][g]
+        ids[b, n + rest - len(more) :], mask[b, n + rest - len(more) :] = torch.tensor(more), 1
+    return {"input_ids": ids, "attention_mask": mask}, torch.tensor([g for g, _ in asked])
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", METHODS)
 def test_sharing_changes_no_logits_and_no_report(architecture, method):
@@ -60,18 +70,13 @@ def test_sharing_changes_no_logits_and_no_report(architecture, method):
             alone.append(torch.stack(model.generate(**joined(pictures[g], more), **settings).logits)[:, 0])
             said.append([one["samples"][0] for one in report(model)])
         prefix = padded(pictures)
-        n, rest = prefix["input_ids"].shape[1], max(len(more) for _, more in SUFFIXES)
-        ids, mask = torch.zeros(2, len(SUFFIXES), n + rest, dtype=torch.long)
-        for b, (g, more) in enumerate(SUFFIXES):
-            ids[b, :n], mask[b, :n] = prefix["input_ids"][g], prefix["attention_mask"][g]
-            ids[b, n + rest - len(more) :], mask[b, n + rest - len(more) :] = torch.tensor(more), 1
-        picture = torch.tensor([g for g, _ in SUFFIXES])
+        given, picture = going_on(prefix, SUFFIXES)
         logits = []
         run = Sharing(
             model,
             None,
             [],
-            {"input_ids": ids, "attention_mask": mask},
+            given,
             {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [58, 59, 60, 61]},
             prefix=prefix,
             picture=picture,
@@ -211,12 +216,7 @@ def test_methods_go_on_from_one_pass_that_is_the_untouched_models(architecture):
     for g, more in SUFFIXES:
         asked.append((g, pictures[g]["input_ids"][0, before[g]["input_ids"].shape[1] :].tolist() + more))
     prefix = padded(before)
-    n, rest = prefix["input_ids"].shape[1], max(len(more) for _, more in asked)
-    ids, mask = torch.zeros(2, len(asked), n + rest, dtype=torch.long)
-    for b, (g, more) in enumerate(asked):
-        ids[b, :n], mask[b, :n] = prefix["input_ids"][g], prefix["attention_mask"][g]
-        ids[b, n + rest - len(more) :], mask[b, n + rest - len(more) :] = torch.tensor(more), 1
-    picture, given = torch.tensor([g for g, _ in asked]), {"input_ids": ids, "attention_mask": mask}
+    given, picture = going_on(prefix, asked)
     run = Sharing(model, None, [], given, settings, prefix=prefix, picture=picture)
     with in_force(model, Attachment.joint(methods[1:])):
         seen = run.look()
