@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models lint figures organism link clean
+.PHONY: quickstart test test-models lint figures organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, with VAR and with VHR
 	$(BIN)/vlmfix eval
@@ -18,8 +18,7 @@ test-models: $(VENV)/.dev  ## the contract over every model type of transformers
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typed/vlmfix && ln -sfn $(CURDIR)/vlmfix/*.py $(addprefix $(CURDIR)/,vlmfix/cli hooks eval demo organism) build/typed/vlmfix
-	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vlmfix
+	$(BIN)/mypy -p vlmfix
 
 figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python assets/figures/effect.py
@@ -28,9 +27,6 @@ figures: $(VENV)/.dev  ## the pictures of the README
 
 organism: $(VENV)/.installed  ## a model that hallucinates on purpose, into runs/organism; goes on where it was stopped
 	nice $(BIN)/python -m vlmfix.organism.train
-
-link:  ## for IDEs that do not follow the package map of pyproject.toml
-	for part in hooks eval demo organism assets; do ln -sfn ../$$part vlmfix/$$part; done
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vlmfix needs Python 3.10 or later")'

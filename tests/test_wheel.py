@@ -57,3 +57,10 @@ def test_everything_imports_and_runs_from_the_wheel(installed, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "CHAIR (rohrbach), model tiny, 2 pictures" in done.stdout, done.stderr
     assert (tmp_path / "runs" / "chair" / "tiny").is_dir()
+
+
+def test_the_parts_of_the_package_are_links_and_no_module_has_a_second_name():
+    for part in ("hooks", "eval", "demo", "organism", "assets"):
+        assert (ROOT / "vlmfix" / part).readlink() == Path("..") / part
+    code = "import importlib.util, vlmfix; assert importlib.util.find_spec('vlmfix.vlmfix') is None"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-
-# In a checkout, `hooks`, `eval`, `demo` and `assets` lie beside this package; installed, they lie inside it.
-if not (Path(__file__).parent / "hooks").exists():
-    __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
     from vlmfix.asking import Record, ask, ask_batch
