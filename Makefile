@@ -12,7 +12,7 @@ test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
 
 test-models: $(VENV)/.dev  ## the contract over every model type of transformers, and compiled code; under six minutes
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/test_zoo.py tests/test_runtime.py \
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract/test_zoo.py tests/contract/test_runtime.py \
 		-k 'test_zoo or compiled' --all-models
 
 lint: $(VENV)/.dev
@@ -22,7 +22,7 @@ lint: $(VENV)/.dev
 
 figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python assets/figures/effect.py
-	$(BIN)/python -m pytest -q tests/test_demo_browser.py -k screenshots
+	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots
 	cp build/demo/compare-1400-light.png assets/figures/demo.png
 
 organism: $(VENV)/.installed  ## a model that hallucinates on purpose, into runs/organism; goes on where it was stopped

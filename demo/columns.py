@@ -10,11 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from vlmfix.anatomy import anatomy
 from vlmfix.demo import verdicts
 from vlmfix.demo.studio import Answer, Studio, interventions, problem, truth
 from vlmfix.hooks import Lookback
-from vlmfix.intervention import Intervention
+from vlmfix.method.intervention import Intervention
+from vlmfix.model.anatomy import anatomy
 
 EVERY = 0.08
 """Seconds between two looks at what has been written."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlmfix.asking import open_picture
+from vlmfix.asking.asking import open_picture
 from vlmfix.demo.columns import stream
 from vlmfix.demo.links import COLUMNS, Question
 from vlmfix.demo.settings import METHODS, settings
@@ -27,7 +27,7 @@ from vlmfix.demo.studio import (
     truth,
 )
 from vlmfix.demo.verdicts import COPY
-from vlmfix.intervention import method_class
+from vlmfix.method.intervention import method_class
 
 SCENES = ("test_0032", "test_0021", "test_0010", "test_0009", "test_0001", "test_0134")
 """Picked by hand, no sample: VHR invents less on the first four scenes, as much on the fifth, more on the last."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 
-from vlmfix.anatomy import anatomy
 from vlmfix.demo import maps
 from vlmfix.demo.looks import bands, carved, heat_maps, notes, verdicts, vhd_heads, word_heads
 from vlmfix.demo.studio import (
@@ -26,6 +25,7 @@ from vlmfix.demo.studio import (
     truth,
 )
 from vlmfix.demo.watch import Inspection, Sinks, inspect
+from vlmfix.model.anatomy import anatomy
 
 CLICK = """
 element.addEventListener('click', event => {

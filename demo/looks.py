@@ -9,12 +9,12 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from vlmfix.asking import Answering
+from vlmfix.asking.asking import Answering
 from vlmfix.demo import maps
 from vlmfix.demo.studio import Studio, problem
 from vlmfix.demo.watch import Inspection, Seen, Shown
-from vlmfix.eval.chair import mentions
-from vlmfix.eval.ranking import divergence
+from vlmfix.eval.scorers.chair import mentions
+from vlmfix.eval.tune.ranking import divergence
 from vlmfix.hooks import carve
 
 SAME = 1e-3

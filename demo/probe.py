@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmfix.asking import ask_batch, spellings
+from vlmfix.asking.asking import ask_batch, spellings
 from vlmfix.demo import maps
 from vlmfix.demo.studio import Shared, Studio, interventions, problem, read_picture, truth
-from vlmfix.eval.chair import Vocabulary, coco_truth
-from vlmfix.eval.plots import PALETTE, UNTOUCHED
-from vlmfix.eval.pope import question_text
-from vlmfix.intervention import Intervention, spec_of
+from vlmfix.eval.benchmarks.pope import question_text
+from vlmfix.eval.report.plots import PALETTE, UNTOUCHED
+from vlmfix.eval.scorers.chair import Vocabulary, coco_truth
+from vlmfix.method.intervention import Intervention, spec_of
 
 BATCH = 20
 """Questions that go through the model at once."""

@@ -13,9 +13,9 @@ import gradio as gr
 
 from vlmfix.demo.leaderboard import boards
 from vlmfix.demo.studio import problem
-from vlmfix.eval import html
-from vlmfix.eval.report import study
-from vlmfix.eval.results import HEADER, RECORDS, Run, compare
+from vlmfix.eval.report import html
+from vlmfix.eval.report.report import study
+from vlmfix.eval.run.results import HEADER, RECORDS, Run, compare
 
 MOST = 24
 """Runs in one report."""

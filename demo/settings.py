@@ -11,9 +11,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vlmfix.heads import parse_heads
 from vlmfix.hooks import REGISTRY
-from vlmfix.intervention import Intervention, did_you_mean, method_class, parse, read_settings
+from vlmfix.method.heads import parse_heads
+from vlmfix.method.intervention import Intervention, did_you_mean, method_class, parse, read_settings
 
 METHODS = ["none", *(name for name in REGISTRY if not method_class(name).accelerator)]
 LONGEST_SPEC = 300
@@ -87,8 +87,8 @@ def _docstrings(cls: type) -> dict[str, str]:
 
 
 def interventions(spec: str | None) -> tuple[Intervention, ...]:
-    """What a method field asks for, as `vlmfix.intervention.parse` reads it. `ValueError` says in a sentence what is
-    wrong with it, and where a visitor asks for code, for a file or for too much."""
+    """What a method field asks for, as `parse` reads it. `ValueError` says in a sentence what is wrong
+    with it, and where a visitor asks for code, for a file or for too much."""
     spec = (spec or "").strip() or "none"
     if len(spec) > LONGEST_SPEC:
         raise ValueError(f"method: expected at most {LONGEST_SPEC} characters, got {len(spec)}")

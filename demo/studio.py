@@ -17,12 +17,12 @@ import gradio as gr
 from PIL import Image
 from torch import nn
 
-from vlmfix.asking import Record, ask, open_picture
-from vlmfix.attachment import wrapped
+from vlmfix.asking.asking import Record, ask, open_picture
 from vlmfix.demo.settings import METHODS, interventions, settings
-from vlmfix.eval.data import Data
-from vlmfix.intervention import Intervention
-from vlmfix.loading import EMBEDDED, load
+from vlmfix.engine.attachment import wrapped
+from vlmfix.eval.pictures.data import Data
+from vlmfix.method.intervention import Intervention
+from vlmfix.model.loading import EMBEDDED, load
 
 MAX_NEW_TOKENS = 256
 MAX_PIXELS = 40_000_000

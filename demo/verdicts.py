@@ -7,9 +7,9 @@ import shlex
 from html import escape
 from typing import Any
 
-from vlmfix.asking import Record
+from vlmfix.asking.asking import Record
 from vlmfix.demo.studio import Answer, known_pictures, picture_name, truth
-from vlmfix.eval.chair import Mention, Vocabulary, mentions
+from vlmfix.eval.scorers.chair import Mention, Vocabulary, mentions
 
 EXISTS = re.compile(r"(?:is|are) there (?:an?|any) ([\w ]+) in (?:the|this) (?:image|picture)\?", re.IGNORECASE)
 COPY = """

@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from vlmfix.anatomy import anatomy
-from vlmfix.asking import Answering, Record
-from vlmfix.attachment import attached, report
+from vlmfix.asking.asking import Answering, Record
 from vlmfix.demo.studio import Studio
-from vlmfix.heads import parse_heads
-from vlmfix.hooks import sinks, views
+from vlmfix.engine.attachment import attached, report
 from vlmfix.hooks.lookback import steps_of, token_ends
+from vlmfix.hooks.parts import sinks, views
 from vlmfix.hooks.var import VAR
-from vlmfix.intervention import Intervention, Rows, Site, spec_of
+from vlmfix.method.heads import parse_heads
+from vlmfix.method.intervention import Intervention, Rows, Site, spec_of
+from vlmfix.model.anatomy import anatomy
 
 Array = NDArray[Any]
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor
 from transformers.modeling_utils import AttentionInterface
 
-from vlmfix import attention
-from vlmfix.asking import Answering
-from vlmfix.attachment import wrapped
+from vlmfix.asking.asking import Answering
+from vlmfix.asking.prefix import Sharing, can_share
+from vlmfix.engine import attention
+from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.state import Prompt
 from vlmfix.hooks import VCD
-from vlmfix.intervention import ASK_STAGES, ATTENTION_STAGES, Intervention, did_you_mean, parse, spec_of
-from vlmfix.sharing import Sharing, can_share
-from vlmfix.state import Prompt
+from vlmfix.method.intervention import ASK_STAGES, ATTENTION_STAGES, Intervention, did_you_mean, parse, spec_of
 
 SINK = 7
 """Dimension in which the first token and half of the image tokens carry a massive activation."""

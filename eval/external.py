@@ -22,22 +22,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from vlmfix.eval import (
-    amber,
-    amber_captions,
-    chair,
-    dash,
-    hallusion,
-    mme,
-    pope,
-    reading,
-    results,
-    stats,
-    truncation,
-    variants,
-    yesno,
-)
-from vlmfix.eval.benchmarks import (
+from vlmfix.eval.benchmarks import amber, amber_captions, dash, hallusion, mme, pope
+from vlmfix.eval.benchmarks.benchmark import (
     Amber,
     AmberCaptions,
     Benchmark,
@@ -51,10 +37,12 @@ from vlmfix.eval.benchmarks import (
     YesNo,
     all_and_groups,
 )
-from vlmfix.eval.data import Elsewhere
-from vlmfix.eval.report import beyond, change, explain, figure
-from vlmfix.eval.stats import Difference, Estimate
-from vlmfix.eval.truncation import TruncationControl
+from vlmfix.eval.pictures.data import Elsewhere
+from vlmfix.eval.report.report import beyond, change, explain, figure
+from vlmfix.eval.run import results
+from vlmfix.eval.scorers import chair, reading, stats, truncation, variants, yesno
+from vlmfix.eval.scorers.stats import Difference, Estimate
+from vlmfix.eval.scorers.truncation import TruncationControl
 
 
 @dataclass(frozen=True)

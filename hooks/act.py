@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from vlmfix.heads import head_names, parse_heads, resolve_heads
-from vlmfix.intervention import Intervention, Rows, Site
+from vlmfix.method.heads import head_names, parse_heads, resolve_heads
+from vlmfix.method.intervention import Intervention, Rows, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
+    from vlmfix.model.anatomy import Anatomy
 
 VARIANTS: dict[str, dict[str, Any]] = {"paper": {"rule": "alpha"}, "official": {"rule": "abs"}}
 CHOICES = {

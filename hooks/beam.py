@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlmfix.intervention import Intervention
+from vlmfix.method.intervention import Intervention
 
 if TYPE_CHECKING:
-    from vlmfix.asking import Answering
+    from vlmfix.asking.asking import Answering
 
 
 @dataclass(frozen=True)

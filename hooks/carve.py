@@ -21,15 +21,15 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.intervention import Idle, Intervention, Site
+from vlmfix.method.intervention import Idle, Intervention, Site
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
-    from vlmfix.asking import Look, Looked, Picture
+    from vlmfix.asking.asking import Look, Looked, Picture
+    from vlmfix.model.anatomy import Anatomy
 
 PAPER: dict[str, Any] = {
     "p": 0.4,
@@ -149,7 +149,7 @@ class CARVE(Intervention):
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[CARVE, dict[str, Any]]:
         """Choose the layers for the model's depth. `TypeError` for models whose image tokens lie on no grid."""
-        from vlmfix.hooks import views
+        from vlmfix.hooks.parts import views
 
         config: Any = model.config
         views.check_grid(config)
@@ -254,7 +254,7 @@ class CARVE(Intervention):
         """The fused contrast on the grid, and the pixels that the grid covers."""
         import numpy as np
 
-        from vlmfix.hooks import regions, views
+        from vlmfix.hooks.parts import regions, views
 
         seen = views.view(look.model.config, look.processor, asked.inputs, picture.size, q.shape[-1])
         heat = regions.fuse(q, g, self.lam, self.steps, ended, self.layers)
@@ -269,7 +269,7 @@ class CARVE(Intervention):
 
     def _cut(self, picture: Image, heat: Any, covers: tuple[int, int, int, int], draw: random.Random) -> Any:
         """What `redraw` needs; `None` where the mask or box takes in all that the model saw."""
-        from vlmfix.hooks import regions
+        from vlmfix.hooks.parts import regions
 
         exact, mask, within, facts = self.geometry == "exact", None, (0, 0, *picture.size), {}
         if self.region == "box":
@@ -301,8 +301,8 @@ class CARVE(Intervention):
 def redraw(did: dict[str, Any], picture: Picture) -> Image:
     """The refined picture of a record: `did` is CARVE's part of `Record.did`, `picture` what was asked about (an image
     or a path). The picture itself where CARVE did not act."""
-    from vlmfix.asking import open_picture
-    from vlmfix.hooks import regions
+    from vlmfix.asking.asking import open_picture
+    from vlmfix.hooks.parts import regions
 
     whole = open_picture(picture)
     if not did["acted"]:

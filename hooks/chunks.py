@@ -14,8 +14,8 @@ from vlmfix.hooks.lookback import Lookback
 from vlmfix.hooks.rerank import check_sampling, one_by_one, own_index, proposals, round_seed
 
 if TYPE_CHECKING:
-    from vlmfix.asking import Answering
-    from vlmfix.intervention import Intervention
+    from vlmfix.asking.asking import Answering
+    from vlmfix.method.intervention import Intervention
 
 
 @dataclass(frozen=True)

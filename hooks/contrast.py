@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.intervention import Intervention, Step
+from vlmfix.method.intervention import Intervention, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmfix.state import Prompt
+    from vlmfix.engine.state import Prompt
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "pai": {"weight": "constant", "t0": 0},

@@ -19,15 +19,15 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.heads import head_names, parse_heads, resolve_heads
-from vlmfix.intervention import Idle, Intervention, Site, did_you_mean
+from vlmfix.method.heads import head_names, parse_heads, resolve_heads
+from vlmfix.method.intervention import Idle, Intervention, Site, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
-    from vlmfix.asking import Answering
-    from vlmfix.geometry import Geometry
+    from vlmfix.asking.asking import Answering
+    from vlmfix.model.anatomy import Anatomy
+    from vlmfix.model.geometry import Geometry
 
 PRESETS = {
     "lookback": ("mean", 0.0),

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
-from vlmfix.intervention import Intervention, Rows, Site, Step
+from vlmfix.method.intervention import Intervention, Rows, Site, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmfix.state import Prompt
+    from vlmfix.engine.state import Prompt
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
-from vlmfix.intervention import Intervention, Site, Step
+from vlmfix.method.intervention import Intervention, Site, Step
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
-    from vlmfix.state import Prompt
+    from vlmfix.engine.state import Prompt
+    from vlmfix.model.anatomy import Anatomy
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "safe": {"alpha": 0.5, "beta": 0.3, "gamma": None},
@@ -198,7 +198,7 @@ class PAINT(Intervention):
         """s_j + c_j |s_j| on visible keys, with c = alpha on local and beta on summary tokens."""
         import torch
 
-        from vlmfix.geometry import fit
+        from vlmfix.model.geometry import fit
 
         if "boost" not in site.memo or self.alpha == self.beta == 0:
             return s

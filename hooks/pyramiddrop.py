@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.intervention import Intervention, Site
+from vlmfix.method.intervention import Intervention, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
+    from vlmfix.model.anatomy import Anatomy
 
 POSITION_STAGES = ("tokens", "survey", "layer_input", "scores", "weights", "heads")
 """Stages that tell tokens by their place in the prompt."""
@@ -337,7 +337,7 @@ def hide(mask: Any, kept: Tensor, n: int, start: int, device: Any) -> Tensor:
     some kernels a row that sees nothing is NaN, and spoils the layers above."""
     import torch
 
-    from vlmfix.geometry import fit
+    from vlmfix.model.geometry import fit
 
     if mask is not None and mask.dim() != 4:
         raise TypeError("pyramiddrop:form=mask needs 4-dimensional masks; load the model with sdpa or eager")

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.hooks.lookback import Detector, Lookback, steps_of, token_ends
-from vlmfix.intervention import Intervention, did_you_mean
+from vlmfix.method.intervention import Intervention, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
-    from vlmfix.asking import Answering
+    from vlmfix.asking.asking import Answering
+    from vlmfix.model.anatomy import Anatomy
 
 VERIFIERS = ("self", "lookback", "oracle")
 Verdict = tuple[str, Literal["present", "absent", "unsure"], float]
@@ -60,7 +60,7 @@ def proposals(
     import torch
     from transformers import StoppingCriteriaList
 
-    from vlmfix.attachment import attached
+    from vlmfix.engine.attachment import attached
 
     inputs, device = run.after(accepted), run.model.device
     start = inputs["input_ids"].shape[1]
@@ -305,8 +305,8 @@ class Rerank(Lookback):
 
     def _verify(self, run: Answering, accepted: list[int], sentence: str, one: Candidate) -> list[Verdict]:
         """Verdicts on the objects that a sentence names."""
-        from vlmfix.attachment import attached
-        from vlmfix.eval import chair
+        from vlmfix.engine.attachment import attached
+        from vlmfix.eval.scorers import chair
 
         first = {m.node: m for m in reversed(chair.mentions(sentence))}
         index, (images, prompt) = own_index(run, self), run.questions[0]
@@ -348,8 +348,8 @@ class Rerank(Lookback):
 
     def _objects(self, images: Sequence[Image], kept: dict[Any, Any]) -> frozenset[str]:
         """Annotated objects in any of the pictures."""
-        from vlmfix.asking import open_picture
-        from vlmfix.eval.data import Data
+        from vlmfix.asking.asking import open_picture
+        from vlmfix.eval.pictures.data import Data
 
         if "oracle" not in kept:
             data = Data.load(self.truth)
@@ -365,7 +365,7 @@ def one_by_one(
     run: Answering, answer: Callable[[Answering], tuple[list[int], dict[str, Any]]]
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """What a `decode` stage returns, question by question, each as a batch of its own."""
-    from vlmfix.asking import Answering
+    from vlmfix.asking.asking import Answering
 
     answers, said = [], []
     for i, question in enumerate(run.questions):
@@ -380,7 +380,7 @@ def one_by_one(
 
 def own_index(run: Answering, one: Intervention) -> int:
     """Place of an intervention among those that the model is wrapped with."""
-    from vlmfix.attachment import attached
+    from vlmfix.engine.attachment import attached
 
     return next(i for i, each in attached(run.model).active() if each is one)  # type: ignore[union-attr]
 
@@ -403,9 +403,9 @@ def says_yes(run: Answering, objects: Sequence[str]) -> list[float]:
     """P(yes) / (P(yes) + P(no)) of the untouched model's first token, on POPE's question for each object."""
     import torch
 
-    from vlmfix.asking import Answering
-    from vlmfix.attachment import attached
-    from vlmfix.eval.pope import question_text
+    from vlmfix.asking.asking import Answering
+    from vlmfix.engine.attachment import attached
+    from vlmfix.eval.benchmarks.pope import question_text
 
     images, _ = run.questions[0]
     asked = Answering.of(run.model, run.processor, [(images, question_text(o)) for o in objects], {})

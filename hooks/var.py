@@ -15,13 +15,13 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.hooks import sinks
-from vlmfix.intervention import Idle, Intervention, Rows, Site
+from vlmfix.hooks.parts import sinks
+from vlmfix.method.intervention import Idle, Intervention, Rows, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
+    from vlmfix.model.anatomy import Anatomy
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "hallucination": {"rho": 0.5, "p": 0.6, "skip_last": True},
@@ -117,7 +117,7 @@ class VAR(Intervention):
 
     def layer_input(self, x: Tensor, site: Site) -> None:
         """Mark sinks at the prefill, once: S = phi(x) >= tau. Tokens generated later are never sinks."""
-        from vlmfix.geometry import fit
+        from vlmfix.model.geometry import fit
 
         phi = sinks.phi(x, self.dims or ())
         hit = phi > self.tau if self.variant == "released" else phi >= self.tau

@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlmfix.intervention import Intervention, Step
+from vlmfix.method.intervention import Intervention, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmfix.state import Prompt
+    from vlmfix.engine.state import Prompt
 
 N_STEPS = 1000
 
@@ -94,7 +94,7 @@ class VCD(Intervention):
 
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""
-        from vlmfix.anatomy import PICTURE_ARGUMENTS
+        from vlmfix.model.anatomy import PICTURE_ARGUMENTS
 
         pixels = {k: v for k, v in prompt.inputs.items() if k.startswith("pixel_values") and v.is_floating_point()}
         memo["seen"] = prompt.geometry.image.any(1) & bool(pixels)

@@ -16,14 +16,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from vlmfix.heads import head_names, parse_heads, resolve_heads
-from vlmfix.intervention import Intervention, Site
+from vlmfix.method.heads import head_names, parse_heads, resolve_heads
+from vlmfix.method.intervention import Intervention, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
-    from vlmfix.state import Prompt
+    from vlmfix.engine.state import Prompt
+    from vlmfix.model.anatomy import Anatomy
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "release": {"distance": "sq_l2", "filter": "release", "progressive": True},

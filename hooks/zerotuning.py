@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.heads import check_heads, head_names, parse_heads, resolve_heads
-from vlmfix.intervention import Intervention, Rows, Site
+from vlmfix.method.heads import check_heads, head_names, parse_heads, resolve_heads
+from vlmfix.method.intervention import Intervention, Rows, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.anatomy import Anatomy
-    from vlmfix.geometry import Geometry
+    from vlmfix.model.anatomy import Anatomy
+    from vlmfix.model.geometry import Geometry
 
 
 @dataclass(frozen=True)

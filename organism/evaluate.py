@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 import vlmfix
-from vlmfix.asking import Answering, open_picture
-from vlmfix.eval import chair
-from vlmfix.eval.benchmarks import benchmark
-from vlmfix.eval.data import Data
-from vlmfix.eval.pope import question_text
-from vlmfix.eval.results import compare
-from vlmfix.eval.runner import PlainProgress, answer_all
+from vlmfix.asking.asking import Answering, open_picture
+from vlmfix.eval.benchmarks.benchmark import benchmark
+from vlmfix.eval.benchmarks.pope import question_text
+from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.run.results import compare
+from vlmfix.eval.run.runner import PlainProgress, answer_all
+from vlmfix.eval.scorers import chair
 from vlmfix.organism import captions
 from vlmfix.organism.scenes import CLASSES, Painter, conditional, frequency, object_sets, write
 

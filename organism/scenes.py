@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from vlmfix.eval import chair
+from vlmfix.eval.scorers import chair
 from vlmfix.organism import sprites
 
 SIZE = 120

@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from vlmfix import attention
+from vlmfix.engine import attention
 
 IMAGE = 60
 TEXT = {

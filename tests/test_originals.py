@@ -9,12 +9,14 @@ from typer.testing import CliRunner
 
 import vlmfix
 from vlmfix.cli import app
-from vlmfix.eval import amber_captions, benchmarks, external, hub
-from vlmfix.eval.benchmarks import benchmark
-from vlmfix.eval.data import Data
-from vlmfix.eval.results import compare
-from vlmfix.eval.runner import answer_all
-from vlmfix.intervention import parse
+from vlmfix.eval import external
+from vlmfix.eval.benchmarks import amber_captions
+from vlmfix.eval.benchmarks.benchmark import benchmark, benchmarks
+from vlmfix.eval.pictures import hub
+from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.run.results import compare
+from vlmfix.eval.run.runner import answer_all
+from vlmfix.method.intervention import parse
 
 TASKS = ("existence", "count", "position", "color")
 ASKED = "Is there a dog in the image?"

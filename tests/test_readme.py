@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
-from vlmfix.eval import report
-from vlmfix.eval.results import Run, compare
+from vlmfix.eval.report import report
+from vlmfix.eval.run.results import Run, compare
 from vlmfix.hooks import REGISTRY
-from vlmfix.intervention import method_class
+from vlmfix.method.intervention import method_class
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlmfix.asking import Record, ask, ask_batch
-    from vlmfix.attachment import report, unwrap, wrap
-    from vlmfix.intervention import Intervention, Site
-    from vlmfix.loading import load
+    from vlmfix.asking.asking import Record, ask, ask_batch
+    from vlmfix.engine.attachment import report, unwrap, wrap
+    from vlmfix.method.intervention import Intervention, Site
+    from vlmfix.model.loading import load
 
 _HOMES = {
-    "Intervention": "intervention",
-    "Record": "asking",
-    "Site": "intervention",
-    "ask": "asking",
-    "ask_batch": "asking",
-    "load": "loading",
-    "report": "attachment",
-    "unwrap": "attachment",
-    "wrap": "attachment",
+    "Intervention": "method.intervention",
+    "Record": "asking.asking",
+    "Site": "method.intervention",
+    "ask": "asking.asking",
+    "ask_batch": "asking.asking",
+    "load": "model.loading",
+    "report": "engine.attachment",
+    "unwrap": "engine.attachment",
+    "wrap": "engine.attachment",
 }
 __all__ = ["Intervention", "Record", "Site", "__version__", "ask", "ask_batch", "load", "report", "unwrap", "wrap"]
 

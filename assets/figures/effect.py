@@ -17,10 +17,10 @@ from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
 from PIL import Image
 
 import vlmfix
-from vlmfix.attachment import wrapped
-from vlmfix.eval import chair
-from vlmfix.eval.benchmarks import Chair
-from vlmfix.eval.data import Data
+from vlmfix.engine.attachment import wrapped
+from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.scorers import chair
 
 SCENES = {58: "mended", 322: "mended, but it repeats itself", 167: "spoilt"}
 COLOURS = {"present": "#1a7f37", "invented": "#cf222e", "": "#24292f"}

@@ -39,16 +39,16 @@ def ask(
 ) -> None:
     """Ask about one picture and print the answers side by side (default: none and vhr)."""
     with sentences():
-        from vlmfix.intervention import parse, spec_of, split_methods, with_accelerator
+        from vlmfix.method.intervention import parse, spec_of, split_methods, with_accelerator
 
         if prompt is None:
             raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {image!r}")
         specs = [one for text in method or ["none,vhr"] for one in split_methods(text)]
         parsed = with_accelerator([parse(spec) for spec in specs], speed)
         specs = specs if speed is None else [spec_of(interventions) for interventions in parsed]
-        from vlmfix.asking import ask as ask_model
-        from vlmfix.asking import open_picture
-        from vlmfix.attachment import wrapped
+        from vlmfix.asking.asking import ask as ask_model
+        from vlmfix.asking.asking import open_picture
+        from vlmfix.engine.attachment import wrapped
 
         open_picture(image)
         loaded, processor = load_model(model, dtype, device_map, quantize)

@@ -28,7 +28,7 @@ from vlmfix.cli.heads import show_heads
 
 def only(spec: str, kind: type) -> Any:
     """The one intervention of a spec, which must be of this class: it is what a command calibrates."""
-    from vlmfix.intervention import parse
+    from vlmfix.method.intervention import parse
 
     found = parse(spec)
     if len(found) != 1 or type(found[0]) is not kind:
@@ -61,8 +61,8 @@ def calibrate_lookback(
         from vlmfix.hooks.lookback import Lookback
 
         monitor = only(method, Lookback)
-        from vlmfix.eval import lookback
-        from vlmfix.eval.data import Data
+        from vlmfix.eval.pictures.data import Data
+        from vlmfix.eval.tune import lookback
 
         pictures = [Data.load(name, limit) for name in (data, test)]
         loaded, processor = load_model(model, dtype, device_map, quantize)
@@ -107,8 +107,8 @@ def calibrate_act(
         from vlmfix.hooks import ACT
 
         asked = only(method, ACT)
-        from vlmfix.eval import calibration
-        from vlmfix.eval.data import Data
+        from vlmfix.eval.pictures.data import Data
+        from vlmfix.eval.tune import calibration
 
         choice: dict[str, Any] = {"top": top, "share": share, "threshold": threshold}
         if all(value is None for value in choice.values()):
@@ -152,8 +152,8 @@ def calibrate_zerotuning(
         from vlmfix.hooks import ZeroTuning
 
         asked = only(method, ZeroTuning)
-        from vlmfix.eval import calibration
-        from vlmfix.eval.data import Data
+        from vlmfix.eval.pictures.data import Data
+        from vlmfix.eval.tune import calibration
 
         pictures = Data.load(data, limit)
         loaded, processor = load_model(model, dtype, device_map, quantize)

@@ -91,11 +91,11 @@ def evaluate(
 ) -> None:
     """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
     with sentences():
-        from vlmfix.eval.benchmarks import benchmark as find_benchmark
-        from vlmfix.eval.data import WHERE, Data
-        from vlmfix.eval.protocols import MODEL, find_protocol, generation
-        from vlmfix.eval.report import controls_of
-        from vlmfix.intervention import parse, split_methods, with_accelerator
+        from vlmfix.eval.benchmarks.benchmark import benchmark as find_benchmark
+        from vlmfix.eval.pictures.data import WHERE, Data
+        from vlmfix.eval.report.report import controls_of
+        from vlmfix.eval.run.protocols import MODEL, find_protocol, generation
+        from vlmfix.method.intervention import parse, split_methods, with_accelerator
 
         preset = find_protocol(protocol)
         if preset is not None and data is None and images is None:
@@ -123,7 +123,7 @@ def evaluate(
         if which is None and preset is not None and data == "coco":
             which = preset.images
         if data.startswith("hf:"):
-            from vlmfix.eval.hub import fetch
+            from vlmfix.eval.pictures.hub import fetch
 
             pictures = Data.load(str(fetch(data, names)), limit, which, images, questions)
         else:
@@ -137,7 +137,7 @@ def evaluate(
         if template is None:
             fits = preset is not None and getattr(processor, "image_token", None) == "<image>"
             template = preset.template if preset and fits else MODEL
-        from vlmfix.eval.runner import Workers, answer_each
+        from vlmfix.eval.run.runner import Workers, answer_each
 
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
         runs = []

@@ -53,9 +53,9 @@ def heads(
 ) -> None:
     """Rank attention heads on pictures, and write a head list that interventions read (vhr:head_list=heads.json)."""
     with sentences():
-        from vlmfix.eval import ranking
-        from vlmfix.eval.data import Data
-        from vlmfix.eval.headmap import head_map
+        from vlmfix.eval.pictures.data import Data
+        from vlmfix.eval.report.headmap import head_map
+        from vlmfix.eval.tune import ranking
 
         how, pictures = ranking.tool(tool), Data.load(data, limit)
         choice: dict[str, Any] = {"top": top, "share": share, "threshold": threshold, "positive": positive}

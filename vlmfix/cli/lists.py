@@ -23,7 +23,7 @@ def methods(
 ) -> None:
     """List the interventions: name, stages, what they do and cost, what to expect, paper."""
     from vlmfix.hooks import REGISTRY
-    from vlmfix.intervention import method_class
+    from vlmfix.method.intervention import method_class
 
     classes, texts = [method_class(name) for name in REGISTRY], ("summary", "expect", "cost", "paper")
     if as_json:
@@ -49,7 +49,7 @@ def protocols(as_json: Json = False) -> None:
     """List the named set-ups of `vlmfix eval --protocol`: pictures, prompt, budget, decoding, scorer, source."""
     from dataclasses import asdict
 
-    from vlmfix.eval.protocols import PROTOCOLS, published
+    from vlmfix.eval.run.protocols import PROTOCOLS, published
 
     if as_json:
         rows = [{**asdict(p), "published": [asdict(one) for one in published(p.name)]} for p in PROTOCOLS.values()]
@@ -68,7 +68,7 @@ def models(
 ) -> None:
     """List the model types of the installed transformers: what can be done on each, and how image tokens are found."""
     with sentences():
-        from vlmfix import support
+        from vlmfix.model import support
 
         rows = support.table()
     if as_json:

@@ -23,7 +23,7 @@ from vlmfix.cli.console import (
 
 def scoring_of(variant: str | None, parser: str | None, similarity: str | None) -> dict[str, str]:
     """How answers to each benchmark are judged, where that is told."""
-    from vlmfix.eval.benchmarks import BENCHMARKS, YesNo
+    from vlmfix.eval.benchmarks.benchmark import BENCHMARKS, YesNo
 
     asked = {"chair": variant, "amber_captions": similarity}
     asked |= {name: parser for name, cls in BENCHMARKS.items() if isinstance(cls, type) and issubclass(cls, YesNo)}
@@ -76,7 +76,7 @@ def score(
             score_files(files, benchmark, asked, baseline, explain, page, as_json)
         return
     with sentences():
-        from vlmfix.eval.results import RECORDS, Run
+        from vlmfix.eval.run.results import RECORDS, Run
 
         asked |= {"baseline": baseline, "report": page, "variant": None, "parser": None, "similarity": None}
         if given := [name for name, value in asked.items() if value is not None]:
@@ -109,8 +109,8 @@ def score_files(
     if explain is not None:
         write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in comparison.verdicts()))
     if page is not None:
-        from vlmfix.eval import html
-        from vlmfix.eval.report import study
+        from vlmfix.eval.report import html
+        from vlmfix.eval.report.report import study
 
         write_page(page, html.page([study(comparison.as_runs())]))
     if as_json:
@@ -137,9 +137,9 @@ def report(
 ) -> None:
     """Make a page to read from finished runs: words, tables, plots, pictures and where it all came from."""
     with sentences():
-        from vlmfix.eval import html
-        from vlmfix.eval import report as reports
-        from vlmfix.eval.results import compare
+        from vlmfix.eval.report import html
+        from vlmfix.eval.report import report as reports
+        from vlmfix.eval.run.results import compare
 
         studies = [reports.study(comparison) for comparison in compare(reports.find_runs(runs))]
         texts = [(output, html.page), (markdown, reports.to_markdown)]
@@ -165,8 +165,8 @@ def show_comparison(
 ) -> None:
     """Print tables, or JSON; write every verdict to `explain`."""
     with sentences():
-        from vlmfix.eval import report
-        from vlmfix.eval.results import compare
+        from vlmfix.eval.report import report
+        from vlmfix.eval.run.results import compare
 
         comparisons = compare(runs, scoring=scoring)
         if explain is not None:

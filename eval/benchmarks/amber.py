@@ -1,0 +1,112 @@
+"""AMBER, discriminative part: yes/no questions on existence, attributes and relations.
+
+Wang et al., "AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation", arXiv 2311.07397; the
+official figures follow `inference.py` of junyangwang0410/AMBER. "No" is the positive class. Every existence question
+has the answer no, so its precision is 1 or undefined: look at its recall. `amber_captions` scores the descriptions.
+
+    questions = load()
+    scores = score(questions, read_answers("answers.jsonl"))                # strict, for METRICS and intervals
+    official_figures(score(questions, answers, "amber"))["all"]["F1"]       # as printed by the official script
+
+Annotations come with the package (Apache-2.0); the 1,004 images do not: see github.com/junyangwang0410/AMBER.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from vlmfix.eval.scorers import yesno
+from vlmfix.eval.scorers.chair import f1, ratio
+from vlmfix.eval.scorers.yesno import Answers, AnswerScore, Question, by_group, clusters, counts, labelled_no
+
+__all__ = ["GROUPS", "METRICS", "clusters", "counts", "groups", "load", "official_figures", "score"]
+
+_FILES = files("vlmfix.assets") / "amber"
+
+_GROUP_OF_TYPE = {
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": ("existence", "state", "number", "action", "relation"),
+    "existence": ("existence",),
+    "attribute": ("state", "number", "action"),
+    "state": ("state",),
+    "number": ("number",),
+    "action": ("action",),
+    "relation": ("relation",),
+}
+"""What the figures are printed for -> the groups of questions in it."""
+
+
+def entries() -> list[dict[str, Any]]:
+    """All 15,220 entries: `id`, `image`, `query`, `type`, `truth` (a list of words for captions, else yes or no)."""
+    queries, annotations = (
+        json.loads(gzip.decompress((_FILES / f"{name}.json.gz").read_bytes())) for name in ("query_all", "annotations")
+    )
+    return [{**query, **annotation} for query, annotation in zip(queries, annotations, strict=True)]
+
+
+def load() -> list[Question]:
+    """The 14,216 questions; `text` is the prompt as published."""
+    return [
+        Question(entry["id"], entry["image"], entry["query"], "", entry["truth"], group=_GROUP_OF_TYPE[entry["type"]])
+        for entry in entries()
+        if entry["type"] in _GROUP_OF_TYPE
+    ]
+
+
+def score(questions: Iterable[Question], answers: Answers, parser: str = "strict") -> list[AnswerScore]:
+    """Score answers; the parser `amber` is the official one. Raises ValueError as `yesno.score_answers`."""
+    return yesno.score_answers(questions, answers, parser)
+
+
+def groups(scores: Iterable[AnswerScore]) -> dict[str, list[AnswerScore]]:
+    """The scores that belong to each of `GROUPS`, possibly none."""
+    parts = by_group(scores)
+    return {name: [score for part in names for score in parts.get(part, [])] for name, names in GROUPS.items()}
+
+
+METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
+    **yesno.METRICS,
+    "precision": lambda n: ratio(n["tn"], n["tn"] + n["fn"]),
+    "recall": lambda n: ratio(n["tn"], labelled_no(n)),
+    "F1": lambda n: f1(n["tn"], n["tn"] + n["fn"], labelled_no(n)),
+}
+"""As `yesno.METRICS`, but "no" is the positive class of precision, recall and F1."""
+del METRICS["TNR"]  # the recall
+
+
+def official_figures(scores: Sequence[AnswerScore]) -> dict[str, dict[str, float]]:
+    """Percentages as the official script prints them, by name in `GROUPS`; scores must come from the parser `amber`.
+
+    It adds 0.001 to every denominator, rounds to one decimal, and computes F1 from the rounded precision and recall.
+    """
+    return {name: _official(part, name) for name, part in groups(scores).items()}
+
+
+def _official(scores: Sequence[AnswerScore], group: str) -> dict[str, float]:
+    n = {name: float(column.sum()) for name, column in counts(scores).items()}
+    more = 0.001 * (len(GROUPS[group]) if group == "attribute" else 1)
+    accuracy, precision, recall = (
+        round(part / (whole + more) * 100, 1)
+        for part, whole in (
+            (n["tp"] + n["tn"], n["questions"]),
+            (n["tn"], n["tn"] + n["fn"]),
+            (n["tn"], float(labelled_no({name: np.array(value) for name, value in n.items()}))),
+        )
+    )
+    p, r = precision / 100, recall / 100
+    harmonic = 2 * p * r / (p + r + (0.001 if group == "existence" else 0.0001))
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "F1": round(harmonic * 100, 1)}

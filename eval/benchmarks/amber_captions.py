@@ -1,0 +1,241 @@
+"""AMBER, generative part: which objects of an annotated picture a description names, and which it makes up.
+
+Wang et al., arXiv 2311.07397; the rule follows `inference.py` of junyangwang0410/AMBER. Its figures depend on a tagger
+that finds the nouns and on word vectors that tell how similar two words are, so both belong to their name.
+
+    items = load()                                                          # image, prompt, annotated objects
+    scores = score(items, nltk_nouns(captions), "spacy:en_core_web_lg")     # the official back-ends
+    sums = {name: column.sum() for name, column in counts(scores).items()}
+    METRICS["CHAIR"](sums), METRICS["Cover"](sums), METRICS["Hal"](sums), METRICS["Cog"](sums)
+
+With similarity "off" only equal words match, nothing needs to be installed, and the figures are not AMBER's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+
+from vlmfix.eval.benchmarks.amber import entries
+from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.scorers.yesno import add_up
+
+_FILES = files("vlmfix.assets") / "amber"
+_SIMILAR = 0.8  # two words are taken for one above this
+
+Similarity = Callable[[str, str], float]
+"""How similar two words are: 1 for the same meaning."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture, what to ask, and which objects are there or are likely to be made up."""
+
+    id: int
+    image: str
+    prompt: str
+    truth: tuple[str, ...]
+    """Objects in the picture; some stand twice."""
+    hallu: tuple[str, ...]
+    """Absent objects that a model, like a human, may expect here."""
+
+
+def load() -> list[Item]:
+    """The 1,004 pictures with the prompt as published."""
+    return [
+        Item(entry["id"], entry["image"], entry["query"], tuple(entry["truth"]), tuple(entry["hallu"]))
+        for entry in entries()
+        if entry["type"] == "generative"
+    ]
+
+
+@cache
+def _associations() -> Mapping[str, list[str]]:
+    return json.loads((_FILES / "relation.json").read_text("utf-8"))
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    """Nouns that count at all."""
+    return frozenset(_associations()).union(*_associations().values())
+
+
+@cache
+def _safe_words() -> frozenset[str]:
+    return frozenset((_FILES / "safe_words.txt").read_text("utf-8").split("\n"))
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """The nouns of one caption, sorted."""
+
+    item: Item
+    nouns: tuple[str, ...]
+    """Those in the vocabulary of the benchmark, every naming."""
+    hallucinated: tuple[str, ...]
+    """Those of them that stand for no object in the picture."""
+    covered: frozenset[int]
+    """Which of `item.truth` the caption names."""
+    hit: frozenset[int]
+    """Which of `item.hallu` it names."""
+
+
+def score(
+    items: Iterable[Item], nouns: Mapping[int, Sequence[str]], similarity: str | Similarity = "off"
+) -> list[CaptionScore]:
+    """Score captions, given as their nouns by id (see `nltk_nouns`), in the order of the items.
+
+    Args:
+        items: what to score; leave out items without caption.
+        nouns: every noun of each caption, in order, singular.
+        similarity: "off" (equal words only), "spacy:<model>" (official: en_core_web_lg), or a function of two words.
+
+    Raises:
+        ValueError: an unknown or missing similarity, or ids that are missing, doubled or unknown.
+    """
+    items = list(items)
+    ids = [item.id for item in items]
+    if len(set(ids)) < len(ids) or set(ids) != set(nouns):
+        raise ValueError(
+            f"{len(ids)} items with {len(set(ids))} ids, {len(nouns)} captions, {len(set(ids) & set(nouns))} ids in "
+            "common; give each item once, with the nouns of its caption."
+        )
+    alike = _similarity(similarity)
+    return [_score(item, nouns[item.id], alike) for item in items]
+
+
+def explain(score: CaptionScore) -> dict[str, object]:
+    """Every verdict on one caption, ready for JSON."""
+    truth, hallu = score.item.truth, score.item.hallu
+    return {
+        **{"id": score.item.id, "image": score.item.image, "nouns": list(score.nouns)},
+        **{"hallucinated": list(score.hallucinated), "covered": [truth[at] for at in sorted(score.covered)]},
+        **{"hit": [hallu[at] for at in sorted(score.hit)]},
+    }
+
+
+def _score(item: Item, nouns: Sequence[str], alike: Similarity) -> CaptionScore:
+    truth, hallu = _candidates(item.truth), _candidates(item.hallu)
+    kept = tuple(noun for noun in nouns if noun in _vocabulary())
+    hallucinated: list[str] = []
+    covered: set[int] = set()
+    hit: set[int] = set()
+    for noun in kept:
+        if noun in _safe_words():
+            continue
+        named = _first(truth, noun, _equal)
+        if not named:
+            hit |= _first(hallu, noun, _equal) | _first(hallu, noun, alike)
+            named = _first(truth, noun, alike)
+        covered |= named
+        if not named:
+            hallucinated.append(noun)
+    return CaptionScore(item, kept, tuple(hallucinated), frozenset(covered), frozenset(hit))
+
+
+def _candidates(objects: Sequence[str]) -> list[tuple[str, int]]:
+    """Words that stand for an object, with its place: those associated with any object come before the objects."""
+    associated = [(word, at) for at, name in enumerate(objects) for word in _associations().get(name, ())]
+    return associated + [(name, at) for at, name in enumerate(objects)]
+
+
+def _first(candidates: Sequence[tuple[str, int]], noun: str, alike: Similarity) -> set[int]:
+    """Place of the object that the first fitting candidate stands for, if any fits."""
+    return next(({at} for word, at in candidates if alike(noun, word) > _SIMILAR), set())
+
+
+def _equal(one: str, other: str) -> float:
+    return float(one == other)
+
+
+def _similarity(similarity: str | Similarity) -> Similarity:
+    if callable(similarity):
+        return similarity
+    kind, _, model = similarity.partition(":")
+    if similarity == "off":
+        return _equal
+    if kind == "spacy" and model:
+        return _spacy(model)
+    raise ValueError(f"{similarity!r} is no similarity; give 'off', 'spacy:<model>' or a function of two words.")
+
+
+def _spacy(model: str) -> Similarity:
+    try:
+        import spacy
+
+        read = cache(spacy.load(model))
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"similarity 'spacy:{model}' needs spaCy and that model ({error}); run 'pip install spacy' and "
+            f"'python -m spacy download {model}', or take similarity 'off'."
+        ) from error
+    return cache(lambda one, other: float(read(one).similarity(read(other))))  # 0 for words without a vector
+
+
+def nltk_nouns(captions: Mapping[int, str]) -> dict[int, list[str]]:
+    """Nouns of each caption as the official script finds them: tokens tagged NN*, as lemmas, not lower-cased.
+
+    Raises:
+        ValueError: NLTK or its data is missing.
+    """
+    try:
+        import nltk
+        from nltk.stem import WordNetLemmatizer
+
+        lemma = WordNetLemmatizer().lemmatize
+        return {
+            key: [lemma(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag.startswith("NN")]
+            for key, text in captions.items()
+        }
+    except (ImportError, LookupError) as error:
+        raise ValueError(
+            "nouns by NLTK need it and its data; run 'pip install nltk' and 'python -m nltk.downloader punkt_tab "
+            "averaged_perceptron_tagger_eng wordnet', or give the nouns yourself."
+        ) from error
+
+
+def clusters(scores: Sequence[CaptionScore]) -> list[str]:
+    """The image of each entry of `counts`: the unit of resampling."""
+    return list(dict.fromkeys(score.item.image for score in scores))
+
+
+def counts(scores: Sequence[CaptionScore]) -> dict[str, np.ndarray]:
+    """What the metrics are made of: additive counts, one float per image, in the order of `clusters`."""
+    columns: dict[str, Callable[[CaptionScore], int]] = {
+        "captions": lambda s: 1,
+        "hallucinated_captions": lambda s: bool(s.hallucinated),
+        "nouns": lambda s: len(s.nouns),
+        "hallucinated_nouns": lambda s: len(s.hallucinated),
+        "truth": lambda s: len(s.item.truth),
+        "covered": lambda s: len(s.covered),
+        "hallu": lambda s: len(s.item.hallu),
+        "hit": lambda s: len(s.hit),
+    }
+    place = {image: at for at, image in enumerate(clusters(scores))}
+    where = [place[score.item.image] for score in scores]
+    return {name: add_up(where, [count(score) for score in scores], len(place)) for name, count in columns.items()}
+
+
+METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
+    "CHAIR": lambda n: ratio(n["hallucinated_nouns"], n["nouns"]),
+    "Cover": lambda n: ratio(n["covered"], n["truth"]),
+    "Hal": lambda n: ratio(n["hallucinated_captions"], n["captions"]),
+    "Cog": lambda n: ratio(n["hit"], n["hallu"]),
+}
+"""Metric -> its value from *summed* counts, in [0, 1], nan if undefined. Lower is better for all but Cover."""
+
+
+def official_figures(scores: Sequence[CaptionScore]) -> dict[str, float]:
+    """Percentages as the official script prints them: 0.001 added to every denominator, one decimal."""
+    n = {name: float(column.sum()) for name, column in counts(scores).items()}
+    return {
+        "CHAIR": round(n["hallucinated_nouns"] / (n["nouns"] + 0.001) * 100, 1),
+        "Cover": round(n["covered"] / (n["truth"] + 0.001) * 100, 1),
+        "Hal": round(100 - (n["captions"] - n["hallucinated_captions"]) / (n["captions"] + 0.001) * 100, 1),
+        "Cog": round(n["hit"] / (n["hallu"] + 0.001) * 100, 1),
+    }

@@ -1,0 +1,73 @@
+"""Lists of images that published evaluations use. No torch.
+
+| list | images of COCO val2014 |
+|---|---|
+| `first500` | the 500 lowest ids: AdaIAT's list |
+| `opera500`, `paint500`, `devils500`, `allpath500` | as in the released files of OPERA, PAINT, Devils and AllPath |
+| `pope500` | those of POPE's questions |
+| `sorted-seed-S` | `random.Random(S).sample(sorted(ids), 500)` |
+| `coco-seed-S@FILE` | drawn like this from the ids in the order of FILE, `captions_val2014.json`: VHR, AD-HH |
+| a file | a JSON list of ids, or lines that each end in one |
+
+Names joined by `+` follow one another, each image once. Recipes that draw from `os.listdir` (PAI, VISTA, ...) depend on
+a file system and cannot be repeated; `paint500` and `devils500` are two realised draws of PAI's.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from vlmfix.eval.benchmarks import pope
+from vlmfix.eval.scorers import chair
+
+SAMPLE = 500
+_FILE = files("vlmfix.assets") / "protocols" / "image_lists.json"
+
+
+@cache
+def image_list(name: str) -> tuple[int, ...]:
+    """Image ids of a list, in its order.
+
+    Raises:
+        ValueError: there is no list of that name, and no file either, or it holds anything but ids.
+    """
+    if "+" in name and not Path(name).exists():
+        return tuple(dict.fromkeys(key for part in name.split("+") for key in image_list(part)))
+    listed = _listed()
+    if name in listed:
+        return listed[name]
+    if name == "first500":
+        return tuple(sorted(chair.coco_truth(split="val"))[:SAMPLE])
+    if name == "pope500":
+        return tuple(dict.fromkeys(chair.image_key(question.image) for question in pope.load()))
+    if drawn := re.fullmatch(r"sorted-seed-(\d{1,9})", name):
+        return tuple(random.Random(int(drawn[1])).sample(sorted(chair.coco_truth(split="val")), SAMPLE))
+    if drawn := re.fullmatch(r"coco-seed-(\d{1,9})@(.+)", name):
+        ids = [chair.image_key(key) for key in chair.read_coco(drawn[2]).imgs]
+        return tuple(random.Random(int(drawn[1])).sample(ids, min(SAMPLE, len(ids))))
+    if Path(name).is_file():
+        return _of_file(Path(name))
+    known = ", ".join(["first500", *listed, "pope500", "sorted-seed-S", "coco-seed-S@captions_val2014.json"])
+    raise ValueError(f"{name!r} is no list of images; expected a file, or one of {known}")
+
+
+@cache
+def _listed() -> dict[str, tuple[int, ...]]:
+    return {name: tuple(ids) for name, ids in json.loads(_FILE.read_text("utf-8")).items()}
+
+
+def _of_file(path: Path) -> tuple[int, ...]:
+    try:
+        text = path.read_text("utf-8-sig")
+        entries = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+        ids = [chair.image_key(entry) for entry in entries if not isinstance(entry, str) or entry.strip()]
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is no list of images ({error}); expected ids or file names, one a line") from error
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(f"{path} lists {len(ids)} images, {len(set(ids))} different ones; expected each once")
+    return tuple(ids)

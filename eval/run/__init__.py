@@ -1,0 +1,1 @@
+"""Asking a benchmark's questions, and what is left on disk."""

@@ -1,0 +1,1 @@
+"""From answers to counts, and from counts to figures."""

@@ -1,0 +1,162 @@
+"""Captions token by token: where each object is named, and which image tokens show it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
+
+from vlmfix.asking.asking import Answering, open_picture
+from vlmfix.eval.benchmarks.benchmark import Item
+from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.scorers import chair
+from vlmfix.hooks.parts.views import View, view
+from vlmfix.model.anatomy import anatomy
+
+
+@dataclass(frozen=True)
+class Naming:
+    """One object named in a caption."""
+
+    object: str
+    """Its node in the vocabulary."""
+    token: int
+    """Index, among the caption's tokens, of the first one of the word."""
+    true: bool
+    """Whether CHAIR's ground truth has it."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A picture, what the untouched model says of it, and the objects that it names."""
+
+    key: int
+    """Number of the picture."""
+    item: Item
+    tokens: tuple[int, ...]
+    named: tuple[Naming, ...]
+
+
+def describe(
+    model: Any,
+    processor: Any,
+    data: Data,
+    items: Sequence[Item],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    tell: Callable[[int, int], None],
+) -> list[Caption]:
+    """Captions of the untouched model, greedily."""
+    found = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        run = Answering.of(model, processor, _questions(batch), {"max_new_tokens": max_new_tokens})
+        for item, tokens in zip(batch, run.generate(), strict=True):
+            key = chair.image_key(item.id)
+            found.append(Caption(key, item, tuple(tokens), namings(processor, tokens, data.truth[key])))
+        tell(len(found), len(items))
+    return found
+
+
+def namings(processor: Any, tokens: Sequence[int], truth: frozenset[str]) -> tuple[Naming, ...]:
+    """Objects that a caption's tokens name, each naming once, with the first token of the word."""
+    said = [processor.decode(tokens[: i + 1], skip_special_tokens=True) for i in range(len(tokens))]
+    ends = np.maximum.accumulate([len(text) for text in said]).tolist() if said else []
+    return tuple(
+        Naming(m.node, bisect_right(ends, m.start), m.node in truth) for m in chair.mentions(said[-1] if said else "")
+    )
+
+
+def told(model: Any, processor: Any, captions: Sequence[Caption]) -> tuple[dict[str, Any], int]:
+    """Inputs in which the model reads its own captions, and the number of columns before them.
+
+    Prompts are padded on the left, captions on the right. The token at column n + i of a caption is predicted at
+    column n + i - 1.
+    """
+    run = Answering.of(model, processor, _questions([c.item for c in captions]), {})
+    inputs, n = dict(run.inputs), run.inputs["input_ids"].shape[1]
+    longest = max(len(c.tokens) for c in captions)
+    ids = inputs["input_ids"].new_zeros(len(captions), longest)
+    mask = inputs["attention_mask"].new_zeros(len(captions), longest)
+    for row, one in enumerate(captions):
+        ids[row, : len(one.tokens)] = torch.tensor(one.tokens)
+        mask[row, : len(one.tokens)] = 1
+    for name, more in (("input_ids", ids), ("attention_mask", mask)):
+        inputs[name] = torch.cat([inputs[name], more], dim=1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], inputs[name].new_zeros(len(captions), longest)], dim=1)
+    return inputs, n
+
+
+def _questions(items: Sequence[Item]) -> list[tuple[list[Image.Image], str]]:
+    return [([open_picture(item.image)], item.prompt) for item in items]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Boxes and masks of a data set."""
+
+    data: Data
+
+    @cached_property
+    def _coco(self) -> COCO:
+        return chair.read_coco(self.data.folder / "instances.json")
+
+    @cached_property
+    def _nodes(self) -> dict[int, str]:
+        vocabulary = chair.Vocabulary.load()
+        return {key: vocabulary.node_of.get(c["name"], c["name"]) for key, c in self._coco.cats.items()}
+
+    @cached_property
+    def _keys(self) -> dict[int, Any]:
+        return {chair.image_key(key): key for key in self._coco.imgs}
+
+    def shown(self, key: int, place: View, size: tuple[int, int], most: float = 0.6) -> dict[str, np.ndarray]:
+        """Object -> cells of the grid that it covers by half or more, of a picture of `size` (width, height).
+
+        Objects are left out that are smaller than a cell, that no cell shows, or that cover more than a share `most`
+        of the cells.
+        """
+        x0, y0, x1, y1 = place.box
+        cell = (x1 - x0) * (y1 - y0) / (place.rows * place.columns)
+        masks: dict[str, np.ndarray] = {}
+        for annotation in self._coco.imgToAnns.get(self._keys[key], ()):
+            mask = self._mask(annotation, size)
+            if mask.sum() >= cell:
+                node = self._nodes[annotation["category_id"]]
+                masks[node] = masks.get(node, np.zeros_like(mask)) | mask
+        found = {}
+        for node, mask in masks.items():
+            square = Image.fromarray(mask.astype(np.float32)).crop(place.box)  # black outside the picture
+            cells = np.asarray(square.resize((place.columns, place.rows), Image.Resampling.BOX)).reshape(-1) >= 0.5
+            if cells.any() and cells.mean() <= most:
+                found[node] = cells
+        return found
+
+    def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+        """(height, width) bool: the mask where there is one, else the box."""
+        known = self._coco.imgs[annotation["image_id"]]
+        if annotation.get("segmentation") and (known["width"], known["height"]) == size:
+            return self._coco.annToMask(annotation).astype(bool)
+        x, y, w, h = annotation["bbox"]
+        picture = Image.new("1", size)
+        ImageDraw.Draw(picture).rectangle((round(x), round(y), round(x + w) - 1, round(y + h) - 1), fill=1)
+        return np.asarray(picture)
+
+
+def grid(model: Any, processor: Any, item: Item) -> tuple[View, int, tuple[int, int]]:
+    """The grid of image tokens over an item's picture, the number of its image tokens, and its size in pixels."""
+    (picture,), _ = question = _questions([item])[0]
+    inputs = Answering.of(model, processor, [question], {}).inputs
+    ids = inputs["input_ids"]
+    n = sum(int((ids == token).sum()) for token in anatomy(model).image_token_ids)
+    return view(model.config, processor, inputs, picture.size, n), n, picture.size

@@ -1,0 +1,245 @@
+"""Truncation control: is a method better than saying less?
+
+Captions that say less hallucinate less. So the captions of the unmodified model are cut after 10, 15, ... 120 words and
+scored: a curve of CHAIR_S (and F1) over recall that costs no generation. A method's gain is its distance from that
+curve at its own recall. It is an oracle control, not a method (the cut is chosen by the labels), and it does not cover
+repetition: report `METRICS["repetition"]` beside it.
+
+    base = cut_captions(greedy_captions, coco_truth("opera"), variant="opera")  # once for all methods
+    control = truncation_control(base, score_captions(method_captions, coco_truth("opera"), variant="opera"))
+    control.status, control.chair_s, control.below_curve
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vlmfix.eval.scorers.chair import (
+    METRICS,
+    CaptionScore,
+    Vocabulary,
+    clusters,
+    counts,
+    prefix_objects,
+    score_captions,
+)
+from vlmfix.eval.scorers.stats import Estimate
+
+CUTS: tuple[int | None, ...] = (*range(10, 125, 5), None)
+"""After how many white-space separated words captions are cut; None leaves them whole."""
+RESAMPLES = 2000
+_FIGURES = ("CHAIR_S", "CHAIR_I_unique", "F1", "recall", "words")
+_COUNTS = ("captions", "hallucinated_captions", "unique_mentions", "true_unique", "truth", "words")
+"""What they are made of."""
+
+
+def cut(caption: str, words: int | None) -> str:
+    """The first words of a caption, joined by blanks; no sentence is mended. None keeps them all."""
+    return " ".join(caption.split()[:words])
+
+
+@dataclass(frozen=True, eq=False)
+class CutCaptions:
+    """The captions of the unmodified model, scored after each of the `CUTS`. Made by `cut_captions`."""
+
+    variant: str
+    """How captions were read, as `vlmfix.eval.scorers.chair.label` puts it."""
+    images: tuple[int, ...]
+    counts: Mapping[str, np.ndarray]
+    """Additive counts: name -> (images, cuts)."""
+
+    @property
+    def curve(self) -> dict[int | None, dict[str, float]]:
+        """CHAIR_S, CHAIR_I_unique, F1, recall and mean words after each cut, over all images."""
+        figures = _figures(self.counts, np.ones((1, len(self.images))))
+        return {n: {name: float(figures[name][0, at]) for name in _FIGURES} for at, n in enumerate(CUTS)}
+
+
+def cut_captions(
+    captions: Iterable[tuple[int | str | os.PathLike[str], str]],
+    truth: Mapping[int, frozenset[str]],
+    vocabulary: Vocabulary | None = None,
+    variant: str = "rohrbach",
+) -> CutCaptions:
+    """Cut the captions of the unmodified model after each of the `CUTS`, and score each set.
+
+    Raises:
+        ValueError: as `score_captions`; or there is no caption, or no object in any image to compare recall by.
+    """
+    whole = score_captions(captions, truth, vocabulary, variant)
+    if not any(scored.truth for scored in whole):
+        raise ValueError(f"no object is in any of the {len(whole)} images; expected ground truth to compare recall by.")
+    columns = {name: np.zeros((len(whole), len(CUTS))) for name in _COUNTS}
+    for row, scored in enumerate(whole):
+        words = scored.caption.split()
+        lengths = [len(words) if n is None else min(n, len(words)) for n in CUTS]
+        shorter = prefix_objects(words, [n for n in lengths if n < len(words)], vocabulary, variant)
+        for at, n in enumerate(lengths):
+            objects = shorter[at] if at < len(shorter) else scored.objects
+            found = len(objects & scored.truth)
+            figures = (1, found < len(objects), len(objects), found, len(scored.truth), n)
+            for name, figure in zip(_COUNTS, figures, strict=True):
+                columns[name][row, at] = figure
+    return CutCaptions(whole[0].variant, tuple(clusters(whole)), columns)
+
+
+Status = Literal["inside", "recall above vanilla", "outside"]
+
+
+@dataclass(frozen=True)
+class TruncationControl:
+    """A method's captions against the base's, cut to the same recall. Differences are method minus cut base."""
+
+    variant: str
+    """How captions were read."""
+    images: int
+    """Pictures, each with one caption of either."""
+    status: Status
+    """Where the method's recall lies: on the curve; above the uncut base, which is then what it is compared to; or
+    below every cut, where nothing compares."""
+    recall: float
+    """The method's."""
+    cut_chair_s: float | None
+    """CHAIR_S of the base cut to that recall."""
+    cut_words: float | None
+    """N*: mean words of the base's captions cut to that recall."""
+    chair_s: Estimate
+    """Difference in CHAIR_S, a share; below 0 is better than saying less."""
+    chair_i_unique: Estimate
+    """Difference in CHAIR_I over unique objects; below 0 is better."""
+    f1: Estimate
+    """Difference in F1; above 0 is better."""
+    outside: float
+    """Share of the resamples in which the method's recall is below every cut; the intervals are without them."""
+
+    @property
+    def below_curve(self) -> bool:
+        """Whether the method hallucinates less than cut captions beyond chance: dCHAIR_S' upper end is below 0."""
+        return self.chair_s.high is not None and self.chair_s.high < 0
+
+
+def truncation_control(
+    base: CutCaptions, method: Sequence[CaptionScore], *, resamples: int = RESAMPLES, seed: int = 0
+) -> TruncationControl:
+    """Compare a method's scores with the captions of the unmodified model, made with the same prompt and decoding.
+
+    Intervals are 95 % percentiles of a paired bootstrap over images; every resample has its own curve and recall.
+
+    Raises:
+        ValueError: base and method are of different images or read by different variants.
+    """
+    method = _matched(base, method)
+    n = len(base.images)
+    table = counts(method)
+    own_counts = {name: table[name][:, None] for name in _COUNTS}
+    parts = [(_figures(base.counts, times), _figures(own_counts, times)) for times in _draws(n, resamples, seed)]
+    curve = {name: np.concatenate([cut[name] for cut, _ in parts]) for name in _FIGURES}  # (1 + resamples, cuts)
+    own = {name: np.concatenate([mine[name][:, 0] for _, mine in parts]) for name in _FIGURES}
+    above = own["recall"] > curve["recall"][:, -1]
+    outside = own["recall"] < curve["recall"].min(axis=1)
+    cut_to = {
+        name: np.where(outside, np.nan, np.where(above, curve[name][:, -1], _interpolate(own, curve, name)))
+        for name in _FIGURES
+    }
+    return TruncationControl(
+        variant=base.variant,
+        images=n,
+        status="outside" if outside[0] else "recall above vanilla" if above[0] else "inside",
+        recall=float(own["recall"][0]),
+        cut_chair_s=_number(cut_to["CHAIR_S"][0]),
+        cut_words=_number(cut_to["words"][0]),
+        chair_s=_estimate(own["CHAIR_S"] - cut_to["CHAIR_S"]),
+        chair_i_unique=_estimate(own["CHAIR_I_unique"] - cut_to["CHAIR_I_unique"]),
+        f1=_estimate(own["F1"] - cut_to["F1"]),
+        outside=float(outside[1:].sum() / max(resamples, 1)),
+    )
+
+
+class Against:
+    """The unmodified model's captions, for the control of any number of methods on the images that both have."""
+
+    def __init__(
+        self,
+        base: Sequence[CaptionScore],
+        truth: Mapping[int, frozenset[str]],
+        vocabulary: Vocabulary | None = None,
+        variant: str = "rohrbach",
+    ) -> None:
+        self.captions = {score.image_id: score.caption for score in base}
+        self.truth, self.vocabulary, self.variant = truth, vocabulary, variant
+        self.known: dict[frozenset[int], CutCaptions] = {}
+
+    def cut(self, images: frozenset[int] | None = None) -> CutCaptions:
+        """The captions of these images, or of all, cut. `ValueError` if none of them has an object."""
+        images = frozenset(self.captions) if images is None else images
+        if images not in self.known:
+            captions = [(image, caption) for image, caption in self.captions.items() if image in images]
+            self.known[images] = cut_captions(captions, self.truth, self.vocabulary, self.variant)
+        return self.known[images]
+
+    def control(self, method: Sequence[CaptionScore], *, resamples: int = RESAMPLES) -> TruncationControl | None:
+        """A method's control; None where there is nothing to compare recall by."""
+        common = frozenset(self.captions.keys() & set(clusters(method)))
+        if not any(self.truth[image] for image in common):
+            return None
+        shared = [score for score in method if score.image_id in common]
+        return truncation_control(self.cut(common), shared, resamples=resamples)
+
+
+def _matched(base: CutCaptions, method: Sequence[CaptionScore]) -> list[CaptionScore]:
+    """The method's scores in the order of the base's images."""
+    of = {score.image_id: score for score in method}
+    if alone := sorted(of.keys() ^ set(base.images)):
+        raise ValueError(
+            f"{len(alone)} images, such as {alone[0]}, have a caption by only one of base and method; "
+            "give both for the same images."
+        )
+    if others := {score.variant for score in method} - {base.variant}:
+        raise ValueError(
+            f"the method is scored by {', '.join(sorted(others))}, the base by {base.variant}; score both the same way."
+        )
+    return [of[image] for image in base.images]
+
+
+def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n images counts, in blocks (resamples, n): once, then as often as it is drawn."""
+    yield np.ones((1, n))
+    rng = np.random.default_rng(seed)
+    block = max(1, 4_000_000 // n)
+    for start in range(0, resamples, block):
+        times = np.empty((min(block, resamples - start), n))
+        for row in times:
+            row[:] = np.bincount(rng.integers(0, n, n), minlength=n)
+        yield times
+
+
+def _figures(columns: Mapping[str, np.ndarray], times: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures of each resample: `times` (resamples, images), columns (images, sets) -> (resamples, sets)."""
+    sums = {name: times @ column for name, column in columns.items()}
+    return {name: METRICS[name](sums) for name in _FIGURES}
+
+
+def _interpolate(own: Mapping[str, np.ndarray], curve: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """A figure of the curve at the method's recall, in each resample. Recall need not rise with every cut."""
+    order = np.argsort(curve["recall"], axis=1, kind="stable")
+    recalls = np.take_along_axis(curve["recall"], order, axis=1)
+    values = np.take_along_axis(curve[name], order, axis=1)
+    return np.array([np.interp(*row) for row in zip(own["recall"], recalls, values, strict=True)])
+
+
+def _estimate(gaps: np.ndarray) -> Estimate:
+    """The difference itself, then its resamples; no interval where there is no difference."""
+    drawn = gaps[1:][np.isfinite(gaps[1:])]
+    if not np.isfinite(gaps[0]) or not len(drawn):
+        return Estimate(_number(gaps[0]), None, None)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(float(gaps[0]), float(low), float(high))
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

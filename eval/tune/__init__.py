@@ -1,0 +1,1 @@
+"""Choosing heads and settings on pictures that no result is reported on."""

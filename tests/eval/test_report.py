@@ -1,0 +1,493 @@
+"""Reports: words, verdicts, files and the page, from small runs written by hand against the embedded scenes. No model."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vlmfix.cli import app
+from vlmfix.eval.benchmarks.benchmark import benchmark
+from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.report import html, plots, report
+from vlmfix.eval.run.results import Run, compare
+from vlmfix.eval.scorers import stats
+from vlmfix.eval.scorers.chair import score_captions
+
+ROOT = Path(__file__).parents[2]
+N = 48
+DATA = Data.load(limit=N)
+HOSTILE = (
+    '</div></dl><script>alert(1)</script><img src=x onerror=alert(2)> a dog & a "zebra" \' \x00\x1b[2J \u202egnp.exe '
+    "\ud800 `code` ]]> <!-- \U0001f600"
+)
+
+
+def caption(image, invented=(), skip=0):
+    named = sorted(DATA.truth[image])[skip:]
+    return " ".join(f"There is a {name}." for name in [*named, *invented]) or "A picture."
+
+
+def absent(image, name="giraffe"):
+    return [name] if name not in DATA.truth[image] else ["zebra"]
+
+
+def captions(invent, skip=lambda k: 0):
+    """Captions of all pictures; the k-th invents an object where `invent(k)`."""
+    return {
+        str(image): caption(image, absent(image) if invent(k) else (), skip(k)) for k, image in enumerate(DATA.images)
+    }
+
+
+def write(folder, label, texts, bench="chair", **identity):
+    """A run folder as `vlmfix eval` writes them."""
+    folder = folder / f"{bench}-{label.replace('/', '_')}-{len(list(folder.glob('*')))}"
+    folder.mkdir(parents=True)
+    method = [] if label == "none" else [{"name": label, "facts": {}}]
+    found = {
+        "benchmark": bench, "model": "toy", "method": method, "data": "scenes", "data_digest": DATA.digest, "limit": N,
+        "max_new_tokens": 64, "vlmfix": "0", **identity,
+    }  # fmt: skip
+    environment = {"command": "vlmfix eval", "started": "2026-01-02T03:04:05+00:00"}
+    header = {"label": label, "fingerprint": "00c0ffee", "identity": found, "environment": environment}
+    (folder / "run.json").write_text(json.dumps(header))
+    records = [{"id": key, "text": text, "did": [{"acted": True}], "finish": "stop"} for key, text in texts.items()]
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def studies(*folders):
+    return [report.study(c) for c in compare(report.find_runs(folders), 400)]
+
+
+def pope_answers(wrong):
+    """Right answers, but for the questions where `wrong(question)`."""
+    bench = benchmark("pope")
+    other = {"yes": "No", "no": "Yes"}
+    return {bench.item_id(q): other[q.label] if wrong(q) else q.label.title() for q in bench.questions(DATA)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Untouched: invents in three pictures of four. Method `good`: in one of four, else the same."""
+    out = tmp_path_factory.mktemp("runs")
+    base = captions(lambda k: k % 4)
+    almost = dict(base)
+    almost[next(iter(base))] += " There is a zebra."
+    return {
+        "none": write(out, "none", base),
+        "good": write(out, "good", captions(lambda k: k % 4 == 1)),
+        "same": write(out, "same", base),
+        "almost": write(out, "almost", almost),
+        "brief": write(out, "brief", {key: " ".join(text.split()[:10]) for key, text in base.items()}),
+    }
+
+
+@pytest.fixture(scope="module")
+def chair(folders):
+    return studies(*(folders[name] for name in ("none", "good", "same", "almost")))[0]
+
+
+@pytest.fixture(scope="module")
+def pope(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pope")
+    none = write(out, "none", pope_answers(lambda q: q.object == "person"), "pope")
+    timid = write(out, "timid", pope_answers(lambda q: q.label == "yes" and q.object in ("person", "car")), "pope")
+    return studies(none, timid)[0]
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and all text; complains about tags that are not closed."""
+
+    void = frozenset({"meta", "img", "br", "use"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.said, self.open = [], [], []
+        self.feed(page)
+        assert not self.open, self.open
+        self.text = "".join(self.said)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+
+def safe(page):
+    """Nothing in a page runs, loads or links to anything outside of it."""
+    parsed = Page(page)
+    names = {tag for tag, _ in parsed.tags}
+    assert not names & {"script", "iframe", "object", "embed", "link", "base", "form", "foreignobject", "a:script"}
+    for tag, attributes in parsed.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "xlink:href"):
+                assert value.startswith("#"), value
+            if name == "src":
+                assert value.startswith("data:image/png;base64,")
+    assert not re.search(r"url\((?!#)|@import", page)
+    return parsed
+
+
+# Words
+
+
+def test_real_differences_are_called_real(chair):
+    said = {text.split("`")[1]: text for text in report.words(chair)}
+    assert list(said) == ["good", "same", "almost"]
+    assert said["good"].startswith("`good`: really better in CHAIR_S −50.0 points [")
+    assert "really changed in objects −" in said["good"] and ", words −" in said["good"]
+    assert "really worse" not in said["good"]
+    assert "not told apart from the untouched model in recall, repetition" in said["good"]
+    assert "it does more than saying less" in said["good"]
+
+
+def test_unreal_differences_are_not(chair):
+    said = {text.split("`")[1]: text for text in report.words(chair)}
+    assert said["same"] == (
+        f"`same` answers word for word as the untouched model does, all {N} times: it changes nothing here."
+    )
+    assert said["almost"].startswith(
+        "`almost`: no difference is real (CHAIR_S, CHAIR_I, CHAIR_I_unique, recall, F1, objects, words, repetition)."
+    )
+    assert "no more than saying less" in said["almost"]
+
+
+def test_for_the_worse(folders):
+    (turned,) = studies(folders["none"], folders["good"])
+    swapped = replace(turned, verdicts=[replace(v, difference=mirrored(v.difference)) for v in turned.verdicts])
+    (said,) = report.words(swapped)
+    assert said.startswith("`good`: really worse in CHAIR_S +50.0 points [")
+
+
+def mirrored(d):
+    return replace(d, value=-d.value, low=-d.high, high=-d.low)
+
+
+def test_holm_takes_back_what_one_comparison_would_give(tmp_path):
+    base = captions(lambda k: k < 40)
+    some = captions(lambda k: 6 <= k < 40)  # six cured, none spoiled: p = .031
+    one = [write(tmp_path / "one", "none", base), write(tmp_path / "one", "some", some)]
+    many = [write(tmp_path / "many", "none", base)]
+    many += [write(tmp_path / "many", name, some) for name in ("some", "more")]
+    alone, together = (
+        next(v for v in studies(*folders)[0].verdicts if (v.method, v.metric) == ("some", "CHAIR_S"))
+        for folders in (one, many)
+    )
+    assert (alone.discordant.only_base, alone.discordant.only_method) == (6, 0)
+    assert alone.p == together.p == alone.p_holm == 2 / 2**6 and alone.real
+    assert together.p_holm == 4 / 2**6 and together.difference.clear and not together.real
+    assert "really better in CHAIR_S" in report.words(studies(*one)[0])[0]
+    assert "really better in CHAIR_S" not in report.words(studies(*many)[0])[0]
+
+
+def test_an_interval_that_holds_0_is_never_real(chair):
+    for v in chair.verdicts:
+        if not v.difference.clear:
+            assert not replace(v, p_holm=0.0).real
+
+
+def test_what_n_can_resolve(chair):
+    told = report.resolution(chair)
+    widest = max(v.difference.high - v.difference.low for v in chair.verdicts if v.metric == "CHAIR_S") / 2
+    assert told.startswith(f"With {N} pictures, differences are known to about ±{100 * widest:.1f} points in CHAIR_S")
+
+
+def test_without_the_untouched_model(folders):
+    (one,) = studies(folders["good"])
+    assert "nothing to tell a difference from" in report.words(one)[0] and not one.verdicts
+    assert "Differences are paired" not in html.page([one])
+    (bare,) = studies(folders["none"])
+    assert report.words(bare) == ["There is only the untouched model, and nothing to compare it with."]
+    safe(html.page([bare]))
+
+
+def test_merely_shorter_captions_are_on_the_curve(folders):
+    (one,) = studies(folders["none"], folders["brief"])
+    control = one.controls[1]
+    assert control.status == "inside" and control.chair_s.value == pytest.approx(0) and not control.below_curve
+    assert control.cut_words == pytest.approx(one.comparison.rows[1].estimates["words"].value)
+    assert "no more than saying less would do" in report.words(one)[0]
+    assert any("shorter than the untouched model's" in flag for flag in report.flags(one))
+
+
+# What else must be said
+
+
+def test_runs_that_differ_in_more_than_the_method(tmp_path, folders):
+    other = write(tmp_path, "other", captions(lambda k: False), dtype="float16")
+    (one,) = studies(folders["none"], other)
+    assert any('in dtype: `none` null, `other` "float16"' in flag for flag in report.flags(one))
+    for asked in ({"max_new_tokens": 32}, {"decoding": "beam5"}, {"template": "pai"}, {"asking": {"prompt": "What?"}}):
+        apart = studies(folders["none"], write(tmp_path, "apart", captions(lambda k: False), **asked))
+        assert len(apart) == 2 and not any(one.verdicts for one in apart), "asked otherwise, so never compared"
+    assert not any("Runs differ" in flag for flag in report.flags(studies(folders["none"], folders["good"])[0]))
+
+
+def test_loops_and_cut_captions_are_flagged(tmp_path, folders):
+    loop = {key: f"{text} " + "There is a dog. " * 9 for key, text in captions(lambda k: False).items()}
+    folder = write(tmp_path, "loop", loop)
+    lines = (folder / "records.jsonl").read_text().replace('"finish": "stop"', '"finish": "length"')
+    (folder / "records.jsonl").write_text(lines)
+    flags = " ".join(report.flags(studies(folders["none"], folder)[0]))
+    assert "`loop` repeats itself" in flags and "the token budget cut 100% of the captions" in flags
+    assert "longer than the untouched model's" in flags
+
+
+def test_naming_fewer_objects_more_often_is_flagged(tmp_path):
+    some = {str(i): caption(i) for i in DATA.images}
+    first = {str(i): f"{caption(i).split('.')[0]}. " * 8 for i in DATA.images}
+    (one,) = studies(write(tmp_path, "none", some), write(tmp_path, "again", first))
+    assert any("look at CHAIR_I_unique" in flag for flag in report.flags(one))
+
+
+def test_pictures_with_one_answer_are_counted(tmp_path, folders):
+    fewer = write(tmp_path, "fewer", dict(list(captions(lambda k: False).items())[:-5]))
+    (one,) = studies(folders["none"], fewer)
+    assert any("`fewer`: 5 pictures lack one of the two answers" in flag for flag in report.flags(one))
+    assert one.controls[1].images == N - 5
+    assert len(re.findall("Drawn at random", html.page([one]))) == 1
+
+
+def test_two_runs_with_one_name_are_told_apart(tmp_path, folders):
+    twins = [write(tmp_path, "good", captions(lambda k: False), seed=k) for k in range(2)]
+    (one,) = studies(folders["none"], *twins)
+    assert one.names == ["none", "good (00c0ffee) #2", "good (00c0ffee) #3"]
+    assert {v.method for v in one.verdicts} == set(one.names[1:])
+
+
+# Numbers
+
+
+def test_figures_are_those_of_the_comparison(folders, chair):
+    wanted = [folders[name] for name in ("none", "good", "same", "almost")]
+    (comparison,) = compare([Run.read(f) for f in wanted], 400)
+    lines = list(csv.DictReader(io.StringIO(report.to_csv([chair]))))
+    (data,) = json.loads(report.to_json([chair]))
+    shown = Page(html.page([chair])).text
+    for at, row in enumerate(comparison.rows):
+        for metric, e in row.estimates.items():
+            assert chair.comparison.rows[at].estimates[metric] == e
+            (line,) = (x for x in lines if (x["method"], x["metric"]) == (row.method, metric))
+            assert (float(line["value"]), float(line["low"]), float(line["high"])) == (e.value, e.low, e.high)
+            assert data["rows"][at]["estimates"][metric]["value"] == e.value
+            factor = chair.columns[metric][1]
+            assert f"{report.number(e.value, factor)}{report.interval(e, factor)}" in shown
+            if row.differences:
+                d = row.differences[metric]
+                assert float(line["difference"]) == d.value and float(line["difference_low"]) == d.low
+                assert d.value == 0 or report.interval(d, factor, True) in shown
+    assert set(chair.columns) == {*comparison.rows[0].estimates, "objects", "mentions"}
+
+
+def test_objects_and_mentions_a_caption(chair):
+    none = chair.comparison.rows[0].estimates
+    scores = chair.captions[0].values()
+    assert none["objects"].value == pytest.approx(sum(len(s.objects) for s in scores) / N)
+    assert none["mentions"].value == pytest.approx(sum(len(s.mentions) for s in scores) / N)
+
+
+def test_mcnemar_decides_on_chair_s(chair):
+    v = next(v for v in chair.verdicts if (v.method, v.metric) == ("good", "CHAIR_S"))
+    assert (v.discordant.only_base, v.discordant.only_method) == (N // 2, 0)
+    assert v.p == stats.mcnemar(0, N // 2) and v.methods == 3
+    other = next(v for v in chair.verdicts if (v.method, v.metric) == ("good", "F1"))
+    assert other.p == other.difference.p and other.discordant is None
+
+
+def test_position_of_inventions_by_hand():
+    (score,) = score_captions([(1, "a dog b c d e f g a cat")], {1: frozenset({"dog"})})
+    assert [e.value for e in report.by_position({1: score}, 10)] == [0.0, None, None, None, 1.0]
+
+
+def test_rates_of_objects_by_hand(chair):
+    invented, missed = report.object_rates(chair)
+    giraffes = sum("giraffe" not in DATA.truth[i] for i in DATA.images)
+    times = sum("giraffe" not in DATA.truth[i] for k, i in enumerate(DATA.images) if k % 4)
+    assert invented["giraffe"][0] == report.Rate(times, giraffes) and next(iter(invented)) == "giraffe"
+    assert all(any(r.times for r in rates) for rates in missed.values())
+    assert all(r.times <= r.of for rates in missed.values() for r in rates)
+
+
+def test_an_object_can_only_be_invented_where_it_is_not(tmp_path):
+    people = write(tmp_path, "none", {str(i): "There is a person." for i in DATA.images})
+    invented, missed = report.object_rates(studies(people)[0])
+    without = sum("person" not in DATA.truth[i] for i in DATA.images)
+    assert invented == {"person": [report.Rate(without, without)]} and 0 < without < N
+    assert "person" not in missed and missed["car"][0].share == 1
+
+
+def test_confusion_and_objects_of_questions(pope):
+    bench = pope.comparison.benchmark
+    asked = [q for q in bench.questions(DATA) if q.split == "adversarial"]
+    table = report.confusion(pope)["adversarial"]
+    wrong = [q for q in asked if q.object == "person"]
+    assert table[0]["fn"] == sum(q.label == "yes" for q in wrong) and table[0]["fp"] == sum(
+        q.label == "no" for q in wrong
+    )
+    assert table[1]["fp"] == 0 and table[1]["fn"] > table[0]["fn"]
+    assert sum(table[0][k] for k in ("tp", "fn", "tn", "fp")) == len(asked)
+    invented, denied = report.object_rates(pope)
+    assert invented["person"][0].share == 1 and invented["person"][1].times == 0
+    assert set(denied) == {"person", "car"} and denied["car"][1].share == 1
+    shown = Page(html.page([pope])).text
+    assert "Denied most" in shown and "adversarial" in shown and "Truncation control" not in shown
+
+
+# The page
+
+
+def test_page_is_whole_and_needs_nothing_else(chair, pope):
+    page = html.page([chair, pope])
+    parsed = safe(page)
+    assert page.startswith("<!DOCTYPE html>") and "default-src 'none'" in page
+    assert "prefers-color-scheme: dark" in page and "@media print" in page and 'name="viewport"' in page
+    assert "http://" not in page and "https://" not in page
+    assert sum(tag == "svg" for tag, _ in parsed.tags) == 3 and sum(tag == "img" for tag, _ in parsed.tags) > 8
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(ids) == len(set(ids)), "plots do not share ids"
+    assert {a["href"] for tag, a in parsed.tags if tag == "a"} == {"#part1", "#part2"} <= {f"#{i}" for i in ids}
+    assert parsed.text.count("Provenance") == 2 and "00c0ffee" in parsed.text
+    assert "Model toy; methods none, good, same, almost, timid;" in parsed.text
+    for said in report.words(chair):
+        assert said.replace("`", "") in parsed.text
+    assert html.page([chair, pope]) == page, "the same answers, the same page"
+
+
+def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
+    texts = dict.fromkeys(captions(lambda k: False), HOSTILE)
+    mean = [
+        write(tmp_path, "none", texts),
+        write(tmp_path, "<b onclick=alert(3)>&\"'`x` $\\frac{1}{0}$", captions(lambda k: True)),
+    ]
+    header = json.loads((mean[1] / "run.json").read_text())
+    header["environment"]["command"] = HOSTILE
+    header["identity"]["revision"] = "<script>alert(4)</script>"
+    (mean[1] / "run.json").write_text(json.dumps(header))
+    found = studies(*mean)
+    page = html.page(found)
+    parsed = safe(page)
+    assert not any(tag == "b" and attributes for tag, attributes in parsed.tags)
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)> a " in parsed.text
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", page)
+    page.encode("utf-8")
+    safe(html.page(found, gallery=0, sample=0))
+    report.to_markdown(found), json.loads(report.to_json(found)), report.to_csv(found)
+
+
+def test_words_are_marked_where_they_stand():
+    (score,) = score_captions([(1, 'A "dog" <and> two cats near a dog.')], {1: frozenset({"dog", "car"})})
+    assert html.marked(score) == (
+        'A &quot;<span class="present" title="dog">dog</span>&quot; &lt;and&gt; two '
+        '<del class="invented" title="cat">cats</del> near a <span class="present" title="dog">dog</span>.'
+    )
+    assert "missed: car" in html._missed(score)
+    (empty,) = score_captions([(1, "")], {1: frozenset()})
+    assert "an empty answer" in html.marked(empty)
+
+
+def test_pictures_where_methods_differ_most_come_first(tmp_path):
+    base, mine = captions(lambda k: False), captions(lambda k: k == 3)
+    *_, last = mine
+    mine[last] += " There is a zebra. There is a giraffe."
+    (one,) = studies(write(tmp_path, "none", base), write(tmp_path, "mine", mine))
+    shown = re.findall('alt="([^"]+)"', html.page([one], gallery=8, sample=0))
+    assert shown == [DATA.images[int(last)].name, DATA.images[list(DATA.images)[3]].name], "and equal ones are left out"
+
+
+def test_gallery(chair):
+    worst = max(DATA.images, key=lambda i: (html._spread(chair, i), -i))
+    page = html.page([chair], gallery=1, sample=3, seed=5)
+    names = re.findall(r'<img src="[^"]+" alt="([^"]+)"', page)
+    assert names[0] == DATA.images[worst].name and len(names) == 4
+    assert re.findall('alt="([^"]+)"', html.page([chair], gallery=1, sample=3, seed=5)) == names
+    assert re.findall('alt="([^"]+)"', html.page([chair], gallery=1, sample=3, seed=6)) != names
+    assert "<code>none</code> = <code>same</code>" in page, "equal captions are shown once"
+
+
+def test_pictures_that_cannot_be_read(chair, tmp_path):
+    assert html.thumbnail(tmp_path / "none.png") is None
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    assert html.thumbnail(tmp_path / "broken.png") is None
+    assert "is not on this machine" in html._picture(tmp_path / "none.png", 1)
+
+
+def test_without_matplotlib(chair, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not plots.available()
+    page = html.page([chair])
+    safe(page)
+    assert page.count("pip install vlmfix[plots]") == 1 and "<svg" not in page and "Truncation control" in page
+
+
+def test_plots_take_the_colours_of_the_page(chair):
+    svg = plots.trade_off(chair)
+    assert "currentColor" in svg and "#010203" not in svg and "#000000" not in svg and "none = same" in svg
+    assert svg.startswith('<svg role="img" aria-label="CHAIR_S') and "xmlns" not in svg
+
+
+def test_runs_without_answers(tmp_path):
+    nothing = [write(tmp_path, "none", {}), write(tmp_path, "some", {})]
+    found = studies(*nothing)
+    safe(html.page(found))
+    json.loads(report.to_json(found)), report.to_markdown(found)
+    safe(html.page([]))
+
+
+# Files and the command
+
+
+def test_markdown_holds_words_tables_and_notes(chair):
+    text = report.to_markdown([chair])
+    assert report.markdown(chair.comparison).strip() in text and report.words(chair)[0] in text
+    assert "| against the untouched model cut to the same recall |" in text and "- testing only: the first" in text
+
+
+def test_no_minus_before_nothing():
+    assert report.figure(stats.Estimate(-0.0001, -0.01, 0.0), 100, signed=True) == "+0.0 [−1.0, +0.0]"
+    assert report.p_text(0.0004) == "p < .001" and report.p_text(0.0421) == "p = .042" and report.p_text(1.0) == "p = 1"
+
+
+def test_runs_are_found_in_folders(folders):
+    found = report.find_runs([folders["none"].parent, folders["good"]])
+    assert len(found) == len(folders) and found[0].untouched
+    assert [r.folder for r in report.find_runs([folders["good"] / "records.jsonl"])] == [folders["good"]]
+
+
+def test_command(folders, tmp_path):
+    out = tmp_path / "deep" / "report.html"
+    args = ["report", str(folders["none"]), str(folders["good"]), "--output", str(out)]
+    for kind in ("markdown", "csv", "json"):
+        args += [f"--{kind}", str(tmp_path / f"report.{kind}")]
+    code = "import sys; from vlmfix.cli import app; app(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    safe(out.read_text("utf-8"))
+    assert json.loads((tmp_path / "report.json").read_text())[0]["methods"] == ["none", "good"]
+    assert (tmp_path / "report.csv").read_text().startswith("benchmark,model,") and done.stderr.count("written: ") == 4
+    assert "`good`: really better" in (tmp_path / "report.markdown").read_text("utf-8")
+
+
+def test_mistakes_end_in_a_sentence(folders, tmp_path):
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 1 and "expected a run folder of `vlmfix eval`" in done.stderr
+    done = CliRunner().invoke(app, ["report", str(folders["none"]), "--output", str(tmp_path)])
+    assert done.exit_code == 1 and "cannot write" in done.stderr and done.stderr.count("\n") == 1

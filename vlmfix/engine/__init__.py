@@ -1,0 +1,1 @@
+"""How a method comes on: passes, hooks, attention, state, second streams."""

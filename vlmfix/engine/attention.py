@@ -1,0 +1,294 @@
+"""The one attention function of vlmfix: the original kernel computes everything, then only edited rows are done
+again."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from vlmfix.engine.state import Call
+from vlmfix.engine.streams import JointCache
+from vlmfix.method.intervention import Intervention, Rows, Site
+
+NAME = "vlmfix"
+LOOK = "vlmfix_look"
+PIECE = 256
+"""Rows that are done at a time: bounds the memory of methods that edit or survey all rows of a long prompt."""
+FLOATS = {"cpu": 2**19}
+"""Entries of 16-bit keys that are float32 at a time: what the caches of a CPU core hold (2 MB)."""
+MOST_FLOATS = 2**24
+"""The same elsewhere, where few large steps are better."""
+Edits = list[tuple[int, Intervention]]
+between_compiled_pieces: Any = torch.compiler.disable(
+    reason="edits run between the compiled pieces of a model, so a wrapped model cannot be compiled with fullgraph=True"
+)
+"""Keeps a function out of what torch.compile makes."""
+
+
+class AttentionView:
+    """What an attention module's config view points at: the original kernel and who edits this layer."""
+
+    def __init__(self, module: nn.Module, layer: int, n_layers: int, edits: Edits, current: Callable[[], Call | None]):
+        self.layer = layer
+        self.n_layers = n_layers
+        self.edits = edits
+        self.current = current
+        self.original: Any = copy.copy(
+            module
+        )  # shares all weights; kernels that read module.config find the original one
+
+    def kernel(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The implementation that the model is set to (sdpa, eager, flash ...)."""
+        eager: Any = getattr(sys.modules[type(self.original).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.original.config._attn_implementation, eager)
+
+
+class _Name(str):
+    """The name of an attention implementation under which `edited_attention` is found, though it reads and compares
+    like the original one: some models ask for it by name to know what mask to make."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(NAME)
+
+    def __eq__(self, other: object) -> bool:
+        return other in (str(self), NAME)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+def attach(module: nn.Module, view: AttentionView) -> None:
+    """Give one attention module its own config view; the decoder's config, and so the masks, stay as they were."""
+    AttentionInterface.register(NAME, edited_attention)
+    config: Any = copy.copy(module.config)
+    config.__dict__["_attn_implementation_internal"] = _Name(config._attn_implementation)
+    config.__dict__["vlmfix_view"] = view
+    module.config = config
+
+
+@between_compiled_pieces
+def edited_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Stock attention, then the edited rows of its output overwritten. query (B, H, Q, d), key and value (B, Hk, K, d).
+
+    The weights returned beside the output, where the kernel gives any, are the unedited ones. Where second streams go
+    along, their queries follow the first stream's, and each attends to its own keys by the kernel alone.
+    """
+    view: AttentionView = module.config.vlmfix_view  # type: ignore[union-attr, assignment]
+    call, kernel = view.current(), partial(view.kernel(), view.original)
+    if call is None or not isinstance(call.cache, JointCache):
+        return _edited(view, call, kernel, query, key, value, attention_mask, kwargs)
+    own, *others = query.split(len(key))
+    mask = None if attention_mask is None else attention_mask[: len(key)]
+    outs = [_edited(view, call, kernel, own, key, value, mask, kwargs)[0]]
+    for q, (k, v, seen) in zip(others, call.cache.others(), strict=True):
+        outs.append(kernel(q, k, v, seen, **kwargs)[0])
+    return torch.cat(outs), None
+
+
+def _edited(
+    view: AttentionView, call: Call | None, kernel: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    stock = cache(partial(kernel, query, key, value, attention_mask, **kwargs))
+    if call is None:
+        return stock()
+    if call.n_prompt and _as_cached(view, call, key, value, kwargs):
+        call.generation.joinable.add(view.layer)
+    if not view.edits:
+        return stock()
+    scores = Scores(view, call, query, key, attention_mask, kwargs)
+    if not call.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
+        return edit_rows(view, call, lambda: stock()[0], scores, value), None  # runs only where a row stays as it is
+    out, weights = stock()
+    return edit_rows(view, call, lambda: out, scores, value), weights
+
+
+def _as_cached(view: AttentionView, call: Call, key: Tensor, value: Tensor, extra: dict[str, Any]) -> bool:
+    """Whether a kernel gets keys and values just as the cache gives them, and nothing else that has a row per sample.
+    Then second streams can go along in a pass and bring their own."""
+    layers = getattr(call.cache, "layers", ())
+    kept = layers[view.layer] if view.layer < len(layers) else None
+    told = any(isinstance(x, Tensor) and x.dim() > 1 for name, x in extra.items() if name != "position_ids")
+    as_kept = getattr(kept, "keys", None) is key and getattr(kept, "values", None) is value
+    return as_kept and not told and view.original.config._attn_implementation == "sdpa"
+
+
+class Scores:
+    """Attention scores of one layer's pass, done again for some rows at a time: rows x keys, in float32. Keys of fewer
+    bits become float32 piece by piece, so that scores are exact and no copy of all keys is made.
+
+    `extra` is what the attention module tells its kernel: `scaling`, `softcap`, `position_bias` (B, H, Q, K), attention
+    sinks as parameters (`s_aux` (H,), or `sinks` (B, H, Q, 1)), `sliding_window`, `is_causal`.
+    """
+
+    def __init__(self, view: AttentionView, call: Call, query: Tensor, key: Tensor, mask: Any, extra: dict[str, Any]):
+        self.call, self.query, self.key, self.mask, self.extra = call, query, key, mask, extra
+        self.n_queries, self.n_keys = query.shape[2], key.shape[2]
+        self.group = query.shape[1] // key.shape[1]
+        causal = extra.get("is_causal")
+        self.causal = getattr(view.original, "is_causal", True) if causal is None else causal
+
+    def rows(self, picked: Any) -> tuple[Tensor, Tensor | None]:
+        """(B, H, R, K) scores as the kernel sees them, and where a row may not look; `None`: nowhere."""
+        q = self.query[:, :, picked].float()
+        q = q * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
+        s = self._products(by_key_head(q, self.group)).view(*q.shape[:3], self.n_keys)
+        if (cap := self.extra.get("softcap")) is not None:
+            s = cap * (s / cap).tanh()
+        if (bias := self.extra.get("position_bias")) is not None:
+            s = s + bias[:, :, picked, : self.n_keys].float()
+        hidden = self._hidden(picked, s.device)
+        if hidden is None:
+            return s, None
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
+            s = s + self.mask[:, :, picked, : self.n_keys].float()
+        return s.masked_fill_(hidden, torch.finfo(s.dtype).min), hidden
+
+    def _products(self, q: Tensor) -> Tensor:
+        """(B, Hk, R, K) of queries (B, Hk, R, d) with all keys."""
+        key = self.key
+        if key.dtype == q.dtype:
+            return q @ key.transpose(-1, -2)
+        b, n_key_heads, n_keys, d = key.shape
+        n = min(max(FLOATS.get(key.device.type, MOST_FLOATS) // (b * n_key_heads * d), 1), n_keys)
+        room = q.new_empty(b, n_key_heads, n, d)  # one for all pieces: fresh memory would cost more than the maths
+        parts = (room[:, :, : part.shape[2]].copy_(part) for part in key.split(n, dim=2))
+        products = [q @ part.transpose(-1, -2) for part in parts]
+        return products[0] if n == n_keys else torch.cat(products, dim=-1)
+
+    def softmax(self, s: Tensor, picked: Any) -> Tensor:
+        """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
+        if (sink := self.extra.get("s_aux")) is not None:
+            sink = sink.view(1, -1, 1, 1)
+        elif (sink := self.extra.get("sinks")) is not None:
+            sink = sink[:, :, picked]
+        if sink is None:
+            return s.softmax(-1)
+        return torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1).softmax(-1)[..., :-1]
+
+    def _hidden(self, picked: Any, device: torch.device) -> Tensor | None:
+        """True where a row may not look, broadcastable to (B, H, R, K); `None` if every row sees every key."""
+        mask, call, n_queries, n_keys = self.mask, self.call, self.n_queries, self.n_keys
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            rows = mask[:, :, picked, :n_keys]
+            return ~rows if rows.dtype == torch.bool else rows <= torch.finfo(rows.dtype).min / 2
+        window = self.extra.get("sliding_window")
+        window = None if window is None or window >= n_keys else window
+        causal = self.causal and not (n_queries == 1 and n_keys <= call.start + 1)
+        if mask is None and window is None and not causal:
+            return None
+        query, key = torch.arange(n_queries, device=device)[picked, None], torch.arange(n_keys, device=device)
+        if hasattr(mask, "mask_mod"):  # flex attention: a function of batch, head, query and key
+            sample = torch.arange(self.query.shape[0], device=device)[:, None, None, None]
+            return ~mask.mask_mod(sample, torch.zeros_like(sample), query[None, None], key[None, None, None])
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise TypeError(
+                f"attention masks of type {type(mask).__name__} are not supported; load the model with sdpa or eager"
+            )
+        hidden = None if mask is None else ~mask[:, None, None, -n_keys:].bool()
+        position = query + min(call.start, n_keys - n_queries)
+        limits = []
+        if causal:
+            limits.append(key > position)
+        if window is not None:
+            limits.append(key <= position - window)
+        for limit in limits:
+            hidden = limit[None, None] if hidden is None else hidden | limit
+        return hidden
+
+
+def by_key_head(x: Tensor, group: int) -> Tensor:
+    """(B, H, R, n) as (B, Hk, group * R, n): query heads of one key head side by side, so that keys and values are
+    never repeated."""
+    b, h, r, n = x.shape
+    return x.reshape(b, h // group, group * r, n)
+
+
+def edit_rows(view: AttentionView, call: Call, stock: Callable[[], Tensor], scores: Scores, value: Tensor) -> Tensor:
+    """The output `stock` (B, Q, H, d) of the original kernel, with the rows that an intervention changed overwritten.
+
+    Work and memory are rows x keys; rows, heads and samples that no edit changed keep the kernel's output bit for bit.
+    Weights are edited in float32; the rows that they give are summed as kernels do it: weights in the dtype of the
+    values, sums in float32.
+    """
+    edits = [(i, e) for i, e in view.edits if i in call.generation.force]
+    index = call.row_index(frozenset(e.rows for _, e in edits)) if edits else torch.empty(0)
+    surveys = [(i, e) for i, e in edits if call.n_prompt and e.acts_at("survey")]
+    if index is not None and index.numel() == 0 and not surveys:
+        return stock()
+    device = value.device
+
+    def site(i: int, policy: Rows, picked: Any) -> Site:
+        return call.site(i, policy, view.layer, view.n_layers, scores.n_keys, picked, device)
+
+    if surveys:
+        for piece in torch.arange(scores.n_queries, device=device).split(PIECE):
+            a = scores.softmax(scores.rows(piece)[0], piece)
+            for i, e in surveys:
+                e.survey(a, site(i, "all", piece))
+    picks: Any = [slice(None)] if index is None else index.to(device).split(PIECE)
+    for picked in picks:
+        s, hidden = scores.rows(picked)
+        a = plain = scores.softmax(s, picked)
+        sites = {i: site(i, e.rows, picked) for i, e in edits}
+        edited = s
+        for i, e in edits:
+            edited = e.scores(edited, sites[i]) if e.acts_at("scores") else edited
+        if edited is not s:
+            a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
+        for i, e in edits:
+            a = e.weights(a, sites[i]) if e.acts_at("weights") else a
+        if a is plain:
+            continue
+        changed = (a != plain).any(-1)  # (B, H, R)
+        if call.n_prompt:  # all rows are admitted afterwards
+            changed &= torch.stack([each.rows for each in sites.values()]).any(0)[:, None]
+        known = changed.device.type == "cpu"  # elsewhere, asking would wait for the device
+        every = known and bool(changed.all())
+        if known and not every and not changed.any():
+            continue
+        new = (by_key_head(a, scores.group).to(value.dtype) @ value).view(*a.shape[:3], -1).transpose(1, 2)
+        if index is None and every:
+            return new.to(scores.query.dtype)
+        out = stock()
+        out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
+    return stock()
+
+
+class _Seen(Exception):
+    """Carries queries, keys and scale out of a layer that need not run on."""
+
+
+def queries_and_keys(layer: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
+    """Queries (B, H, Q, d), keys (B, Hk, Q, d) and scale that a decoder layer with the attention `module` computes from
+    `inputs`: by the layer's own code, norms and rotary embeddings included, and no more of it. No cache is touched."""
+    AttentionInterface.register(LOOK, _look)
+    config = copy.copy(module.config)
+    config.__dict__["_attn_implementation_internal"] = LOOK
+    attention, twin = copy.copy(module), copy.copy(layer)  # share all weights
+    attention.config = config
+    twin.__dict__["_modules"] = {k: attention if v is module else v for k, v in layer._modules.items()}
+    for one in (attention, twin):
+        one.__dict__.pop("forward", None)  # accelerate's is bound to the original
+    try:
+        twin.forward(**{**inputs, "past_key_values": None, "use_cache": False})
+    except _Seen as seen:
+        return seen.args
+    raise TypeError(f"{type(module).__name__} does not call transformers' attention interface")
+
+
+def _look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    if unsupported := [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]:
+        raise TypeError(f"attention with {', '.join(unsupported)} cannot be ranked by queries and keys alone")
+    raise _Seen(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)

@@ -1,0 +1,1 @@
+"""What a method is: stages, settings, registry, head lists. Knows no engine."""
