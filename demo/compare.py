@@ -27,7 +27,7 @@ from vlmfix.demo.studio import (
     truth,
 )
 from vlmfix.demo.verdicts import COPY
-from vlmfix.method.intervention import method_class
+from vlmfix.method.registry import method_class
 
 SCENES = ("test_0032", "test_0021", "test_0010", "test_0009", "test_0001", "test_0134")
 """Picked by hand, no sample: VHR invents less on the first four scenes, as much on the fifth, more on the last."""

@@ -14,7 +14,7 @@ from typing import Any
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.report.report import LESS_IS_BETTER, MORE_IS_BETTER, controls_of, figure, interval, number
 from vlmfix.eval.scorers.stats import Difference, Estimate
-from vlmfix.method.intervention import parse, spec_of
+from vlmfix.method.registry import parse, spec_of
 
 NOTE = (
     "95 % intervals from a bootstrap over pictures; differences to the untouched model are paired. Coloured: the "

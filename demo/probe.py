@@ -20,7 +20,8 @@ from vlmfix.demo.studio import Shared, Studio, interventions, problem, read_pict
 from vlmfix.eval.benchmarks.pope import question_text
 from vlmfix.eval.report.plots import PALETTE, UNTOUCHED
 from vlmfix.eval.scorers.chair import Vocabulary, coco_truth
-from vlmfix.method.intervention import Intervention, spec_of
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import spec_of
 
 BATCH = 20
 """Questions that go through the model at once."""

@@ -13,9 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.heads import parse_heads
-from vlmfix.method.intervention import Intervention, did_you_mean, method_class, parse, read_settings
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import method_class, parse
+from vlmfix.method.settings import did_you_mean, read_settings
 
-METHODS = ["none", *(name for name in REGISTRY if not method_class(name).accelerator)]
+METHODS = ["none", *(name for name in REGISTRY if not method_class(name)().traits.accelerator)]
 LONGEST_SPEC = 300
 """Characters."""
 MOST = {

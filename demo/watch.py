@@ -22,7 +22,9 @@ from vlmfix.hooks.lookback import steps_of, token_ends
 from vlmfix.hooks.parts import sinks, views
 from vlmfix.hooks.var import VAR
 from vlmfix.method.heads import parse_heads
-from vlmfix.method.intervention import Intervention, Rows, Site, spec_of
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.registry import spec_of
+from vlmfix.method.site import Rows, Site
 from vlmfix.model.anatomy import anatomy
 
 Array = NDArray[Any]
@@ -72,7 +74,6 @@ class Watch(Intervention):
 
     name: ClassVar[str] = "look inside"
     summary: ClassVar[str] = "monitor: keeps the attention behind each answer token; changes nothing"
-    token_by_token: ClassVar[bool] = True
 
     moment: Literal["before", "after"] = "after"
     """What is read: `before`, what the layer itself computes (of attention sinks that are parameters it knows nothing);
@@ -83,6 +84,11 @@ class Watch(Intervention):
     """Dimensions by which visual sinks are told; `None`: none are."""
     tau: float | None = None
     """Their threshold, as VAR's."""
+
+    @property
+    def traits(self) -> Traits:
+        """It keeps the rows of one answer."""
+        return Traits(sequential=True)
 
     def acts_at(self, stage: str) -> bool:
         """Layer inputs are needed to find sinks only."""

@@ -29,7 +29,10 @@ from vlmfix.engine import attention
 from vlmfix.engine.attachment import wrapped
 from vlmfix.engine.state import Prompt
 from vlmfix.hooks import VCD
-from vlmfix.method.intervention import ASK_STAGES, ATTENTION_STAGES, Intervention, did_you_mean, parse, spec_of
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import parse, spec_of
+from vlmfix.method.settings import did_you_mean
+from vlmfix.method.stages import ASK_STAGES, ATTENTION_STAGES
 
 SINK = 7
 """Dimension in which the first token and half of the image tokens carry a massive activation."""

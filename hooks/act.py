@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from vlmfix.method.heads import head_names, parse_heads, resolve_heads
-from vlmfix.method.intervention import Intervention, Rows, Site
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Rows, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,7 +75,6 @@ class ACT(Intervention):
         "yes/no with calibrated heads: about one point fewer yes on the embedded model, accuracy at most 0.7 points "
         "better, with random heads as much worse; captions: nothing. In all heads: no gain"
     )
-    whole_prompt: ClassVar[bool] = True
 
     alpha: float = 5.0
     """A sink receives more than alpha / n of the rows' attention, n tokens in the prompt (paper: 3, 5, 7)."""
@@ -108,6 +108,11 @@ class ACT(Intervention):
     select: Literal["received", "random_tokens", "random_heads"] = "received"
     """As controls (ours): as many random tokens of the prompt in the place of each head's sinks, or as many random
     heads of the model in the place of those listed."""
+
+    @property
+    def traits(self) -> Traits:
+        """It counts over the whole prompt. Running sums belong to one answer."""
+        return Traits(whole_prompt=True, sequential=self.answering == "running")
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
@@ -156,11 +161,6 @@ class ACT(Intervention):
             **facts,
             "select": self.select,
         }
-
-    @property
-    def token_by_token(self) -> bool:  # type: ignore[override]
-        """Running sums belong to one answer."""
-        return self.answering == "running"
 
     def acts_at(self, stage: str) -> bool:
         """A sink that keeps all of its weight is none."""

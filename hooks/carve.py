@@ -21,7 +21,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.method.intervention import Idle, Intervention, Site
+from vlmfix.method.intervention import Idle, Intervention, Traits
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,8 +82,6 @@ class CARVE(Intervention):
         "questions about a part of the picture; refuses captioning prompts. On the embedded model POPE's accuracy "
         "falls by 5 to 7 points, and as much with masks at random places; the same picture twice costs nothing"
     )
-    whole_prompt: ClassVar[bool] = True
-    token_by_token: ClassVar[bool] = True
 
     layers: tuple[int, ...] | None = None
     """Layers whose contrast is summed. `None`: 20-25 of 26 or more (paper), else the same part of the depth (ours). For
@@ -126,6 +125,11 @@ class CARVE(Intervention):
     """Where the mask or box lies: by contrast (paper), or, as a control (ours), the same one at a random place."""
     variant: Literal["paper", "official", "vicrop"] = "paper"
     """`paper`; `official`: what the released code computes; `vicrop`: the crop of ViCrop's relative attention."""
+
+    @property
+    def traits(self) -> Traits:
+        """Its looks are over the whole prompt, for one answer at a time."""
+        return Traits(whole_prompt=True, sequential=True)
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""

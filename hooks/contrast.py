@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.method.intervention import Intervention, Step
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,6 @@ class Contrast(Intervention):
         "captions: on the embedded model a little fewer inventions, CHAIR_S −3.2 [−5.3, −1.3], and no less seen; "
         "yes/no: nothing"
     )
-    whole_prompt: ClassVar[bool] = True
 
     gamma: float = 1.1
     """Strength of PAI's rule, out = c + (gamma - 1)(c - u); 1.1 in the published runs (code). 1: nothing is done."""
@@ -63,6 +63,11 @@ class Contrast(Intervention):
     """`constant`: gamma - 1 (PAI); `growing`: exp(lambda t) - 1 (M3ID). `None`: the variant's."""
     t0: int = None  # type: ignore[assignment]
     """Number of the first token in M3ID's rule; with 0 it stays as it is but for `beta`. `None`: the variant's."""
+
+    @property
+    def traits(self) -> Traits:
+        """The second stream needs the whole prompt at once."""
+        return Traits(whole_prompt=True)
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""

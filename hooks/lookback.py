@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.method.heads import head_names, parse_heads, resolve_heads
-from vlmfix.method.intervention import Idle, Intervention, Site, did_you_mean
+from vlmfix.method.intervention import Idle, Intervention, Traits
+from vlmfix.method.settings import did_you_mean
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,7 +100,6 @@ class Lookback(Intervention):
         "captions: low scores mark words to doubt (AUROC on the embedded model 0.87, with a detector 0.89; position "
         "alone 0.67); yes/no: untested"
     )
-    token_by_token: ClassVar[bool] = True
 
     preset: Literal["lookback", "lookback_text", "tracker", "focus", "prelim"] = "lookback"
     """Keys that are compared. `lookback` (ours), `focus` (ours): image against the prompt after it and the answer so
@@ -119,6 +120,11 @@ class Lookback(Intervention):
     """Heads whose mean is the plain score: the file of a head list, or heads such as `L3H1/L3H5`. `None`: all."""
     detector: str | None = None
     """File of a detector (`vlmfix calibrate lookback`); `None`: the plain score, mean of R."""
+
+    @property
+    def traits(self) -> Traits:
+        """Ratios belong to one answer's tokens."""
+        return Traits(sequential=True)
 
     def __post_init__(self) -> None:
         """Fill in the preset's way to put weights together and check ranges."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
-from vlmfix.method.intervention import Intervention, Rows, Site, Step
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Rows, Site, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,11 @@ class PAI(Intervention):
     """`release`: with guidance, the released code leaves the prefill's attention alone, so that one-word answers never
     see the attention edit."""
 
+    @property
+    def traits(self) -> Traits:
+        """The second stream needs the whole prompt at once; without it only rows that predict tokens are edited."""
+        return Traits(whole_prompt=self.gamma is not None, shares_pictures=self.gamma is None)
+
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.variant not in ("paper", "release"):
@@ -56,16 +62,6 @@ class PAI(Intervention):
     def acts_at(self, stage: str) -> bool:
         """Without guidance there is no second stream."""
         return super().acts_at(stage) and (self.gamma is not None or stage not in ("begin", "logits"))
-
-    @property
-    def whole_prompt(self) -> bool:  # type: ignore[override]
-        """The second stream needs the whole prompt at once."""
-        return self.gamma is not None
-
-    @property
-    def shares_pictures(self) -> bool:  # type: ignore[override]
-        """Without guidance only rows that predict tokens are edited."""
-        return self.gamma is None
 
     @property
     def rows(self) -> Rows:

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
-from vlmfix.method.intervention import Intervention, Site, Step
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Site, Step
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,7 +91,6 @@ class PAINT(Intervention):
         "captions: on the embedded model fewer inventions for more repetition, and shuffled tokens do as well: it is "
         "not the selection. On LLaVA-1.5 nothing at the default, and loops at the paper's setting. Yes/no: nothing"
     )
-    whole_prompt: ClassVar[bool] = True
 
     alpha: float = None  # type: ignore[assignment]
     """s += alpha |s| on local tokens. `None`: the variant's, 0.5 (ours: the largest published value whose captions do
@@ -110,6 +110,11 @@ class PAINT(Intervention):
     """Tokens by the tower's attention (paper); as a control (ours) as many others, shuffled alike in all pictures."""
     weaken: bool = False
     """As a control (ours): the chosen tokens pushed down instead."""
+
+    @property
+    def traits(self) -> Traits:
+        """Tokens are chosen over the whole prompt."""
+        return Traits(whole_prompt=True)
 
     def __post_init__(self) -> None:
         """Fill the variant's values, check ranges, warn."""

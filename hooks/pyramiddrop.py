@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.method.intervention import Intervention, Site
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,8 +96,6 @@ class PyramidDrop(Intervention):
         "an accelerator (--speed pyramiddrop), no cure: yes/no loses a point or two, and captions of the embedded "
         "model, with 64 image tokens, invent more and see less, as with random tokens dropped. For long image blocks"
     )
-    whole_prompt: ClassVar[bool] = True
-    accelerator: ClassVar[bool] = True
 
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     """Shares of each image's tokens that go on, from each of `layers` on: of all its tokens, not of those before."""
@@ -109,6 +108,11 @@ class PyramidDrop(Intervention):
     together with other methods and with samples that have different numbers of image tokens."""
     select: Literal["attention", "random"] = "attention"
     """Which go on: the best by attention (paper); as a control (ours) as many random ones, the same in all pictures."""
+
+    @property
+    def traits(self) -> Traits:
+        """Tokens are ranked by the end of the prompt."""
+        return Traits(whole_prompt=True, accelerator=True)
 
     def __post_init__(self) -> None:
         """Check ranges."""

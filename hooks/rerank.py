@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.hooks.lookback import Detector, Lookback, steps_of, token_ends
-from vlmfix.method.intervention import Intervention, did_you_mean
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.settings import did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,6 +160,11 @@ class Rerank(Lookback):
     max_sentences: int = 32
     """Limit of an answer."""
 
+    @property
+    def traits(self) -> Traits:
+        """Candidates are written one after another; the verifier `oracle` knows the right answers."""
+        return Traits(sequential=True, uses_answers=self.verifier == "oracle")
+
     def __post_init__(self) -> None:
         """Check settings."""
         super().__post_init__()
@@ -194,11 +200,6 @@ class Rerank(Lookback):
         """Up to which score an object is absent, and from which it is present."""
         hi = 0.5 if self.hi is None else self.hi
         return hi if self.lo is None else self.lo, hi
-
-    @property
-    def uses_answers(self) -> bool:  # type: ignore[override]
-        """The oracle does."""
-        return self.verifier == "oracle"
 
     def acts_at(self, stage: str) -> bool:
         """Attention is read for the verifier `lookback` only."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlmfix.method.intervention import Intervention, Site
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.hooks.parts import sinks
-from vlmfix.method.intervention import Idle, Intervention, Rows, Site
+from vlmfix.method.intervention import Idle, Intervention, Traits
+from vlmfix.method.site import Rows, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,8 +44,6 @@ class VAR(Intervention):
     expect: ClassVar[str] = (
         "yes/no and captions of models with visual sinks; idle, and says so, where calibration finds none"
     )
-
-    shares_pictures: ClassVar[bool] = True
 
     p: float = None  # type: ignore[assignment]
     """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""
@@ -77,6 +76,11 @@ class VAR(Intervention):
     select: Literal["massive", "random"] = "massive"
     """Visual sinks: by massive activations (paper); as a control (ours) as many random image tokens, the same for all
     pictures with as many sinks."""
+
+    @property
+    def traits(self) -> Traits:
+        """A row is edited by its own attention alone."""
+        return Traits(shares_pictures=True)
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""

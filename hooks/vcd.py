@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlmfix.method.intervention import Intervention, Step
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,6 @@ class VCD(Intervention):
         "captions invent far less, CHAIR_S −37.0 [−42.2, −31.8], and see less, recall −5.8 [−7.7, −3.9]; yes/no "
         "gets worse"
     )
-    whole_prompt: ClassVar[bool] = True
 
     alpha: float = 1.0
     """Strength: out = (1 + alpha) c - alpha u (scripts; the function's own default is 0.5)."""
@@ -82,6 +82,11 @@ class VCD(Intervention):
     """Diffusion step of the noise, 0..999 (POPE script; other runs use 999, and it matters)."""
     seed: int = 55
     """Of the noise; independent of the seed of sampling (ours)."""
+
+    @property
+    def traits(self) -> Traits:
+        """The second stream needs the whole prompt at once."""
+        return Traits(whole_prompt=True)
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from vlmfix.method.heads import head_names, parse_heads, resolve_heads
-from vlmfix.method.intervention import Intervention, Site
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,6 +110,11 @@ class VHR(Intervention):
     """These heads for every picture (ours), instead of a choice for each: the file of a head list (`vlmfix heads`), or
     heads such as `L3H1/L3H5`. `None`: as in the paper."""
 
+    @property
+    def traits(self) -> Traits:
+        """The choice of heads needs the end of the prompt; listed heads are the same for every question."""
+        return Traits(whole_prompt=self.head_list is None, shares_pictures=self.head_list is not None)
+
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
         self._fill(VARIANTS)
@@ -155,16 +161,6 @@ class VHR(Intervention):
         if wrong:
             raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
         return self, {"layers_origin": "given"}
-
-    @property
-    def whole_prompt(self) -> bool:  # type: ignore[override]
-        """The choice of heads needs the end of the prompt."""
-        return self.head_list is None
-
-    @property
-    def shares_pictures(self) -> bool:  # type: ignore[override]
-        """Listed heads are the same for every question."""
-        return self.head_list is not None
 
     def acts_at(self, stage: str) -> bool:
         """Listed heads take no pass before the first."""

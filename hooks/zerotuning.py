@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.method.heads import check_heads, head_names, parse_heads, resolve_heads
-from vlmfix.method.intervention import Intervention, Rows, Site
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.site import Rows, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +39,6 @@ class ZeroTuning(Intervention):
         "attention, so that yes/no answers stay as they are and captions do not gain"
     )
     rows: ClassVar[Rows] = "all"
-    shares_pictures: ClassVar[bool] = True
 
     gamma: float = 0.3
     """Factor on the first token's weight, above 0. No value fits all: 0.3 is the authors' for one yes/no task, 1.5 to 4
@@ -54,6 +54,11 @@ class ZeroTuning(Intervention):
 
     select: Literal["given", "random"] = "given"
     """Which heads: those listed, or, as a control (ours), as many random ones of the model."""
+
+    @property
+    def traits(self) -> Traits:
+        """One key is scaled, whatever comes after it."""
+        return Traits(shares_pictures=True)
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -16,7 +16,7 @@ from vlmfix.eval.pictures import hub
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.results import compare
 from vlmfix.eval.run.runner import answer_all
-from vlmfix.method.intervention import parse
+from vlmfix.method.registry import parse
 
 TASKS = ("existence", "count", "position", "color")
 ASKED = "Is there a dog in the image?"

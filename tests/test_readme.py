@@ -14,7 +14,7 @@ from vlmfix.cli import app
 from vlmfix.eval.report import report
 from vlmfix.eval.run.results import Run, compare
 from vlmfix.hooks import REGISTRY
-from vlmfix.method.intervention import method_class
+from vlmfix.method.registry import method_class
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -10,13 +10,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlmfix.asking.asking import Record, ask, ask_batch
     from vlmfix.engine.attachment import report, unwrap, wrap
-    from vlmfix.method.intervention import Intervention, Site
+    from vlmfix.method.intervention import Intervention
+    from vlmfix.method.site import Site
     from vlmfix.model.loading import load
 
 _HOMES = {
     "Intervention": "method.intervention",
     "Record": "asking.asking",
-    "Site": "method.intervention",
+    "Site": "method.site",
     "ask": "asking.asking",
     "ask_batch": "asking.asking",
     "load": "model.loading",

@@ -22,7 +22,7 @@ from vlmfix.eval.benchmarks import amber, amber_captions, dash, hallusion, mme, 
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair, variants, yesno
 from vlmfix.eval.scorers.stats import Metric
-from vlmfix.method.intervention import did_you_mean
+from vlmfix.method.settings import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from vlmfix.eval.scorers.chair import CaptionScore
 from vlmfix.eval.scorers.stats import Difference, Estimate
 from vlmfix.eval.scorers.truncation import CutCaptions, TruncationControl
 from vlmfix.eval.scorers.yesno import AnswerScore
-from vlmfix.method.intervention import Intervention, parse, spec_of
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import parse, spec_of
 
 LEGEND = (
     "95 % intervals: bootstrap over pictures. Second lines: paired difference to the untouched model; "

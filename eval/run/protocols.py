@@ -15,7 +15,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from vlmfix.method.intervention import did_you_mean
+from vlmfix.method.settings import did_you_mean
 
 if TYPE_CHECKING:
     from vlmfix.eval.benchmarks.benchmark import Benchmark

@@ -35,7 +35,9 @@ from vlmfix.eval.scorers import stats
 from vlmfix.eval.scorers.yesno import MARGIN
 from vlmfix.hooks.lookback import Detector
 from vlmfix.method.heads import HeadList, picture_id
-from vlmfix.method.intervention import Intervention, did_you_mean, spec_of
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import spec_of
+from vlmfix.method.settings import did_you_mean
 
 Progress = Callable[[str, int, int, str], None]
 """Is told how far a run is: its label, answers on disk, answers in all, and the figure so far."""
@@ -113,7 +115,7 @@ def answer_each(
             message says what differs. `beside` starts another run beside it.
     """
     workers = workers or Workers()
-    if told := [one.name for method in methods for one in method if one.uses_answers]:
+    if told := [one.name for method in methods for one in method if one.traits.uses_answers]:
         raise ValueError(f"{', '.join(told)} with these settings uses the right answers: an upper bound, and no result")
     items = bench.items(data)
     settings = _generation(model, decoding)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vlmfix.engine.attachment import wrapped
-from vlmfix.method.intervention import Intervention, Rows, Site
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.site import Rows, Site
 from vlmfix.model.anatomy import DecoderLayer, anatomy
 
 Read = Callable[[dict[str, Any]], Tensor]

@@ -36,7 +36,9 @@ from vlmfix.hooks.lookback import Lookback
 from vlmfix.hooks.parts import sinks
 from vlmfix.hooks.vhr import Choice, choose
 from vlmfix.method.heads import HeadList, picture_id
-from vlmfix.method.intervention import Idle, Intervention, Site, checked_settings, did_you_mean, read_settings
+from vlmfix.method.intervention import Idle, Intervention
+from vlmfix.method.settings import checked_settings, did_you_mean, read_settings
+from vlmfix.method.site import Site
 from vlmfix.model.anatomy import anatomy
 
 Tell = Callable[..., None]

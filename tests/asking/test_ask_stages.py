@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_contract import footprint
+from tests.contract.test_contract import footprint
 
 import vlmfix
 from vlmfix.hooks import CARVE, REGISTRY, Beam, Chunks, Rerank, Truncate
-from vlmfix.method.intervention import ASK_STAGES, Intervention, from_json, method_class
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import from_json, method_class
+from vlmfix.method.stages import ASK_STAGES
 
 SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
 PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]

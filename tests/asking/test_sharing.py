@@ -16,7 +16,8 @@ from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run import runner
 from vlmfix.eval.run.runner import Workers, _end_of_batch, _share, answer_all, answer_each
 from vlmfix.hooks import PAI, REGISTRY, VAR, VHR, ZeroTuning
-from vlmfix.method.intervention import Intervention, method_class, parse
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.registry import method_class, parse
 
 METHODS = {
     "none": [],
@@ -115,8 +116,8 @@ def test_methods_that_look_at_the_whole_prompt_do_not_share():
     assert not can_share(model, {**greedy, "num_beams": 2}) and not can_share(model, {**greedy, "use_cache": False})
     sharing = {"pai", "var", "zerotuning"}
     for name in REGISTRY:
-        one = method_class(name)
-        assert not (one.shares_pictures is True and (one.whole_prompt is True or one.overrides("begin"))), name
+        one = method_class(name)()
+        assert not (one.traits.shares_pictures and (one.traits.whole_prompt or one.acts_at("begin"))), name
         if name != "var":  # which is idle on this model
             with wrapped(model, name, processor):
                 assert can_share(model, greedy) == (name in sharing), name
@@ -182,7 +183,7 @@ def test_a_model_that_cannot_share_is_found_out(tmp_path, monkeypatch):
 class EveryRow(Intervention):
     """Edits head outputs of all rows, whatever `rows` says."""
 
-    shares_pictures = True
+    traits = Traits(shares_pictures=True)
 
     def heads(self, o, site):
         """Half of it."""

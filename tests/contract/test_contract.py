@@ -12,7 +12,9 @@ import torch
 import vlmfix
 from tests.models import ARCHITECTURES, picture_prompt, plant_sinks
 from vlmfix.hooks import ACT, PAI, PAINT, REGISTRY, VAR, VCD, VHR, Contrast, Lookback, PyramidDrop, ZeroTuning
-from vlmfix.method.intervention import ASK_STAGES, Intervention, as_interventions, from_json, method_class
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import as_interventions, from_json, method_class
+from vlmfix.method.stages import ASK_STAGES
 
 INTERVENTIONS = {
     "act": ACT(alpha=1.5, beta=0.0, layers=(1, 2, 3)),
@@ -221,7 +223,7 @@ def test_beams(method, architecture):
     """Every beam is scored as a plain pass over its full sequence scores it."""
     model = build(architecture)
     prompt = picture_prompt(model, 2, lengths=[3, 6])
-    if INTERVENTIONS[method].token_by_token:
+    if INTERVENTIONS[method].traits.sequential:
         with INTERVENTIONS[method](model), pytest.raises(ValueError, match="beam search is not supported"):
             answer(model, prompt, num_beams=3)
         return
@@ -500,7 +502,7 @@ def test_static_cache_and_assisted_generation(method):
                 answer(model, prompt, cache_implementation="static", disable_compile=True)
         else:
             assert torch.equal(answer(model, prompt, cache_implementation="static", disable_compile=True), said)
-        if method in GUIDES or INTERVENTIONS[method].token_by_token:
+        if method in GUIDES or INTERVENTIONS[method].traits.sequential:
             with pytest.raises(ValueError, match="assisted generation is not supported"):
                 answer(model, prompt, prompt_lookup_num_tokens=3)
             return

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.test_contract import INTERVENTIONS
+from tests.contract.test_contract import INTERVENTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,7 +73,7 @@ def test_no_queries_x_keys_and_no_float32_copy_of_a_cache(model, method, monkeyp
 def test_the_ledger_sees_what_it_must_not_see(model, monkeypatch):
     """The naive edit makes both."""
     method = [SINGLE_PASS["var"]]
-    monkeypatch.setattr("tests.test_costs.wrapped", bench.naively)
+    monkeypatch.setattr("tests.contract.test_costs.wrapped", bench.naively)
     prefill, token = passes(model, method, Ledger)
     n = IMAGE + TEXT
     assert any(shape[-2:] == (n, n) and len(shape) > 2 for _, shape, _ in prefill.made)

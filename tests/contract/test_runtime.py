@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.test_contract import footprint
-from tests.test_zoo import answer, logits, same
-from tests.test_zoo_features import ATTENTION, FAMILIES, METHODS, Again
+from tests.contract.test_contract import footprint
+from tests.contract.test_zoo import answer, logits, same
+from tests.contract.test_zoo_features import ATTENTION, FAMILIES, METHODS, Again
 from transformers import AttentionInterface, AutoModelForImageTextToText, BitsAndBytesConfig, CompileConfig
 
 import vlmfix

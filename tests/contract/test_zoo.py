@@ -10,13 +10,14 @@ from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
-from tests.test_contract import INTERVENTIONS, READERS, footprint
+from tests.contract.test_contract import INTERVENTIONS, READERS, footprint
 
 import vlmfix
 from tests import zoo
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.hooks import VAR, VHR, PyramidDrop
-from vlmfix.method.intervention import Intervention, from_json
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import from_json
 from vlmfix.model.anatomy import anatomy
 
 METHODS = INTERVENTIONS | {
@@ -156,7 +157,7 @@ def test_contract(model, method):
         assert torch.equal(alone_said[0], edited_said[b]), f"sample {b} alone and in a batch"
         same(alone[:, 0], edited[:, b])
 
-    if not one.token_by_token and "beams" not in quirks:
+    if not one.traits.sequential and "beams" not in quirks:
         beams = [answer(model, whole, 3, num_beams=2, use_cache=cache)[0] for cache in (True, False)]
         assert torch.equal(*beams)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.test_zoo import METHODS as EVERY
-from tests.test_zoo import answer, logits, same
+from tests.contract.test_zoo import METHODS as EVERY
+from tests.contract.test_zoo import answer, logits, same
 
 import vlmfix
 from tests import zoo
@@ -330,7 +330,7 @@ def test_chunked_prefill_inside_generate(model_type, name):
     inputs = zoo.prompt(model, ["tttIttItttttt", "ttIttt"])
     with METHODS[name](model):
         whole = answer(model, inputs)[1]
-        if METHODS[name].whole_prompt:
+        if METHODS[name].traits.whole_prompt:
             with pytest.raises(ValueError, match="leave out prefill_chunk_size"):
                 answer(model, inputs, prefill_chunk_size=5)
         else:

@@ -25,7 +25,7 @@ from vlmfix.demo import app, columns, compare, settings, studio, verdicts
 from vlmfix.demo.links import Question
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.hooks import REGISTRY
-from vlmfix.method.intervention import method_class, parse
+from vlmfix.method.registry import method_class, parse
 
 ROOT = Path(__file__).parents[2]
 DESCRIBE, YES_NO, _ = compare.PROMPTS.values()
@@ -284,7 +284,7 @@ def test_prompts_that_are_too_long():
     ],
 )
 def test_specs_name_no_code_no_file_and_ask_for_nothing_huge(spec, monkeypatch):
-    monkeypatch.setattr("vlmfix.method.intervention.make", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr("vlmfix.method.registry.make", lambda *_: pytest.fail("made"))
     with pytest.raises(ValueError):
         settings.interventions(spec)
 

@@ -17,7 +17,7 @@ from vlmfix.demo.studio import Answer, Shared, Studio, known_pictures
 from vlmfix.demo.watch import Seen, Shown, Sinks, Watch, inspect, words_of
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.hooks.parts import views
-from vlmfix.method.intervention import parse
+from vlmfix.method.registry import parse
 
 DESCRIBE = "Please describe this image in detail."
 SCENE = known_pictures()["test_0032"]  # a dining table and a vase; the untouched model invents a person

@@ -11,7 +11,7 @@ from vlmfix.asking.asking import ask_batch, spellings
 from vlmfix.demo import probe
 from vlmfix.demo.studio import Shared, Studio, known_pictures, truth
 from vlmfix.eval.scorers.chair import coco_truth
-from vlmfix.method.intervention import parse
+from vlmfix.method.registry import parse
 
 SCENE = known_pictures()["test_0032"]  # a dining table and a vase
 GREY = Image.new("RGB", (300, 200), "grey")

@@ -13,7 +13,7 @@ from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.report.report import figure
 from vlmfix.eval.run.runner import answer_all
-from vlmfix.method.intervention import parse
+from vlmfix.method.registry import parse
 from vlmfix.model.loading import load
 
 CHAIR = "CHAIR (rohrbach): tiny"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.test_contract import answer, build
+from tests.contract.test_contract import answer, build
 from transformers import DynamicCache
 
 from tests.models import ARCHITECTURES, picture_prompt

@@ -27,7 +27,7 @@ from vlmfix.eval.run.results import BrokenFile, Run, compare
 from vlmfix.eval.run.runner import PlainProgress, answer_all
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.heads import HeadList, picture_id
-from vlmfix.method.intervention import parse
+from vlmfix.method.registry import parse
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "vlmfix"]

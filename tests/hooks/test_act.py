@@ -10,7 +10,8 @@ from tests import vectors
 from tests.models import answer, edited_as_a_whole, llava, picture_prompt
 from vlmfix.hooks import ACT
 from vlmfix.method.heads import HeadList
-from vlmfix.method.intervention import Intervention, Site
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
 V, _, META = vectors.load("act_maths")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.test_contract import answer, build, logits
+from tests.contract.test_contract import answer, build, logits
 
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt
 from vlmfix.hooks import PAI, VCD, Contrast
@@ -208,7 +208,7 @@ def test_m3id_weights():
 
     from unittest import mock
 
-    from vlmfix.method.intervention import Step
+    from vlmfix.method.site import Step
 
     memo = {"blind": Stream(), "seen": torch.ones(1, dtype=torch.bool)}
     for variant in ("m3id", "ritual"):

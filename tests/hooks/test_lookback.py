@@ -16,7 +16,7 @@ from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.eval.tune import lookback as calibration
 from vlmfix.hooks import VHR, Lookback
 from vlmfix.hooks.lookback import PRESETS, Detector, steps_of, token_ends
-from vlmfix.method.intervention import Site
+from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
 SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"

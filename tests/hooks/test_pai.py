@@ -4,7 +4,7 @@ import torch
 
 from tests.models import llava, picture_prompt
 from vlmfix.hooks import PAI
-from vlmfix.method.intervention import Site
+from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
 

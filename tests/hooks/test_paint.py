@@ -11,7 +11,7 @@ from tests.models import llava, llava_next, picture_prompt, qwen2_5_vl
 from vlmfix.hooks import PAINT, Contrast
 from vlmfix.hooks.contrast import contrasted
 from vlmfix.hooks.paint import choose
-from vlmfix.method.intervention import Site
+from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
 pytestmark = pytest.mark.filterwarnings("ignore:PAINT with alpha")

@@ -20,7 +20,7 @@ from vlmfix.hooks.rerank import Candidate, proposals, round_seed, says_yes, sent
 SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
 PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]
 DESCRIBE = "Please describe this image in detail."
-HERE = "tests.test_rerank"
+HERE = "tests.hooks.test_rerank"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def say(tiny, method, picture=PICTURES[1], **settings):
         return vlmfix.ask(model, processor, picture, DESCRIBE, **{"max_new_tokens": 60, **settings})
 
 
-@pytest.mark.parametrize("verifier", [present, "tests.test_rerank:unsure"])
+@pytest.mark.parametrize("verifier", [present, "tests.hooks.test_rerank:unsure"])
 def test_greedy_first_with_a_content_verifier_is_greedy(tiny, verifier):
     """Also where the text loops: its first sentences; token for token, the end token included."""
     for picture in PICTURES:

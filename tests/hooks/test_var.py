@@ -11,7 +11,7 @@ from tests.models import llava as tiny_llava
 from tests.models import picture_prompt, plant_sinks
 from vlmfix.hooks import VAR
 from vlmfix.hooks.parts import sinks
-from vlmfix.method.intervention import Site
+from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
 

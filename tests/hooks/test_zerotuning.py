@@ -11,7 +11,7 @@ import vlmfix
 from tests.models import answer, edited_as_a_whole, llava, picture_prompt
 from vlmfix.hooks import ZeroTuning
 from vlmfix.method.heads import HeadList
-from vlmfix.method.intervention import Site
+from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
 ALL = {"layers": (2,)}

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmfix.hooks import VAR, VHR
-from vlmfix.method.intervention import Intervention, as_interventions, from_json, parse, spec_of, split_methods
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import as_interventions, from_json, parse, spec_of, split_methods
 
 share = st.floats(0, 1, allow_nan=False)
 layers = st.none() | st.lists(st.integers(0, 40), unique=True, max_size=5).map(tuple)
@@ -86,8 +87,8 @@ class Dim(Intervention):
 def test_a_users_own_intervention():
     from tests.models import llava, picture_prompt
 
-    assert parse("tests.test_intervention:Dim:gain=0.25") != ()
-    (one,) = parse("tests.test_intervention:Dim:gain=0.25")
+    assert parse("tests.method.test_intervention:Dim:gain=0.25") != ()
+    (one,) = parse("tests.method.test_intervention:Dim:gain=0.25")
     assert one.gain == 0.25 and one.stages() == ("heads",) and one.needs() == ()
     model = llava()
     prompt = picture_prompt(model)
@@ -100,11 +101,11 @@ def test_a_users_own_intervention():
 def test_the_template_works_as_it_stands():
     """What people copy keeps the contract's first two points, and moves attention as its docstring says."""
     import torch
-    from tests.test_contract import footprint, logits
+    from tests.contract.test_contract import footprint, logits
 
     from tests.models import llava, picture_prompt
     from vlmfix.hooks.template import Template
-    from vlmfix.method.intervention import Site
+    from vlmfix.method.site import Site
     from vlmfix.model.geometry import Geometry
 
     image = torch.tensor([[False, True, True, False], [False] * 4])

@@ -33,7 +33,7 @@ def can_share(model: Any, settings: dict[str, Any]) -> bool:
     found = attached(model)
     return found is None or (
         found.anatomy.generator is model
-        and all(one.shares_pictures and not one.acts_at("begin") for _, one in found.active())
+        and all(one.traits.shares_pictures and not one.acts_at("begin") for _, one in found.active())
     )
 
 

@@ -39,7 +39,7 @@ def ask(
 ) -> None:
     """Ask about one picture and print the answers side by side (default: none and vhr)."""
     with sentences():
-        from vlmfix.method.intervention import parse, spec_of, split_methods, with_accelerator
+        from vlmfix.method.registry import parse, spec_of, split_methods, with_accelerator
 
         if prompt is None:
             raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {image!r}")

@@ -38,7 +38,7 @@ def bench(
 ) -> None:
     """Measure what methods cost on this machine, on a model of real shape with random weights; nothing is loaded."""
     with sentences():
-        from vlmfix.method.intervention import split_methods
+        from vlmfix.method.registry import split_methods
 
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")

@@ -28,7 +28,7 @@ from vlmfix.cli.heads import show_heads
 
 def only(spec: str, kind: type) -> Any:
     """The one intervention of a spec, which must be of this class: it is what a command calibrates."""
-    from vlmfix.method.intervention import parse
+    from vlmfix.method.registry import parse
 
     found = parse(spec)
     if len(found) != 1 or type(found[0]) is not kind:

@@ -95,7 +95,7 @@ def evaluate(
         from vlmfix.eval.pictures.data import WHERE, Data
         from vlmfix.eval.report.report import controls_of
         from vlmfix.eval.run.protocols import MODEL, find_protocol, generation
-        from vlmfix.method.intervention import parse, split_methods, with_accelerator
+        from vlmfix.method.registry import parse, split_methods, with_accelerator
 
         preset = find_protocol(protocol)
         if preset is not None and data is None and images is None:

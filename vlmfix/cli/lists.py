@@ -23,7 +23,7 @@ def methods(
 ) -> None:
     """List the interventions: name, stages, what they do and cost, what to expect, paper."""
     from vlmfix.hooks import REGISTRY
-    from vlmfix.method.intervention import method_class
+    from vlmfix.method.registry import method_class
 
     classes, texts = [method_class(name) for name in REGISTRY], ("summary", "expect", "cost", "paper")
     if as_json:

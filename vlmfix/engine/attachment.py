@@ -20,15 +20,10 @@ from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsP
 from vlmfix.engine import attention
 from vlmfix.engine.state import Call, Generation, Prompt
 from vlmfix.engine.streams import JointCache, Stream, join, part
-from vlmfix.method.intervention import (
-    ASK_STAGES,
-    ATTENTION_STAGES,
-    Idle,
-    Intervention,
-    Interventions,
-    Step,
-    as_interventions,
-)
+from vlmfix.method.intervention import Idle, Intervention
+from vlmfix.method.registry import Interventions, as_interventions
+from vlmfix.method.site import Step
+from vlmfix.method.stages import ASK_STAGES, ATTENTION_STAGES
 from vlmfix.model.anatomy import PICTURE_ARGUMENTS, Anatomy, anatomy
 from vlmfix.model.geometry import Geometry
 
@@ -354,9 +349,9 @@ class Attachment:
 
     def _check_decoding(self, n_beams: int, assisted: bool) -> None:
         for _, one in self._in_force():
-            if one.token_by_token and n_beams > 1:
+            if one.traits.sequential and n_beams > 1:
                 raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
-            if assisted and (one.token_by_token or one.acts_at("logits")):
+            if assisted and (one.traits.sequential or one.acts_at("logits")):
                 raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
         for i, one in self.active():
             left_out = self._local.force is not None and i not in self._local.force
@@ -539,7 +534,7 @@ class Attachment:
 
     def _need_whole_prompt(self) -> None:
         for _, one in self._in_force():
-            if one.whole_prompt:
+            if one.traits.whole_prompt:
                 raise ValueError(f"{one.name} needs the whole prompt in one pass; leave out prefill_chunk_size")
 
     def _begin(self, generation: Generation, module: nn.Module, named: dict[str, Any], n: int) -> None:

@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from vlmfix.engine.state import Call
 from vlmfix.engine.streams import JointCache
-from vlmfix.method.intervention import Intervention, Rows, Site
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.site import Rows, Site
 
 NAME = "vlmfix"
 LOOK = "vlmfix_look"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfix.engine.streams import Stream
-from vlmfix.method.intervention import Rows, Site
+from vlmfix.method.site import Rows, Site
 from vlmfix.model.geometry import Geometry
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from vlmfix.method.intervention import ATTENTION_STAGES, STAGES, Intervention
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.stages import ATTENTION_STAGES, STAGES
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
 OUT_PROJ_NAMES = ("o_proj", "out_proj", "dense", "wo", "c_proj", "proj")

@@ -12,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlmfix.method.intervention import STAGES
+from vlmfix.method.stages import STAGES
 from vlmfix.model.anatomy import IMAGE_TOKEN_FIELDS, PICTURE_ARGUMENTS, Anatomy, anatomy
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}

@@ -1,0 +1,54 @@
+"""Where an edit happens: the site of a layer's edit, and the step of a token's choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmfix.model.geometry import Geometry
+
+Rows = Literal["last", "after_last_image", "text", "all", "generated"]
+"""Which prompt rows an attention stage edits; rows of generated tokens always belong."""
+
+
+@dataclass
+class Site:
+    """Where in the model and in the sequence an edit happens. B samples (or beams), R rows, K keys of this call."""
+
+    layer: int
+    """Decoder layer, 0-based."""
+    n_layers: int
+    """Decoder layers of the model."""
+    geometry: Geometry
+    """What the K keys are: masks of shape (B, K)."""
+    rows: Tensor
+    """(B, R) bool: rows that this intervention may edit here; in `layer_input`, prompt rows that are no padding."""
+    start: int
+    """Position of the first row of this forward pass."""
+    first_key: int
+    """Position of the first of the K keys: 0, but in layers that keep only a window of keys."""
+    memo: dict[str, Any]
+    """This intervention's own state of this generation: born at the prefill, gone afterwards."""
+    n_prompt: int = 0
+    """Rows of this forward pass that are prompt; 0 while tokens are generated from a cache."""
+    picked: Any = None
+    """Which rows of this pass these are; `None` or a slice for all of them. See `positions`."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(R,) position of each row, on the scale of `start`."""
+        index = self.picked if hasattr(self.picked, "device") else self.rows[0].long().fill_(1).cumsum(0) - 1
+        return self.start + index
+
+
+@dataclass
+class Step:
+    """The choice of one token inside `generate`: where the `logits` stage happens."""
+
+    index: int
+    """0 for the first token of the answer."""
+    memo: dict[str, Any]
+    """As in `Site`. A `Stream` that `begin` put here has already got all tokens chosen so far."""
