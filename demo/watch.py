@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from vlmfix.asking.asking import Answering, Record
 from vlmfix.demo.studio import Studio
-from vlmfix.engine.attachment import attached, report
+from vlmfix.engine.attachment import attached
 from vlmfix.hooks.lookback import steps_of, token_ends
 from vlmfix.hooks.parts import sinks, views
 from vlmfix.hooks.var import VAR
@@ -259,7 +259,7 @@ def inspect(
     watch = Watch(dims=told.dims or None, tau=told.tau)
     with studio.under([replace(watch, moment="before"), *method, watch]) as twin:
         record = studio.ask_twin(twin, picture, prompt, method)
-        heads = _chosen(report(twin)[1:-1])
+        heads = _chosen(effects(twin)[1:-1])
     first, *did, last = record.did
     if not ("seen" in first and "seen" in last and record.token_ids):
         raise ValueError("Nothing was read: the model has no softmax attention, or it gave no answer.")

@@ -234,7 +234,7 @@ class ACT(Intervention):
         tokens = replace(self, select="random_tokens")
         return (tokens,) if self.head_list is None else (tokens, replace(self, select="random_heads"))
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `rows_edited`, head rows edited per row; `mass_moved`, mean attention mass moved per
         edited head row; `layers`: per layer the same two, and sinks, summed over heads: `visual_sinks`, `text_sinks`,
         and `newest_sinks`, those of either kind that fewer than 8 rows of the prompt see.

@@ -105,7 +105,7 @@ class Contrast(Intervention):
             else (alone,)
         )
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to do without."""
         return [{"acted": n and "blind" in memo} for n in memo["seen"].tolist()] if "seen" in memo else []
 

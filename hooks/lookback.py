@@ -264,7 +264,7 @@ class Lookback(Intervention):
     def _span(self, r: Tensor) -> Tensor:
         return self.score(r[..., :1, :, :] if self.preset == "tracker" else r)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was something to compare, and `score` of the whole answer."""
         r = self.ratios(memo)
         return [{"acted": not isnan(s), "score": _number(s)} for s in self._span(r).tolist()] if len(r) else []

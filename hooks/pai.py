@@ -94,7 +94,7 @@ class PAI(Intervention):
         """Image tokens pushed down instead."""
         return (replace(self, alpha=-self.alpha),)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to raise."""
         seen = [image.any(1).tolist() for image in memo.get("image", {}).values()]
         return [{"acted": any(layers)} for layers in zip(*seen, strict=True)]

@@ -226,7 +226,7 @@ class PAINT(Intervention):
         """Random tokens, and the chosen ones pushed down."""
         return replace(self, select="random"), replace(self, weaken=True)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `local` and `summary`, tokens per picture; `attention`, shares of the last prompt row on
         local, summary and other image tokens, before and after, mean over heads and layers."""
         shares = [x.cpu() for x in memo.get("shares", {}).values()]

@@ -298,7 +298,7 @@ class PyramidDrop(Intervention):
         """Random image tokens go on."""
         return (replace(self, select="random"),)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `image_tokens`, at first; `layers`: from which layer on, how many image tokens."""
         if "prompt" not in memo:
             return []

@@ -52,6 +52,6 @@ class Template(Intervention):
         """The same push turned round."""
         return (replace(self, gain=1 / self.gain),)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to look at."""
         return [{"acted": acted} for acted in memo["acted"].tolist()] if "acted" in memo else []

@@ -176,7 +176,7 @@ class VAR(Intervention):
         site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + found
         return out if out.shape == a.shape else torch.cat([out, a[..., out.shape[-1] :]], dim=-1)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per
         edited head row; `layers`: per layer visual and text sinks, and the same two figures.
         """
@@ -200,7 +200,7 @@ class VAR(Intervention):
         """The first suspect is D_sink."""
         return (
             f"no head row passed; suspect D_sink first (dims={self.dims}, tau={self.tau:.3g}), then rho and "
-            f"min_visual_mass; vlmfix.report(model) lists the sinks per layer."
+            f"min_visual_mass; vlmfix.effects(model) lists the sinks per layer."
         )
 
 

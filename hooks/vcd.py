@@ -129,7 +129,7 @@ class VCD(Intervention):
         """The plausibility rule alone."""
         return (replace(self, alpha=0.0),)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to noise."""
         return [{"acted": n} for n in memo["seen"].tolist()] if "seen" in memo else []
 

@@ -231,7 +231,7 @@ class VHR(Intervention):
         )
         return *(replace(self, select=other) for other in others), replace(self, alpha=1 / self.alpha)
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `layers`: per layer the chosen heads, number of outliers, mean and largest VHD, and
         whether the release's guard let the outlier filter act. With a head list: per layer the heads only.
         """

@@ -142,7 +142,7 @@ class ZeroTuning(Intervention):
         turned = replace(self, gamma=1 / self.gamma)
         return (turned,) if self.head_list is None else (turned, replace(self, select="random"))
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there were keys to scale."""
         layers = [found.tolist() for found in memo.get("acted", {}).values()]
         return [{"acted": any(found)} for found in zip(*layers, strict=True)]

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlmfix.asking.asking import Record, ask, ask_batch
-    from vlmfix.engine.attachment import report, unwrap, wrap
+    from vlmfix.engine.attachment import effects, unwrap, wrap
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
     from vlmfix.model.loading import load
@@ -18,14 +18,14 @@ _HOMES = {
     "Intervention": "method.intervention",
     "Record": "asking.asking",
     "Site": "method.site",
+    "effects": "engine.attachment",
     "ask": "asking.asking",
     "ask_batch": "asking.asking",
     "load": "model.loading",
-    "report": "engine.attachment",
     "unwrap": "engine.attachment",
     "wrap": "engine.attachment",
 }
-__all__ = ["Intervention", "Record", "Site", "__version__", "ask", "ask_batch", "load", "report", "unwrap", "wrap"]
+__all__ = ["Intervention", "Record", "Site", "__version__", "ask", "ask_batch", "effects", "load", "unwrap", "wrap"]
 
 
 def __getattr__(name: str) -> object:

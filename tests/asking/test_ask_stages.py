@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contract.test_contract import footprint
 
 import vlmfix
+from tests.contract.test_contract import footprint
 from vlmfix.hooks import CARVE, REGISTRY, Beam, Chunks, Rerank, Truncate
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import from_json, method_class
@@ -135,7 +135,7 @@ def test_two_that_decode_are_refused(tiny):
     model, _ = tiny
     with pytest.raises(ValueError, match="beam and truncate each decode in their own way"):
         vlmfix.wrap(model, "beam+truncate")
-    assert not vlmfix.report(model)
+    assert not vlmfix.effects(model)
 
 
 def test_a_method_that_refines_reads_in_its_looks_only(tiny):

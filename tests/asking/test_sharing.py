@@ -10,7 +10,7 @@ import vlmfix
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt, plant_sinks
 from vlmfix.asking.asking import Answering, ask_batch, spellings
 from vlmfix.asking.prefix import Sharing, can_share
-from vlmfix.engine.attachment import Attachment, attached, in_force, report, wrapped
+from vlmfix.engine.attachment import Attachment, attached, effects, in_force, wrapped
 from vlmfix.eval.benchmarks.benchmark import Item, benchmark
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run import runner
@@ -69,7 +69,7 @@ def test_sharing_changes_no_logits_and_no_report(architecture, method):
         alone, said = [], []
         for g, more in SUFFIXES:
             alone.append(torch.stack(model.generate(**joined(pictures[g], more), **settings).logits)[:, 0])
-            said.append([one["samples"][0] for one in report(model)])
+            said.append([one["samples"][0] for one in effects(model)])
         prefix = padded(pictures)
         given, picture = going_on(prefix, SUFFIXES)
         logits = []
@@ -92,7 +92,7 @@ def test_sharing_changes_no_logits_and_no_report(architecture, method):
             kept = one.isfinite() & together[b].isfinite()
             torch.testing.assert_close(together[b][kept], one[kept], rtol=1e-3, atol=1e-3)
             assert tokens[b] == one.index_fill(1, torch.tensor([58, 59, 60, 61]), -torch.inf).argmax(-1).tolist()
-            for mine, shared in zip(facts, report(model), strict=True):
+            for mine, shared in zip(facts, effects(model), strict=True):
                 assert _rounded(shared["samples"][b]) == _rounded(mine)
         plain = torch.stack([x for x in alone])
     if method != "none":
@@ -231,10 +231,10 @@ def test_methods_go_on_from_one_pass_that_is_the_untouched_models(architecture):
             note = lambda _, scores: (logits.append(scores.clone()), scores)[1]  # noqa: B023, E731
             tokens = replace(run, settings={**settings, "logits_processor": [note]}, seen=seen).generate()
             firsts.append(logits[0])
-            told = report(model)
+            told = effects(model)
             for b, (g, more) in enumerate(SUFFIXES):
                 assert tokens[b] == model.generate(**joined(pictures[g], more), **settings)[0, -4:].tolist()
-                for mine, shared in zip(report(model), told, strict=True):
+                for mine, shared in zip(effects(model), told, strict=True):
                     assert shared["samples"][b] == _rounded(mine["samples"][0])
     assert all(not torch.allclose(a, b, atol=1e-2) for i, a in enumerate(firsts[:4]) for b in firsts[:i]), "they bite"
 

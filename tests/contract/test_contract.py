@@ -116,7 +116,7 @@ def test_bites_and_comes_off(method, architecture, attn):
     vlmfix.wrap(model, INTERVENTIONS[method])
     once, edited = footprint(model), chosen_by(model, prompt)
     assert torch.equal(edited, plain) == (method in READERS)
-    assert all(s["acted"] for s in vlmfix.report(model)[0]["samples"])
+    assert all(s["acted"] for s in vlmfix.effects(model)[0]["samples"])
     vlmfix.wrap(model, INTERVENTIONS[method])
     assert footprint(model) == once, "wrapping with the same changes nothing"
     assert torch.equal(chosen_by(model, prompt), edited), "two generations in a row are equal"
@@ -157,7 +157,7 @@ def test_batch_with_left_padding_equals_singles(method, architecture, attn):
     n_pixels = together["pixel_values"].shape[0] // 4
     with INTERVENTIONS[method](model):
         batch = answer(model, together, output_scores=True, return_dict_in_generate=True, max_new_tokens=5)
-        chosen = vlmfix.report(model)[0]["samples"]
+        chosen = vlmfix.effects(model)[0]["samples"]
         width = together["input_ids"].shape[1]
         for b in range(4):
             keep = together["attention_mask"][b].bool()
@@ -175,7 +175,7 @@ def test_batch_with_left_padding_equals_singles(method, architecture, attn):
             torch.testing.assert_close(
                 torch.stack(alone.scores)[:, 0], torch.stack(batch.scores)[:, b], rtol=1e-3, atol=1e-4
             )
-            (own,) = vlmfix.report(model)[0]["samples"]
+            (own,) = vlmfix.effects(model)[0]["samples"]
             for layer, found in own.get("layers", {}).items():
                 for key in ("visual_sinks", "text_sinks", "heads"):
                     assert found.get(key) == chosen[b]["layers"][layer].get(key)
@@ -297,14 +297,14 @@ def test_threads_report_their_own_generation():
         def run(i):
             answer(model, prompts[i])
             gate.wait()
-            told[i] = vlmfix.report(model)
+            told[i] = vlmfix.effects(model)
 
         threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
         [t.start() for t in threads]
         [t.join() for t in threads]
         for i in range(2):
             answer(model, prompts[i])
-            assert vlmfix.report(model) == told[i]
+            assert vlmfix.effects(model) == told[i]
     assert told[0] != told[1]
 
 
@@ -437,7 +437,7 @@ def test_composition_is_applied_in_order_and_replaced_as_a_whole():
     results = {}
     for name, given in {"var": both[:1], "vhr": both[1:], "both": both}.items():
         vlmfix.wrap(model, given)
-        assert [r["name"] for r in vlmfix.report(model)] == [i.name for i in given]
+        assert [r["name"] for r in vlmfix.effects(model)] == [i.name for i in given]
         results[name] = logits(model, prompt)
     assert not torch.equal(results["both"], results["var"]) and not torch.equal(results["both"], results["vhr"])
     with both[0](model):
@@ -452,7 +452,7 @@ def test_a_failing_wrap_leaves_what_was_in_force():
     edited = logits(model, prompt)
     with pytest.raises(ValueError, match="layers"):
         vlmfix.wrap(model, VHR(layers=(99,)))
-    assert [r["name"] for r in vlmfix.report(model)] == ["vhr"] and torch.equal(logits(model, prompt), edited)
+    assert [r["name"] for r in vlmfix.effects(model)] == ["vhr"] and torch.equal(logits(model, prompt), edited)
 
 
 def test_score_edits_respect_masks():

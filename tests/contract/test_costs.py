@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.contract.test_contract import INTERVENTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.contract.test_contract import INTERVENTIONS
 from vlmfix.engine.attachment import wrapped
 from vlmfix.eval import bench
 from vlmfix.hooks import VHR

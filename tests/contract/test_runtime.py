@@ -6,14 +6,14 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.contract.test_contract import footprint
-from tests.contract.test_zoo import answer, logits, same
-from tests.contract.test_zoo_features import ATTENTION, FAMILIES, METHODS, Again
 from transformers import AttentionInterface, AutoModelForImageTextToText, BitsAndBytesConfig, CompileConfig
 
 import vlmfix
 from tests import zoo
-from vlmfix.engine.attachment import report, wrapped
+from tests.contract.test_contract import footprint
+from tests.contract.test_zoo import answer, logits, same
+from tests.contract.test_zoo_features import ATTENTION, FAMILIES, METHODS, Again
+from vlmfix.engine.attachment import effects, wrapped
 from vlmfix.hooks import PAI, VHR
 
 
@@ -200,7 +200,7 @@ def test_half_precision(family, name, dtype):
 
 
 def _heads(model):
-    (found,) = report(model)
+    (found,) = effects(model)
     layers = found["samples"][0]["layers"] if found["name"] == "vhr" else {}
     return {layer: one["heads"] for layer, one in layers.items()}
 

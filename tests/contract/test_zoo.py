@@ -10,10 +10,10 @@ from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
-from tests.contract.test_contract import INTERVENTIONS, READERS, footprint
 
 import vlmfix
 from tests import zoo
+from tests.contract.test_contract import INTERVENTIONS, READERS, footprint
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.hooks import VAR, VHR, PyramidDrop
 from vlmfix.method.intervention import Intervention
@@ -145,7 +145,7 @@ def test_contract(model, method):
     vlmfix.wrap(model, one)
     once, (edited_said, edited) = footprint(model), answer(model, inputs)
     assert torch.equal(edited[0], plain[0]) == (method in READERS), "it bites"
-    assert all(s["acted"] for s in vlmfix.report(model)[0]["samples"])
+    assert all(s["acted"] for s in vlmfix.effects(model)[0]["samples"])
     vlmfix.wrap(model, one)
     assert footprint(model) == once, "wrapping with the same changes nothing"
     assert torch.equal(answer(model, inputs)[1], edited), "two generations in a row are equal"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.contract.test_zoo import METHODS as EVERY
-from tests.contract.test_zoo import answer, logits, same
 
 import vlmfix
 from tests import zoo
+from tests.contract.test_zoo import METHODS as EVERY
+from tests.contract.test_zoo import answer, logits, same
 from vlmfix.method.intervention import Intervention
 from vlmfix.model.anatomy import anatomy
 
@@ -121,7 +121,7 @@ def test_videos_are_seen_like_pictures(model_type, layout):
     for one in METHODS.values():
         with one(model):
             assert not torch.equal(answer(model, inputs, 2)[1], plain)
-            assert vlmfix.report(model)[0]["samples"][0]["acted"]
+            assert vlmfix.effects(model)[0]["samples"][0]["acted"]
 
 
 def merged(model, inputs):

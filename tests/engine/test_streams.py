@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.contract.test_contract import answer, build
 from transformers import DynamicCache
 
+from tests.contract.test_contract import answer, build
 from tests.models import ARCHITECTURES, picture_prompt
 from vlmfix.engine.attachment import wrapped
 from vlmfix.engine.streams import join

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
-from vlmfix.engine.attachment import report, wrapped
+from vlmfix.engine.attachment import effects, wrapped
 from vlmfix.eval import bench
 
 
@@ -24,7 +24,7 @@ def test_the_naive_reference_gives_the_same_answers(tiny):
     for method in bench.find_methods(["var", "pai", "zerotuning", "act:alpha=1.1,beta=0"]):
         with wrapped(model, list(method)):
             ours = model.generate(**prompt, **settings).logits
-            shares = report(model)[0]["samples"][0]
+            shares = effects(model)[0]["samples"][0]
         with bench.naively(model, method):
             naive = model.generate(**prompt, **settings).logits
         torch.testing.assert_close(torch.stack(naive), torch.stack(ours), rtol=1e-3, atol=1e-4)
@@ -69,7 +69,7 @@ def test_vcd_has_a_second_stream_though_the_prompt_has_no_pixels(tiny):
     )
     with wrapped(model, list(method)):
         bench.measure(model, prompt, 2)
-        assert report(model)[0]["alpha"] == 2 and all(s["acted"] for s in report(model)[0]["samples"])
+        assert effects(model)[0]["alpha"] == 2 and all(s["acted"] for s in effects(model)[0]["samples"])
     handle.remove()
     assert rows == [2, 2, 4, 4], "both prompts, then two tokens of both at once"
 

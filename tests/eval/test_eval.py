@@ -59,7 +59,7 @@ def test_records_hold_what_it_takes_to_ask_again(tiny, runs):
     model, processor = tiny
     with vlmfix.engine.attachment.wrapped(
         model,
-        [vlmfix.method.intervention.from_json({k: v for k, v in m.items() if k != "facts"}) for m in record["method"]],
+        [vlmfix.method.registry.from_json({k: v for k, v in m.items() if k != "facts"}) for m in record["method"]],
         processor,
     ):
         path = ROOT / "assets" / "scenes" / "images" / record["image"][0]

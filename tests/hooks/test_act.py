@@ -170,7 +170,7 @@ def test_one_attention_layer_in_a_model():
             with act(model):
                 model(**prompt)
                 torch.testing.assert_close(seen["out"], V["layer/out_edited"], rtol=0, atol=1e-4)
-                sinks = vlmfix.report(model)[0]["samples"][0]["layers"][0]["text_sinks"]
+                sinks = vlmfix.effects(model)[0]["samples"][0]["layers"][0]["text_sinks"]
             assert sinks == sum(map(len, case["sinks"]))
 
 
@@ -308,9 +308,9 @@ def test_a_second_turn_goes_on_with_the_sums():
     with act(model):
         first = model(input_ids=prompt["input_ids"][:, :cut], pixel_values=prompt["pixel_values"], use_cache=True)
         model(input_ids=prompt["input_ids"][:, cut:], past_key_values=first.past_key_values)
-        turns = vlmfix.report(model)[0]["samples"][0]["layers"][1]
+        turns = vlmfix.effects(model)[0]["samples"][0]["layers"][1]
         model(**prompt)
-        once = vlmfix.report(model)[0]["samples"][0]["layers"][1]
+        once = vlmfix.effects(model)[0]["samples"][0]["layers"][1]
     for key in ("visual_sinks", "text_sinks", "newest_sinks"):
         assert turns[key] == once[key] > 0
 
@@ -355,13 +355,13 @@ def test_head_lists(tmp_path):
     path = str(tmp_path / "heads.json")
     HeadList(model="", tool="act", scores=scores).select(top=5).save(path)
     vlmfix.wrap(model, ACT(head_list=path))
-    (said,) = vlmfix.report(model)
+    (said,) = vlmfix.effects(model)
     assert said["head_list"] == "L3H5/L3H4/L3H3/L3H2/L3H1" and said["layers"] == [3]
     assert said["facts"]["head_list"]["file"] == path
     tokens, heads = ACT(head_list=path).controls()
     assert (tokens.select, heads.select) == ("random_tokens", "random_heads")
     vlmfix.wrap(model, heads)
-    (control,) = vlmfix.report(model)
+    (control,) = vlmfix.effects(model)
     assert control["head_list"].count("H") == 5 and control["head_list"] != said["head_list"]
     assert ACT(head_list=((1, 2), (3, 4))).head_list == "L1H2/L3H4"
     assert [c.select for c in ACT().controls()] == ["random_tokens"]
@@ -417,7 +417,7 @@ def test_another_weight_edit_before_it_leaves_the_survey_alone():
     for given in ([replace(BITES, layers=(0,))], [Flat(), replace(BITES, layers=(0,))]):
         with torch.no_grad():
             vlmfix.wrap(model, given)(**prompt)
-        marks.append(vlmfix.report(model)[-1]["samples"][0]["layers"][0]["visual_sinks"])
+        marks.append(vlmfix.effects(model)[-1]["samples"][0]["layers"][0]["visual_sinks"])
     assert marks[0] == marks[1] > 0
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.contract.test_contract import answer, build, logits
 
+from tests.contract.test_contract import answer, build, logits
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt
 from vlmfix.hooks import PAI, VCD, Contrast
 from vlmfix.hooks.contrast import contrasted

@@ -128,7 +128,7 @@ def test_two_heads_of_a_list():
         model.generate(**prompt, max_new_tokens=3, do_sample=False)
         found = attached(model)
         monitor, memo = found.entries[0].active, found.last().memos[0]
-        (said,) = vlmfix.report(model)[0]["samples"]
+        (said,) = vlmfix.effects(model)[0]["samples"]
     r = monitor.ratios(memo)[0]
     assert said["score"] == pytest.approx(float((r[:, 1, 2] + r[:, 3, 0]).mean() / 2), abs=1e-6)
     with pytest.raises(ValueError, match=r"expected layers in 0\.\.3"):
@@ -239,7 +239,7 @@ def test_sinks_are_no_image(tiny):
     assert got.token_ids == plain.token_ids and max(sinks.values()) > 3
     assert all(a < b for a, b in zip(got.did[0]["per_token"], plain.did[0]["per_token"], strict=True))
     with Lookback(exclude_sinks=True)(tiny[0]):
-        facts = vlmfix.report(tiny[0])[0]["facts"]
+        facts = vlmfix.effects(tiny[0])[0]["facts"]
         idle = vlmfix.ask(*tiny, PICTURES[1], DESCRIBE, max_new_tokens=4)
     assert "no sink" in facts["sinks"] or "loudest" in facts["sinks"]
     assert idle.did[0]["acted"]
@@ -251,7 +251,7 @@ def test_weights_that_are_no_numbers_are_told():
     site = Site(3, 4, Geometry(image, image | True, image | True), torch.tensor([[True]]), 1, 0, memo)
     monitor.weights(torch.full((1, 2, 1, 2), torch.nan), site)
     with pytest.raises(ValueError, match="attention weights of layer 3 are no numbers at step 0"):
-        monitor.report(memo)
+        monitor.effects(memo)
 
 
 def test_spans():

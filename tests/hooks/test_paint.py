@@ -28,7 +28,7 @@ def logits(model, prompt):
 
 
 def told(model):
-    return vlmfix.report(model)[0]["samples"]
+    return vlmfix.effects(model)[0]["samples"]
 
 
 # ---- against the released code ---------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_only_the_last_row_and_these_layers_change():
     assert torch.equal(plain[0], edited[0])
     assert torch.equal(plain[1][:, :-1], edited[1][:, :-1]) and not torch.equal(plain[1][:, -1], edited[1][:, -1])
     with PAINT()(model):
-        assert vlmfix.report(model)[0]["facts"]["layers"] == [2, 3]
+        assert vlmfix.effects(model)[0]["facts"]["layers"] == [2, 3]
 
 
 def test_hidden_keys_stay_hidden_with_a_large_alpha():

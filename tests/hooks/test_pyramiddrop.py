@@ -94,7 +94,7 @@ def test_equals_the_decoder_written_out(positions):
     prompt = picture_prompt(model)
     n = prompt["input_ids"].shape[1]
     with PyramidDrop(positions=positions)(model):
-        assert vlmfix.report(model)[0]["layers"] == [1, 3, 4]
+        assert vlmfix.effects(model)[0]["layers"] == [1, 3, 4]
         out, scores = generate(model, prompt)
         mine = state(model)
         want, kept, sets = rewritten(
@@ -174,7 +174,7 @@ def test_sizes_of_the_paper():
     ids[0, 5:581] = IMAGE
     with PyramidDrop()(model), torch.no_grad():
         out = model(input_ids=ids, pixel_values=torch.randn(1, 3, 96, 96), use_cache=True, logits_to_keep=1)
-        (sample,) = vlmfix.report(model)[0]["samples"]
+        (sample,) = vlmfix.effects(model)[0]["samples"]
         kept = state(model).kept
     lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
     assert lengths == [605] * 8 + [317] * 8 + [173] * 8 + [101] * 8
@@ -226,10 +226,10 @@ def test_ratio_one_and_no_image_change_nothing(form):
         assert torch.equal(logits(model, prompt), plain)
         with pytest.warns(UserWarning, match="did nothing in a whole generation"):
             assert torch.equal(generate(model, prompt)[1], said)
-        assert not any(s["acted"] for s in vlmfix.report(model)[0]["samples"])
+        assert not any(s["acted"] for s in vlmfix.effects(model)[0]["samples"])
     with PyramidDrop(form=form)(model):
         assert torch.equal(logits(model, text), bare)
-        assert not any(s["acted"] for s in vlmfix.report(model)[0]["samples"])
+        assert not any(s["acted"] for s in vlmfix.effects(model)[0]["samples"])
 
 
 def test_every_image_keeps_its_share():
@@ -264,7 +264,7 @@ def test_unequal_samples_need_masks():
         generate(model, prompt)
     with PyramidDrop(form="mask")(model):
         together = generate(model, prompt)[1]
-        assert [s["acted"] for s in vlmfix.report(model)[0]["samples"]] == [True, True, False]
+        assert [s["acted"] for s in vlmfix.effects(model)[0]["samples"]] == [True, True, False]
         for b, single in enumerate(singles):
             torch.testing.assert_close(generate(model, single)[1][:, 0], together[:, b], rtol=0, atol=1e-4)
 

@@ -134,7 +134,7 @@ def test_inside_a_vlm(skip_last):
     assert tokens == v["base_tokens_0"].tolist()
     with settings(case["var"], skip_last=skip_last)(model):
         prefill, tokens, steps = vectors.greedy(model, case["steps"], **prompt)
-        acted = vlmfix.report(model)[0]["samples"][0]
+        acted = vlmfix.effects(model)[0]["samples"][0]
     torch.testing.assert_close(prefill, v[f"var_prefill_{suffix}_0"], rtol=0, atol=1e-4)
     assert tokens == v[f"var_tokens_{suffix}_0"].tolist()
     torch.testing.assert_close(steps, v[f"var_steps_{suffix}_0"], rtol=0, atol=1e-4)
@@ -237,7 +237,7 @@ def test_no_sink_dimension_is_a_warning_or_an_error():
     model = tiny_llava()
     with pytest.warns(UserWarning, match=r"var will not act on this model: no sink dimension was found"):
         vlmfix.wrap(model, "var")
-    assert "idle" in vlmfix.report(model)[0]["facts"]
+    assert "idle" in vlmfix.effects(model)[0]["facts"]
     with pytest.raises(ValueError, match="no sink dimension was found"):
         vlmfix.wrap(model, VAR(require_dims=True))
 
@@ -254,7 +254,7 @@ def test_calibrates_itself_on_a_model_with_massive_activations():
     with torch.no_grad():  # the first token of every prompt carries one huge entry, as in large models
         model.get_input_embeddings().weight[1, 7] = 3000.0
     vlmfix.wrap(model, "var")
-    found = vlmfix.report(model)[0]
+    found = vlmfix.effects(model)[0]
     assert found["dims"] == [7] and found["facts"] == {"dims_origin": "calibrated", "tier": "strict"}
 
 
@@ -265,11 +265,11 @@ def test_table_is_used_only_where_the_weights_bear_it_out(monkeypatch):
     text = model.config.text_config
     known = lambda *dims: (sinks.Known("toy", ("llama",), text.hidden_size, 6, (0, 10**9), dims, "test"),)  # noqa: E731
     monkeypatch.setattr(sinks, "TABLE", known(7, 3))
-    report = vlmfix.report(vlmfix.wrap(model, "var"))[0]
+    report = vlmfix.effects(vlmfix.wrap(model, "var"))[0]
     assert report["dims"] == [7] and report["facts"]["dims_origin"].startswith("table (toy: test), verified")
     vlmfix.unwrap(model)
     monkeypatch.setattr(sinks, "TABLE", known(3))
-    assert vlmfix.report(vlmfix.wrap(model, "var"))[0]["facts"]["dims_origin"] == "calibrated"
+    assert vlmfix.effects(vlmfix.wrap(model, "var"))[0]["facts"]["dims_origin"] == "calibrated"
 
 
 def test_generated_tokens_are_never_sinks():
@@ -279,14 +279,14 @@ def test_generated_tokens_are_never_sinks():
     sink_token = torch.tensor([[11]])
     with VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1)(model), torch.no_grad():
         out = model(**prompt, use_cache=True)
-        at_prefill = [layer["text_sinks"] for layer in vlmfix.report(model)[0]["samples"][0]["layers"].values()]
+        at_prefill = [layer["text_sinks"] for layer in vlmfix.effects(model)[0]["samples"][0]["layers"].values()]
         for _ in range(2):
             out = model(input_ids=sink_token, past_key_values=out.past_key_values, use_cache=True)
-        later = [layer["text_sinks"] for layer in vlmfix.report(model)[0]["samples"][0]["layers"].values()]
+        later = [layer["text_sinks"] for layer in vlmfix.effects(model)[0]["samples"][0]["layers"].values()]
         longer = {**prompt, "input_ids": torch.cat([prompt["input_ids"], sink_token], 1)}
         longer["attention_mask"] = torch.ones_like(longer["input_ids"])
         model(**longer)
-        in_prompt = [layer["text_sinks"] for layer in vlmfix.report(model)[0]["samples"][0]["layers"].values()]
+        in_prompt = [layer["text_sinks"] for layer in vlmfix.effects(model)[0]["samples"][0]["layers"].values()]
     assert later == at_prefill and all(a > b for a, b in zip(in_prompt, at_prefill, strict=True))
 
 

@@ -68,7 +68,7 @@ def test_inside_a_decoder(name):
         prompt = {"inputs_embeds": v[f"emb_{b}"][None], "image_mask": v[f"image_{b}"][None]}
         with VHR(alpha=case["alpha"], layers=layers)(model):
             prefill, tokens, steps = vectors.greedy(model, case["steps"], **prompt)
-            found = vlmfix.report(model)[0]["samples"][0]["layers"]
+            found = vlmfix.effects(model)[0]["samples"][0]["layers"]
         torch.testing.assert_close(prefill, v[f"prefill_{b}"], rtol=0, atol=1e-4)
         assert tokens == v[f"tokens_{b}"].tolist()
         torch.testing.assert_close(steps, v[f"steps_{b}"], rtol=0, atol=1e-4)
@@ -106,7 +106,7 @@ def test_inside_a_vlm():
     settings = {**case["vhr"], "layers": tuple(case["vhr"]["layers"])}
     with VHR(**settings)(model):
         prefill, tokens, steps = vectors.greedy(model, case["steps"], **prompt)
-        found = vlmfix.report(model)[0]["samples"][0]["layers"]
+        found = vlmfix.effects(model)[0]["samples"][0]["layers"]
     torch.testing.assert_close(prefill, v["vhr_prefill_0"], rtol=0, atol=1e-4)
     assert tokens == v["vhr_tokens_0"].tolist()
     torch.testing.assert_close(steps, v["vhr_steps_0"], rtol=0, atol=1e-4)
@@ -121,7 +121,7 @@ def test_scaling_heads_equals_scaling_columns_of_the_projection():
     prompt = picture_prompt(model, 1)
     with VHR(layers=(1, 2), alpha=1.5)(model):
         edited = model.generate(**prompt, max_new_tokens=6, do_sample=False, num_beams=2)
-        found = vlmfix.report(model)[0]["samples"][0]["layers"]
+        found = vlmfix.effects(model)[0]["samples"][0]["layers"]
     for layer, entry in found.items():
         projection = model.model.language_model.layers[layer].self_attn.o_proj
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_alpha_one_changes_nothing_and_alpha_does_not_change_the_first_choice():
         for alpha in (0.5, 2.0):
             with VHR(alpha=alpha, layers=(2, 3))(model):
                 model(**prompt)
-                heads.append([s["layers"][2]["heads"] for s in vlmfix.report(model)[0]["samples"]])
+                heads.append([s["layers"][2]["heads"] for s in vlmfix.effects(model)[0]["samples"]])
         assert heads[0] == heads[1] and all(len(h) == 3 for h in heads[0])
 
 
@@ -192,7 +192,7 @@ def test_a_sample_without_image_in_a_batch_is_left_alone():
         plain = model(**prompt).logits
         with VHR()(model):
             edited = model(**prompt).logits
-            chosen = [s["acted"] for s in vlmfix.report(model)[0]["samples"]]
+            chosen = [s["acted"] for s in vlmfix.effects(model)[0]["samples"]]
     assert chosen == [True, False]
     assert torch.equal(edited[1, -6:], plain[1, -6:]) and not torch.equal(edited[0], plain[0])
 
@@ -204,7 +204,7 @@ def test_progressive_off_chooses_from_a_plain_pass():
     for progressive in (True, False):
         with VHR(layers=(0, 1, 2, 3), alpha=2.5, progressive=progressive)(model), torch.no_grad():
             model(**prompt)
-            chosen[progressive] = [s["layers"] for s in vlmfix.report(model)[0]["samples"]]
+            chosen[progressive] = [s["layers"] for s in vlmfix.effects(model)[0]["samples"]]
     for plain, progressive in zip(chosen[False], chosen[True], strict=True):
         assert plain[0]["vhd_mean"] == pytest.approx(progressive[0]["vhd_mean"], rel=1e-4)
         assert plain[3]["vhd_mean"] != pytest.approx(progressive[3]["vhd_mean"], rel=1e-3)
@@ -214,7 +214,7 @@ def test_variants():
     assert VHR(variant="paper") == VHR(variant="paper", distance="l2", filter="paper", progressive=True)
     assert VHR() == VHR(distance="sq_l2", filter="release", progressive=True)
     model = qwen2_5_vl(n_layers=16)
-    assert vlmfix.report(vlmfix.wrap(model, "vhr:variant=qwen_port"))[0]["layers"] == [1, *range(2, 16)]
+    assert vlmfix.effects(vlmfix.wrap(model, "vhr:variant=qwen_port"))[0]["layers"] == [1, *range(2, 16)]
 
 
 @pytest.mark.parametrize("bad", [{"alpha": 0}, {"variant": "mine"}, {"distance": "l1"}, {"filter": "none"}])
@@ -251,7 +251,7 @@ def test_controls_take_the_selection_out():
     for one in (vhr, *vhr.controls()):
         with one(model), torch.no_grad():
             model(**prompt)
-            chosen[one.select, one.alpha] = [s["layers"][2]["heads"] for s in vlmfix.report(model)[0]["samples"]]
+            chosen[one.select, one.alpha] = [s["layers"][2]["heads"] for s in vlmfix.effects(model)[0]["samples"]]
     assert set(chosen) == {("vhd", 2.0), ("random", 2.0), ("least", 2.0), ("vhd", 0.5)}
     assert all(len(heads) == 3 for found in chosen.values() for heads in found)
     assert chosen["vhd", 2.0] == chosen["vhd", 0.5]
@@ -283,7 +283,7 @@ def test_listed_heads_are_scaled_columns(build, tmp_path):
     handle = model.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
     with VHR(head_list="L3H5/L1H4/L3H0", alpha=2.99999)(model):
         found = model(**prompt).logits
-        (did,) = vlmfix.report(model)
+        (did,) = vlmfix.effects(model)
     handle.remove()
     assert len(passes) == 1, "fixed heads need no image-free pass"
     assert did["samples"] == [{"acted": True, "layers": {3: {"heads": [5, 0]}, 1: {"heads": [4]}}}] * 2
@@ -300,7 +300,7 @@ def test_listed_heads_from_a_file(tmp_path):
     found = {}
     for spec in (f"vhr:head_list={path}", "vhr:head_list=L3H5/L3H4/L3H3", f"vhr:head_list={path},select=least"):
         with vlmfix.engine.attachment.wrapped(model, spec):
-            found[spec] = (model(**prompt).logits, vlmfix.report(model)[0])
+            found[spec] = (model(**prompt).logits, vlmfix.effects(model)[0])
     (file, told), (named, _), (least, worst) = found.values()
     assert torch.equal(file, named) and not torch.equal(file, least)
     assert told["head_list"] == "L3H5/L3H4/L3H3" and worst["head_list"] == "L0H0/L0H1/L0H2"

@@ -139,12 +139,12 @@ def test_a_factor_of_one_is_the_untouched_model():
 def test_heads(tmp_path):
     model = llava()
     vlmfix.wrap(model, ZeroTuning(head_list=(1, 5), layers=(0, 2)))
-    (said,) = vlmfix.report(model)
+    (said,) = vlmfix.effects(model)
     assert said["head_list"] == "L0H1/L0H5/L2H1/L2H5" and said["layers"] == [0, 2]
     vlmfix.wrap(model, "zerotuning:gamma=2,head_list=1/5,layers=0")
-    assert vlmfix.report(model)[0]["head_list"] == "L0H1/L0H5"
+    assert vlmfix.effects(model)[0]["head_list"] == "L0H1/L0H5"
     vlmfix.wrap(model, "zerotuning:head_list=1/5,layers=0,select=random")
-    assert vlmfix.report(model)[0]["head_list"].count("H") == 2
+    assert vlmfix.effects(model)[0]["head_list"].count("H") == 2
     path = str(tmp_path / "heads.json")
     HeadList(model="", tool="zerotuning", scores=((1.0,) * 6,) * 4).select(top=7).save(path)
     turned, random = ZeroTuning(gamma=4.0, head_list=path).controls()
@@ -152,7 +152,7 @@ def test_heads(tmp_path):
     names = []
     for one in (ZeroTuning(head_list=path), random):
         vlmfix.wrap(model, one)
-        names.append(vlmfix.report(model)[0]["head_list"])
+        names.append(vlmfix.effects(model)[0]["head_list"])
     assert names[0] == "L0H0/L0H1/L0H2/L0H3/L0H4/L0H5/L1H0" and names[1].count("H") == 7 and names[1] != names[0]
     assert [c.gamma for c in ZeroTuning(gamma=2.0).controls()] == [0.5]
     assert ZeroTuning(head_list=((1, 2),)).head_list == "L1H2"

@@ -101,8 +101,8 @@ def test_a_users_own_intervention():
 def test_the_template_works_as_it_stands():
     """What people copy keeps the contract's first two points, and moves attention as its docstring says."""
     import torch
-    from tests.contract.test_contract import footprint, logits
 
+    from tests.contract.test_contract import footprint, logits
     from tests.models import llava, picture_prompt
     from vlmfix.hooks.template import Template
     from vlmfix.method.site import Site

@@ -62,7 +62,7 @@ def test_var_acts_by_default_on_the_first_organism():
     picture = Data.load("organism", limit=1).images[1]
     vlmfix.wrap(model, VAR(), processor)
     vlmfix.ask(model, processor, picture, DESCRIBE[0], max_new_tokens=4)
-    (told,) = vlmfix.report(model)
+    (told,) = vlmfix.effects(model)
     assert set(told["dims"]) <= set(language.SINKS)
     assert any(layer["visual_sinks"] and layer["selected"] > 0 for layer in told["samples"][0]["layers"].values())
 

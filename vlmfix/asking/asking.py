@@ -403,7 +403,7 @@ def _done(run: Answering, answers: list[list[int]]) -> list[list[dict[str, Any]]
     for i, tokens in enumerate(answers):
         last, row = run.sources.get(i, (found.last(), i))
         if id(last) not in reports:
-            reports[id(last)] = [r["samples"] for r in found.report(last)]
+            reports[id(last)] = [r["samples"] for r in found.effects(last)]
         said = []
         for k, (e, s) in enumerate(zip(found.entries, reports[id(last)], strict=True)):
             brief = {key: v for key, v in s[row].items() if key != "layers"} if row < len(s) else {"acted": False}

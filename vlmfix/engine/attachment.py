@@ -102,7 +102,7 @@ def in_force(model: nn.Module, one: Attachment | None) -> Iterator[None]:
                 old.attach()
 
 
-def report(model: nn.Module) -> list[dict[str, Any]]:
+def effects(model: nn.Module) -> list[dict[str, Any]]:
     """What each intervention in force did in the last generation (or plain forward pass) of this model.
 
     One dictionary per intervention: `name`, its settings as resolved, `facts` found on the model (where values came
@@ -110,7 +110,7 @@ def report(model: nn.Module) -> list[dict[str, Any]]:
     its file.
     """
     found = attached(model)
-    return [] if found is None else found.report()
+    return [] if found is None else found.effects()
 
 
 @dataclass
@@ -364,7 +364,7 @@ class Attachment:
         for i, one in self.active():
             if generation is None or i in self._warned or i not in generation.force:
                 continue
-            samples = one.report(generation.memos[i])
+            samples = one.effects(generation.memos[i])
             if samples and not any(s["acted"] for s in samples):
                 self._warned.add(i)
                 warnings.warn(f"{one.name} did nothing in a whole generation: {one.idle_hint()}", stacklevel=4)
@@ -387,11 +387,11 @@ class Attachment:
             ]
             self._generations[cache] = replace(generation, memos=memos, force=self.force()).branched(index)
 
-    def report(self, last: Generation | None = None) -> list[dict[str, Any]]:
-        """See `vlmfix.report`: of a generation, else this thread's last one, or anyone's if this thread had none."""
+    def effects(self, last: Generation | None = None) -> list[dict[str, Any]]:
+        """See `vlmfix.effects`: of a generation, else this thread's last one, or anyone's if this thread had none."""
         last, found = last or self.last(), []
         for i, e in enumerate(self.entries):
-            samples = [] if e.active is None or last is None else e.active.report(last.memos[i])
+            samples = [] if e.active is None or last is None else e.active.effects(last.memos[i])
             found.append({**describe(e), "samples": samples})
         return found
 

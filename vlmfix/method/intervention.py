@@ -159,7 +159,7 @@ class Intervention:
         repetition and length rules, before temperature and the like."""
         return scores
 
-    def report(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
+    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the
         keys."""
         return []
