@@ -148,7 +148,7 @@ class Rerank(Lookback):
     """Score from which an object is present. `None`: 0.5, or the lookback detector's calibrated threshold."""
     lo: float | None = None
     """Score up to which an object is absent. `None`: as `hi`."""
-    truth: str = "scenes"
+    truth: str = "organism"
     """`oracle`: annotated pictures, as --data of `vlmfix eval`."""
     extract: Literal["coco"] = "coco"
     """Objects of a sentence: CHAIR's 80 with their synonyms. CHAIR then shares its blind spots with the method."""

@@ -2,7 +2,7 @@
 
 | name | asks | scored by | pictures |
 |---|---|---|---|
-| `chair` | one description a picture | `chair` | scenes, photos, your folder, coco |
+| `chair` | one description a picture | `chair` | organism, photos, your folder, coco |
 | `pope` | is there a ... in the image? | `pope` | the same, and those of its published questions |
 | `amber`, `amber_captions` | questions; one description a picture | `amber`, `amber_captions` | yours |
 | `mme`, `hallusionbench`, `dashb` | questions | `mme`, `hallusion`, `dash` | yours |

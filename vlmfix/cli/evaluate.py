@@ -32,7 +32,7 @@ from vlmfix.cli.score import scoring_of, show_comparison
 
 
 def evaluate(
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     benchmark: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +49,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="scenes (default), calibration, photos or organism, embedded; coco, aokvqa, gqa, coco_first_release, "
+            help="organism (default), calibration or photos, embedded; coco, aokvqa, gqa, coco_first_release, "
             "with --images; hf:NAME, from the Hub; or a folder: images/ with instances.json and captions.json, or a "
             "benchmark's original files."
         ),
@@ -101,7 +101,7 @@ def evaluate(
         if preset is not None and data is None and images is None:
             raise ValueError(
                 f"protocol {preset.name} asks about photos of COCO val2014: name their folder with --images "
-                f"({WHERE['coco']}), or try it on other pictures, such as --data scenes"
+                f"({WHERE['coco']}), or try it on other pictures, such as --data organism"
             )
         names = [
             n.strip() for n in (benchmark or (preset.benchmark if preset else "chair,pope")).split(",") if n.strip()
@@ -119,7 +119,7 @@ def evaluate(
         if not benches or not methods:
             raise ValueError("nothing to do: give at least one benchmark and one method")
         if data is None:
-            data = "coco" if preset or which else "scenes"
+            data = "coco" if preset or which else "organism"
         if which is None and preset is not None and data == "coco":
             which = preset.images
         if data.startswith("hf:"):
