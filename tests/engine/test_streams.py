@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from tests.contract.test_contract import answer, build
 from tests.models import ARCHITECTURES, picture_prompt
-from vlmfix.engine.attachment import wrapped
 from vlmfix.engine.streams import join
+from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks import PAI, VCD, VHR, Contrast, PyramidDrop
 from vlmfix.method.intervention import Intervention
 
@@ -40,7 +40,7 @@ def said(model, prompt, methods, **settings):
 def apart(monkeypatch, *given, **settings):
     """The same with each stream by itself."""
     with monkeypatch.context() as patch:
-        patch.setattr("vlmfix.engine.attachment.join", lambda *_: None)
+        patch.setattr("vlmfix.engine.forward.join", lambda *_: None)
         return said(*given, **settings)
 
 

@@ -12,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlmfix.method.stages import STAGES
+from vlmfix.method.stages import TABLE
 from vlmfix.model.anatomy import IMAGE_TOKEN_FIELDS, PICTURE_ARGUMENTS, Anatomy, anatomy
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -68,10 +68,15 @@ def support(model_type: str) -> Support:
         )
     fields = [f for f in IMAGE_TOKEN_FIELDS if f in model.config.to_dict()]  # type: ignore[union-attr, operator]
     told = parts.image_mask_argument or (" / ".join(fields) if fields else "image_mask, given by the caller")
-    streams = [] if parts.n_streams > 1 else ["layer inputs"]
-    return Support(
-        model_type, tuple(s for s in STAGES if s in parts.stages) + tuple(streams), told, _note(model, parts)
-    )
+    return Support(model_type, _stages(parts), told, _note(model, parts))
+
+
+def _stages(parts: Anatomy) -> tuple[str, ...]:
+    """Stages that the parts of a model allow: those that edit, then what can be seen besides."""
+    possible = [stage for stage in TABLE if stage.part not in parts.lacks]
+    edits = [stage.name for stage in possible if stage.edits]
+    sights = [stage.need for stage in possible if stage.name == "layer_input"]
+    return *edits, *sights
 
 
 def _skeleton(model_type: str) -> torch.nn.Module:
