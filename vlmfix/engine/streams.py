@@ -38,15 +38,23 @@ class Stream:
     def logits(self) -> Tensor:
         """(rows, V) float32, of the next token."""
         if self._logits is None:
-            self._mask, self._positions = self._inputs["attention_mask"], self._inputs.get("position_ids")
-            self._logits, n = self._advance(self._inputs), self._rows // len(self._mask)
-            self._padded = not bool(self._mask.all())
-            if n > 1:
-                self.cache.reorder_cache(torch.arange(len(self._mask), device=self._mask.device).repeat_interleave(n))
-                self._logits, self._mask = (x.repeat_interleave(n, dim=0) for x in (self._logits, self._mask))
-                if self._positions is not None:
-                    self._positions = self._positions.repeat_interleave(n, dim=-2)
+            self._logits = self._prefill()
         return self._logits
+
+    def _prefill(self) -> Tensor:
+        """Read the prompt, once per sample; the beams of a sample then go on from copies."""
+        self._mask, self._positions = self._inputs["attention_mask"], self._inputs.get("position_ids")
+        logits = self._advance(self._inputs)
+        self._padded = not bool(self._mask.all())
+        n_samples, n_beams = len(self._mask), self._rows // len(self._mask)
+        if n_beams == 1:
+            return logits
+        sample = torch.arange(n_samples, device=self._mask.device)
+        self.cache.reorder_cache(sample.repeat_interleave(n_beams))
+        self._mask = self._mask.repeat_interleave(n_beams, dim=0)
+        if self._positions is not None:
+            self._positions = self._positions.repeat_interleave(n_beams, dim=-2)
+        return logits.repeat_interleave(n_beams, dim=0)
 
     def follow(self, tokens: Tensor, parents: Tensor | None) -> None:
         """Take the tokens (rows, n) that were chosen since; row b goes on from what was row `parents[b]`, of the same

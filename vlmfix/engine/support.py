@@ -63,12 +63,13 @@ def support(model_type: str) -> Support:
     try:
         parts = anatomy(model)
     except TypeError as error:
-        return Support(
-            model_type, note=str(error).partition(", so ")[0].partition("; vlmfix")[0].partition(": looked")[0]
-        )
+        reason = str(error)
+        for detail in (", so ", "; vlmfix", ": looked"):
+            reason = reason.partition(detail)[0]
+        return Support(model_type, note=reason)
     fields = [f for f in IMAGE_TOKEN_FIELDS if f in model.config.to_dict()]  # type: ignore[union-attr, operator]
-    told = parts.image_mask_argument or (" / ".join(fields) if fields else "image_mask, given by the caller")
-    return Support(model_type, _stages(parts), told, _note(model, parts))
+    image_tokens = parts.image_mask_argument or " / ".join(fields) or "image_mask, given by the caller"
+    return Support(model_type, _stages(parts), image_tokens, _note(model, parts))
 
 
 def _stages(parts: Anatomy) -> tuple[str, ...]:
@@ -125,12 +126,13 @@ def table() -> list[Support]:
 
 def to_markdown(rows: list[Support]) -> str:
     """The page docs/models.md."""
-    good, rest = [r for r in rows if r.stages], [r for r in rows if not r.stages]
+    supported = [row for row in rows if row.stages]
+    refused = [row for row in rows if not row.stages]
     version = transformers.__version__
     lines = [
         "# Models",
         "",
-        f"What `vlmfix models` finds with transformers {version}: {len(good)} of {len(rows)} model types",
+        f"What `vlmfix models` finds with transformers {version}: {len(supported)} of {len(rows)} model types",
         "of its image-text-to-text mapping are supported. `vlmfix models --markdown` wrote this page; a test compares.",
         "",
         "Image tokens, those of videos among them, are found by their ids in the prompt, or by the argument that",
@@ -139,10 +141,10 @@ def to_markdown(rows: list[Support]) -> str:
         "",
         "| model type | stages | image tokens by | |",
         "|---|---|---|---|",
-        *(f"| `{r.model_type}` | {', '.join(r.stages)} | {r.image_tokens} | {r.note} |" for r in good),
+        *(f"| `{row.model_type}` | {', '.join(row.stages)} | {row.image_tokens} | {row.note} |" for row in supported),
         "",
         "| not supported | why |",
         "|---|---|",
-        *(f"| `{r.model_type}` | {r.note} |" for r in rest),
+        *(f"| `{row.model_type}` | {row.note} |" for row in refused),
     ]
     return "\n".join(lines) + "\n"

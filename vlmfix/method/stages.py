@@ -97,3 +97,12 @@ READINGS = (
     Reading("mlp", "(B, D) output of the layer's MLP", "mlp", "reads MLP outputs"),
     Reading("hidden", "(B, D) output of the layer", "residual stream", "reads hidden states"),
 )
+
+
+def to_markdown() -> str:
+    """The table of stages in CONTRIBUTING.md."""
+    lines = ["| stage | what it gets | where |", "|---|---|---|"]
+    for stage in TABLE:
+        verb = "edits" if stage.edits else "sees"
+        lines.append(f"| `{stage.name}` | {verb} {stage.gets} | {stage.where} |")
+    return "\n".join(lines) + "\n"

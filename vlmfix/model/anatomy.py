@@ -119,15 +119,15 @@ def anatomy(model: nn.Module) -> Anatomy:
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder; vlmfix supports models with a text decoder only")
     arguments = inspect.signature(model.forward).parameters
-    found = model.get_decoder()  # type: ignore[operator]
-    crossing = next((n for n, _ in found.named_modules() if "cross" in n.rpartition(".")[2]), None)
+    text_model = model.get_decoder()  # type: ignore[operator]
+    crossing = next((path for path, _ in text_model.named_modules() if "cross" in path.rpartition(".")[2]), None)
     if crossing is not None:
         raise TypeError(
             f"{name} reads the picture through cross-attention ({crossing}), so no decoder token is an image token"
         )
     text = config.get_text_config(decoder=True)
-    decoder, layers = _layers(found, text)
-    ids = tuple(dict.fromkeys(i for i in _fields(config, IMAGE_TOKEN_FIELDS) if isinstance(i, int)))
+    decoder, layers = _layers(text_model, text)
+    image_token_ids = tuple(dict.fromkeys(i for i in _fields(config, IMAGE_TOKEN_FIELDS) if isinstance(i, int)))
     mask_argument = next((a for a in IMAGE_MASK_ARGUMENTS if a in arguments), None)
     return Anatomy(
         model_type=config.model_type,
@@ -137,7 +137,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         layers=layers,
         hidden_size=next(_fields(text, ("hidden_size", "embed_dim", "d_model"))),
         vocab_size=text.vocab_size,
-        image_token_ids=ids,
+        image_token_ids=image_token_ids,
         image_mask_argument=mask_argument,
         bos_token_id=getattr(text, "bos_token_id", None),
         attention_by_interface=all(map(_through_interface, layers)),
@@ -162,9 +162,9 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
-def _layers(found: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
+def _layers(text_model: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
     """The decoder and its layers; some models call a whole language model with its head their decoder."""
-    for name, decoder in found.named_modules():
+    for name, decoder in text_model.named_modules():
         if any(word in name for word in ("vision", "visual", "image")):
             continue
         for child in decoder.children():
@@ -173,8 +173,8 @@ def _layers(found: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer,
                 if any(layer.attention is not None for layer in layers):
                     return decoder, layers
     raise TypeError(
-        f"cannot find the attention layers of {type(found).__name__}: looked for a ModuleList whose layers have one "
-        f"of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
+        f"cannot find the attention layers of {type(text_model).__name__}: looked for a ModuleList whose layers have "
+        f"one of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
     )
 
 
