@@ -246,23 +246,19 @@ class MlpHook(StageHook):
     @between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: the (B, Q, D) that come back go on in the place of the MLP's output."""
-        given, this_pass = _first(output), self.current
-        capture = self.running.thread.capture
-        batch = len(capture.positions) if capture is not None else 0 if this_pass is None else self.batch(this_pass)
-        if not batch:
+        this_pass, capture = self.current, self.running.thread.capture
+        if capture is not None:
+            batch = len(capture.positions)
+        elif this_pass is not None:
+            batch = this_pass.batch
+        else:
             return None
+        rows = _first(output)
         # Experts, and OPT, put the rows of all samples one after the other.
-        x = given if given.dim() == 3 else given.reshape(batch, -1, given.shape[-1])
+        x = rows if rows.dim() == 3 else rows.reshape(batch, -1, rows.shape[-1])
         self.capture(x)
         new = self.edited_rows(x)
-        return None if new is x else _with_first(output, new.reshape(given.shape))
-
-    @staticmethod
-    def batch(this_pass: Pass) -> int:
-        """Samples of a pass, all streams' together."""
-        n_samples = len(this_pass.generation.geometry.image)
-        streams = getattr(this_pass.cache, "streams", ())
-        return n_samples * (1 + len(streams))
+        return None if new is x else _with_first(output, new.reshape(rows.shape))
 
 
 class OutputHook(StageHook):
@@ -323,12 +319,15 @@ HOOKS: tuple[type[StageHook], ...] = (InputHook, TokensHook, HeadsHook, CacheHoo
 def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
     """Put on all hooks inside the decoder that the interventions need; gives the handles that take them off."""
     n_layers = len(parts.layers)
+    guides = [(i, one) for i, one in running.active if one.acts_at("logits")]
     at_layers = {i: set(one.at_layers(n_layers)) for i, one in running.active}
-    hidden_layers = {i: set(one.hidden_layers(n_layers)) for i, one in running.active if one.acts_at("logits")}
-    may_join = any(one.acts_at("logits") for _, one in running.active) and "attention" not in parts.lacks
+    hidden_layers = {i: set(one.hidden_layers(n_layers)) for i, one in guides}
+    may_join = bool(guides) and "attention" not in parts.lacks
     for number, layer in enumerate(parts.layers):
         here = [(i, one) for i, one in running.active if number in at_layers[i]]
-        readings = {reading for _, one in here if one.acts_at("begin") for reading in one.traits.captures}
+        readings: set[str] = set()
+        for _, one in here:
+            readings.update(one.traits.captures if one.acts_at("begin") else ())
         for kind in HOOKS:
             module = kind.module(layer)
             edits = [(i, one) for i, one in here if one.acts_at(kind.stage)]
@@ -342,7 +341,7 @@ def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
             edits = [(i, one) for i, one in running.active if one.acts_at("tokens")]
             if edits:
                 yield LastTokensHook(running, parts, n_layers, edits).register(layer.module)
-        edits = [(i, one) for i, one in running.active if number in hidden_layers.get(i, ())]
+        edits = [(i, one) for i, one in guides if number in hidden_layers[i]]
         if edits or "hidden" in readings:
             yield OutputHook(running, parts, number, edits, "hidden" in readings).register(layer.module)
 

@@ -60,6 +60,11 @@ class Pass:
     _geometries: dict[Any, Geometry] = field(default_factory=dict)
     _rows: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def batch(self) -> int:
+        """Samples (or beams) that go through the model, second streams' rows included."""
+        return self.cache.batch if isinstance(self.cache, JointCache) else len(self.generation.geometry.image)
+
     def own(self, x: Tensor) -> Tensor:
         """The first stream's rows of what the pass computes: edits see no others."""
         return self.cache.own(x) if isinstance(self.cache, JointCache) else x

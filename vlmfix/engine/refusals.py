@@ -11,10 +11,16 @@ from vlmfix.model.anatomy import Anatomy
 
 
 def check_model(one: Intervention, parts: Anatomy) -> None:
-    """Raise a `TypeError` if an intervention needs a part of the model that cannot be reached."""
-    for deed, part in _needs(one, len(parts.layers)):
+    """Raise a `TypeError` if an intervention needs a part of the model that cannot be reached, and a `ValueError` if it
+    names layers that are not there."""
+    name, n_layers = one.name or type(one).__name__, len(parts.layers)
+    for deed, part in _needs(one, n_layers):
         if part in parts.lacks:
-            raise TypeError(f"{one.name or type(one).__name__} {deed}, {parts.lacks[part]}")
+            raise TypeError(f"{name} {deed}, {parts.lacks[part]}")
+    layers = {*one.at_layers(n_layers), *one.hidden_layers(n_layers)}
+    wrong = sorted(layer for layer in layers if not 0 <= layer < n_layers)
+    if wrong:
+        raise ValueError(f"{name} acts in layers {wrong}; expected numbers in 0..{n_layers - 1} on this model")
 
 
 def _needs(one: Intervention, n_layers: int) -> Iterator[tuple[str, str]]:

@@ -120,6 +120,11 @@ class JointCache(DynamicCache):
             self._others.append(stream.cache.update(k, v, layer_idx, *args, **kwargs))
         return self.first.update(key, value, layer_idx, *args, **kwargs)
 
+    @property
+    def batch(self) -> int:
+        """Rows of all streams."""
+        return self.rows * (1 + len(self.streams))
+
     def own(self, x: Tensor) -> Tensor:
         """The first stream's rows of what a pass computes."""
         return x[: self.rows]
