@@ -84,6 +84,13 @@ def test_imports_run_one_way(name):
     assert not [target for target in up if not any(target.startswith(allowed) for allowed in told)]
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("vlmfix.hooks")])
+def test_methods_stand_on_the_floors_below_the_engine(name):
+    """When they are loaded."""
+    below = ("vlmfix.model", "vlmfix.method", "vlmfix.hooks")
+    assert not [target for target in ARROWS[name][0] if not target.startswith(below)]
+
+
 def test_no_circles():
     """Of what is imported when modules are loaded: nothing, through whatever others, imports itself."""
     done, path = set(), []

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.contract.test_contract import answer, build
+from tests.contract.test_stages import Fade, Louder
 from tests.models import ARCHITECTURES, picture_prompt
 from vlmfix.engine.streams import join
 from vlmfix.engine.wrap import wrapped
@@ -20,6 +21,8 @@ METHODS = {
     "as long": [NOISED],
     "edited scores": [PAI(alpha=3.0, gamma=1.8, skip_first=1)],
     "edited heads": [VHR(layers=(1, 2, 3)), CONTRAST],
+    "edited MLP outputs": [Louder(rows="all"), CONTRAST],
+    "edited cache": [Fade(), CONTRAST],
     "two streams": [PAI(alpha=3.0, gamma=1.8, skip_first=1), NOISED],
 }
 TOKENS = 8
