@@ -161,9 +161,10 @@ class Scores:
         q = self.query[:, :, picked].float()
         q = q * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
         s = self._products(by_key_head(q, self.group)).view(*q.shape[:3], self.n_keys)
-        if (cap := self.extra.get("softcap")) is not None:
+        cap, bias = self.extra.get("softcap"), self.extra.get("position_bias")
+        if cap is not None:
             s = cap * (s / cap).tanh()
-        if (bias := self.extra.get("position_bias")) is not None:
+        if bias is not None:
             s = s + bias[:, :, picked, : self.n_keys].float()
         hidden = self._hidden(picked, s.device)
         if hidden is None:
@@ -178,21 +179,27 @@ class Scores:
         if key.dtype == q.dtype:
             return q @ key.transpose(-1, -2)
         b, n_key_heads, n_keys, d = key.shape
-        n = min(max(FLOATS.get(key.device.type, MOST_FLOATS) // (b * n_key_heads * d), 1), n_keys)
-        room = q.new_empty(b, n_key_heads, n, d)  # one for all pieces: fresh memory would cost more than the maths
-        parts = (room[:, :, : part.shape[2]].copy_(part) for part in key.split(n, dim=2))
-        products = [q @ part.transpose(-1, -2) for part in parts]
-        return products[0] if n == n_keys else torch.cat(products, dim=-1)
+        most = FLOATS.get(key.device.type, MOST_FLOATS)
+        piece_size = min(max(most // (b * n_key_heads * d), 1), n_keys)
+        # One room for all pieces: fresh memory would cost more than the maths.
+        room = q.new_empty(b, n_key_heads, piece_size, d)
+        products = []
+        for piece in key.split(piece_size, dim=2):
+            floats = room[:, :, : piece.shape[2]].copy_(piece)
+            products.append(q @ floats.transpose(-1, -2))
+        return products[0] if piece_size == n_keys else torch.cat(products, dim=-1)
 
     def softmax(self, s: Tensor, picked: Any) -> Tensor:
         """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
-        if (sink := self.extra.get("s_aux")) is not None:
-            sink = sink.view(1, -1, 1, 1)
-        elif (sink := self.extra.get("sinks")) is not None:
-            sink = sink[:, :, picked]
-        if sink is None:
+        per_head, per_row = self.extra.get("s_aux"), self.extra.get("sinks")
+        if per_head is not None:
+            sink = per_head.view(1, -1, 1, 1)
+        elif per_row is not None:
+            sink = per_row[:, :, picked]
+        else:
             return s.softmax(-1)
-        return torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1).softmax(-1)[..., :-1]
+        with_sink = torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1)
+        return with_sink.softmax(-1)[..., :-1]
 
     def _hidden(self, picked: Any, device: torch.device) -> Tensor | None:
         """True where a row may not look, broadcastable to (B, H, R, K); `None` if every row sees every key."""
@@ -216,14 +223,16 @@ class Scores:
             )
         hidden = None if mask is None else ~mask[:, None, None, -n_keys:].bool()
         position = query + min(start, n_keys - n_queries)
-        limits = []
         if causal:
-            limits.append(key > position)
+            hidden = _either(hidden, key > position)
         if window is not None:
-            limits.append(key <= position - window)
-        for limit in limits:
-            hidden = limit[None, None] if hidden is None else hidden | limit
+            hidden = _either(hidden, key <= position - window)
         return hidden
+
+
+def _either(hidden: Tensor | None, limit: Tensor) -> Tensor:
+    """Where a row may not look for one reason (B, 1, 1 or R, K) or the other (R, K)."""
+    return limit[None, None] if hidden is None else hidden | limit
 
 
 def by_key_head(x: Tensor, group: int) -> Tensor:
@@ -317,6 +326,7 @@ def queries_and_keys(layer: nn.Module, module: nn.Module, inputs: dict[str, Any]
 
 
 def _look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    if unsupported := [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]:
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unsupported:
         raise TypeError(f"attention with {', '.join(unsupported)} cannot be ranked by queries and keys alone")
     raise _Seen(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
