@@ -128,8 +128,8 @@ class Rerank(Lookback):
     paper: ClassVar[str] = "Peng et al., ICCV 2025, arXiv 2507.12455, appendix A.2; verifiers self and lookback: ours"
     cost: ClassVar[str] = "n times the decoding, a prefill per sentence, and with self one per new object"
     expect: ClassVar[str] = (
-        "captions: far fewer inventions where the model answers yes/no well, as the embedded one does; with "
-        "greedy_first recall is kept, too, at a third of the cost"
+        "captions: far fewer inventions where the model answers yes/no well; with greedy_first recall is kept, too, at "
+        "a third of the cost"
     )
 
     n: int = 5

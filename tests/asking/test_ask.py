@@ -78,9 +78,11 @@ def test_bad_input(organism, image, prompt, error, sentence):
 
 
 def test_sampling_is_seeded(organism):
-    ask = lambda seed: vlmfix.ask(
-        *organism, SCENES / "test_0001.webp", DESCRIBE, seed=seed, do_sample=True, temperature=1.5
-    )  # noqa: E731
+    picture, sampling = SCENES / "test_0001.webp", {"do_sample": True, "temperature": 1.5}
+
+    def ask(seed):
+        return vlmfix.ask(*organism, picture, DESCRIBE, seed=seed, **sampling)
+
     assert ask(1).text == ask(1).text and len({ask(seed).text for seed in range(5)}) > 1
     assert ask(3).generation["seed"] == 3
 

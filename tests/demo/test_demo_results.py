@@ -76,8 +76,8 @@ def test_only_clear_differences_are_coloured():
         lines = leaderboard.boards()[CHAIR].html(metric).replace("<wbr>", "").split("<tr")
         return {m[1]: m[2] for line in lines if (m := re.search(r"<code>(.*?)</code>.*?<b class=\"(\w*)\">", line))}
 
-    assert kinds("CHAIR_S")["vcd"] == "good" and kinds("CHAIR_S")["pai:alpha=-0.5"] == "bad"
-    assert kinds("recall")["vhr"] == "bad" and kinds("recall")["pai"] == ""
+    assert kinds("CHAIR_S")["vcd"] == "good" and kinds("F1")["pai:alpha=-0.5"] == "bad"
+    assert kinds("recall")["vhr"] == "bad" and kinds("recall")["contrast"] == ""
     assert kinds("F1")["pai"] == "good" and kinds("words")["vhr"] == ""
 
 
