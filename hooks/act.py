@@ -72,8 +72,8 @@ class ACT(Intervention):
         "no extra pass; attention of all prompt rows again in float32, twice, in pieces of rows; then one row per token"
     )
     expect: ClassVar[str] = (
-        "yes/no with calibrated heads: a little fewer yes, and less than a point of accuracy; captions: nothing. In all "
-        "heads: no gain"
+        "yes/no with calibrated heads: a little fewer yes, and less than a point of accuracy; captions: nothing. In "
+        "all heads: no gain"
     )
 
     alpha: float = 5.0

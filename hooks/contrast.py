@@ -47,7 +47,8 @@ class Contrast(Intervention):
     paper: ClassVar[str] = "guidance of PAI, arXiv 2407.21771; variant m3id: Favero et al., CVPR 2024, arXiv 2403.14003"
     cost: ClassVar[str] = "a second stream without the image: a short prefill, and twice the rows per token"
     expect: ClassVar[str] = (
-        "captions: on the embedded model fewer inventions, CHAIR_S −7.0 [−11.0, −3.5], and no less seen; yes/no: little"
+        "captions: on the embedded model fewer inventions, CHAIR_S −7.0 [−11.0, −3.5], and no less seen; yes/no: "
+        "nothing"
     )
 
     gamma: float = 1.1

@@ -14,7 +14,7 @@ from vlmfix.cli import app
 from vlmfix.hooks import REGISTRY
 
 ROOT = Path(__file__).parents[2]
-SCENE = str(ROOT / "assets" / "organism" / "test" / "images" / "test_0001.webp")
+SCENE = str(ROOT / "assets" / "organism" / "test" / "images" / "test_0003.webp")
 
 
 def run(*args):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import shlex
@@ -164,7 +165,7 @@ def test_twins_of_other_architectures_compute_the_same(model_type):
 
 def test_settings_reach_the_method(organism, scene):
     text = lambda spec: made(organism, scene, spec)[1][0].record.text  # noqa: E731
-    assert text("none") == text("vhr:alpha=1") == text(" ") != text("vhr:alpha=1.5")
+    assert text("none") == text("vhr:alpha=1") == text(" ") != text("vhr:alpha=2")
 
 
 @pytest.mark.parametrize(
@@ -236,13 +237,20 @@ def test_what_nobody_foresaw_is_a_sentence_and_logged(organism, scene, monkeypat
     assert answers == () and "ZeroDivisionError" in caplog.text
 
 
+def png(path):
+    """The bytes of a picture as PNG."""
+    file = io.BytesIO()
+    Image.open(path).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [
         (b"\x89PNG no picture", "no picture that can be read"),
         (b"", "no picture that can be read"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture that can be read"),
-        (SCENE.read_bytes()[:2000], "damaged"),
+        (png(SCENE)[:2000], "damaged"),
     ],
 )
 def test_broken_pictures(page, tmp_path, content, sentence):

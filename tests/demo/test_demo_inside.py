@@ -268,7 +268,7 @@ def test_heads_are_a_table_with_the_chosen_framed():
 
 def test_maps_before_and_after(looked):
     titles = lambda html: re.findall(r"<figcaption><b>([^<]*)</b>", html)  # noqa: E731
-    maps_of = lambda spec: looks.heat_maps(looked(spec), 0, range(6), None)  # noqa: E731
+    maps_of = lambda spec: looks.heat_maps(looked(spec), 0, range(8), None)  # noqa: E731
     assert titles(maps_of("none")) == ["The picture", "none"]
     assert titles(maps_of("pai")) == [
         "The picture",
@@ -279,7 +279,7 @@ def test_maps_before_and_after(looked):
     assert titles(maps_of("vhr")) == ["The picture", "Untouched model, same words", "vhr"]
     assert "does not edit the attention shown here" in maps_of("vhr")
     assert "the untouched model looks at the same" in maps_of("lookback")
-    carve = looks.heat_maps(looked("carve", "Is there a person in the image?", PHOTO), 0, range(6), None)
+    carve = looks.heat_maps(looked("carve", "Is there a person in the image?", PHOTO), 0, range(8), None)
     assert titles(carve) == ["The picture", "Untouched model, same words", "carve, picture 1", "carve, picture 2"]
     assert "has not seen" in carve and "has not seen" not in maps_of("vhr")
 
@@ -287,13 +287,13 @@ def test_maps_before_and_after(looked):
 def test_captions_say_how_much(looked):
     found = looked("none")
     share = found.after.shares(range(8))[list(found.words[3].steps)].mean()
-    assert f"{100 * share:.1f} % of the attention" in looks.heat_maps(found, 3, range(6), None)
+    assert f"{100 * share:.1f} % of the attention" in looks.heat_maps(found, 3, range(8), None)
 
 
 def test_without_a_grid_there_is_a_sentence(looked):
     found = looked("none")
     gridless = Shown(found.original.picture, 0, 32, None, "the image tokens lie on no grid")
-    html = looks.heat_maps(replace(found, shown=(gridless,)), 0, range(6), None)
+    html = looks.heat_maps(replace(found, shown=(gridless,)), 0, range(8), None)
     assert html.startswith('<p class="wrong">There is no map over the picture: the image tokens lie on no grid.')
 
 
@@ -380,7 +380,10 @@ def test_what_is_wrong_is_one_sentence_in_place(handlers, path, prompt, spec, se
 
 
 def test_an_idle_method_says_so(looked):
-    assert "var does not act on this model: no sink dimension was found" in looks.notes(looked("var"))
+    other = Studio.open("organism-qwen")
+    with pytest.warns(UserWarning, match="will not act"):
+        idle = inspect(other, Image.open(SCENE).convert("RGB"), DESCRIBE, parse("var"), Sinks())
+    assert "var does not act on this model: no sink dimension was found" in looks.notes(idle)
     assert looks.notes(looked("vhr")) == ""
 
 

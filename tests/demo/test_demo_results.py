@@ -37,7 +37,7 @@ def test_boards_hold_the_committed_results():
     for board in boards.values():
         assert set(board.owned()) == {"none", "vhr", "pai", "contrast", "vcd"}
         assert board.command.startswith("vlmfix eval --benchmark") and "--controls --json" in board.command
-    assert boards[CHAIR].pictures == 400 and boards["POPE, random: organism"].pictures == 219
+    assert boards[CHAIR].pictures == 200 and boards["POPE, random: organism"].pictures == 55
 
 
 def test_controls_belong_to_their_method():
@@ -181,7 +181,7 @@ def handlers(root):
 
 def test_the_tab_lists_runs_and_reports(handlers, root):
     kinds, methods, said = handlers["list_runs"]()
-    assert kinds["choices"] == ["chair, model organism, organism, first 6", "pope, model organism, scenes, first 6"]
+    assert kinds["choices"] == ["chair, model organism, organism, first 6", "pope, model organism, organism, first 6"]
     assert methods["choices"] == ["none", "vhr"] and "3 runs below" in said
     assert "<iframe sandbox" in handlers["make"](kinds["choices"][:1], [], False)
     assert "No run passes the filters" in handlers["make"](["../.."], [], False)

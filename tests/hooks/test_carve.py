@@ -593,17 +593,17 @@ def test_general_instruction_is_asked_once_per_picture(organism):
     model, processor = organism
     other = "Is there a dog in the image?"
     with CARVE(look_tokens=100)(model):
-        fresh = vlmfix.ask(model, processor, PHOTOS[0], other)
+        fresh = vlmfix.ask(model, processor, SCENE, other)
     with CARVE(look_tokens=100)(model):
-        vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
-        again = vlmfix.ask(model, processor, PHOTOS[0], other)
+        vlmfix.ask(model, processor, SCENE, QUESTION)
+        again = vlmfix.ask(model, processor, SCENE, other)
         kept = attached(model).kept[0]
         assert said(fresh) == said(again) and fresh.passes > again.passes and len(kept) == 1
         assert next(iter(kept.values()))[1] is True, "the look ended by itself"
         one, two = (said(vlmfix.ask(model, processor, path, QUESTION)) for path in SCENES)
         for n in range(70):
             kept[n] = None
-        vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
+        vlmfix.ask(model, processor, SCENE, QUESTION)
         assert len(kept) == 64 and list(kept)[:2] == [7, 8], "what was used last stays"
     with CARVE(look_tokens=100)(model):
         assert two == said(vlmfix.ask(model, processor, SCENES[1], QUESTION)) != one, "each has its own"

@@ -159,11 +159,11 @@ def test_a_run_by_protocol(tmp_path):
         "--output",
         tmp_path,
     ]
-    done = run(*args, "--template", "model", "--variant", "opera_approx")
+    done = run(*args, "--template", "model", "--variant", "opera_approx", "--max-new-tokens", 100)
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
     assert "by pai-512+images+template+budget+scorer" in said and "(testing only: --limit 3)" in said
-    assert "images: scenes, the first 3 pictures instead of coco paint500" in said and "paper:PAINT" in said
+    assert "images: organism, the first 3 pictures instead of coco paint500" in said and "paper:PAINT" in said
     assert "one draw of the same recipe, stand in" in said
     folder = next(tmp_path.rglob("run.json")).parent
     record = json.loads((folder / "records.jsonl").read_text().splitlines()[0])
