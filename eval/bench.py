@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor
 from transformers.modeling_utils import AttentionInterface
 
-from vlmfix.asking.asking import Answering
-from vlmfix.asking.prefix import Sharing, can_share
+from vlmfix.asking.batch import Batch
+from vlmfix.asking.prefix import ContinuedBatch, can_share
 from vlmfix.engine import attention
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.engine.state import Prompt
 from vlmfix.hooks import VCD
 from vlmfix.method.intervention import Intervention
@@ -329,23 +329,23 @@ def share_questions(
     mask, n = torch.ones_like(ids), ids.shape[1] - own_tokens
     settings = {"do_sample": False, "max_new_tokens": new_tokens}
 
-    def asking(rows: slice) -> Answering:
-        return Answering(model, None, [], {"input_ids": ids[rows], "attention_mask": mask[rows]}, settings)
+    def asking(rows: slice) -> Batch:
+        return Batch(model, None, [], {"input_ids": ids[rows], "attention_mask": mask[rows]}, settings)
 
     prefix = {"input_ids": ids[:1, :n], "attention_mask": mask[:1, :n]}
-    together = Sharing(
-        model, None, [], asking(slice(None)).inputs, settings, prefix=prefix,
-        picture=torch.zeros(questions, dtype=torch.long, device=ids.device),
+    together = ContinuedBatch(
+        model, None, [], asking(slice(None)).inputs, settings, prefix_inputs=prefix,
+        prefix_row=torch.zeros(questions, dtype=torch.long, device=ids.device),
     )  # fmt: skip
     ways: dict[str, Callable[[], Any]] = {
         "one by one": lambda: [asking(slice(i, i + 1)).generate()[0] for i in range(questions)],
         "one batch": asking(slice(None)).generate,
         "sharing": together.generate,
-        PICTURE: together.look,
+        PICTURE: together.make_prefix,
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     with wrapped(model, list(method)), torch.inference_mode():
-        if not can_share(model, settings):
+        if not can_share(model, attached(model), settings):
             raise ValueError(f"{spec_of(method)} cannot share the pass over a picture: it depends on the question")
         for _ in range(rounds):
             for name, answer in ways.items():

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from vlmfix.asking.asking import spellings
+from vlmfix.asking.words import spellings
 from vlmfix.engine.attachment import wrapped
 from vlmfix.eval.benchmarks.benchmark import Item, Pope
 from vlmfix.eval.tune.ablation import logits_at

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmfix.asking.asking import ask_batch
+from vlmfix.asking.asker import ask_batch
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.eval.benchmarks.benchmark import Chair
 from vlmfix.eval.pictures.data import Data

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmfix.asking.asking import Answering, open_picture, spellings
+from vlmfix.asking.batch import Batch
+from vlmfix.asking.pictures import open_picture
+from vlmfix.asking.words import spellings
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.engine.state import Prompt
 from vlmfix.eval.benchmarks.benchmark import Chair, Item, Pope
@@ -68,7 +70,7 @@ class Subject:
     def inputs(self, items: Sequence[Item]) -> dict[str, Any]:
         """The processor's output for some questions, padded on the left."""
         questions = [([open_picture(item.image)], item.prompt) for item in items]
-        return Answering.of(self.model, self.processor, questions, {}).inputs
+        return Batch.of(self.model, self.processor, questions, {}).inputs
 
 
 @dataclass
