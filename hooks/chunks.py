@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmfix.hooks.lookback import Lookback
-from vlmfix.hooks.rerank import check_sampling, one_by_one, own_index, proposals, round_seed
+from vlmfix.hooks.rerank import check_sampling, one_by_one, proposals, round_seed
 
 if TYPE_CHECKING:
     from vlmfix.asking.batch import Batch
@@ -59,10 +59,7 @@ class Chunks(Lookback):
 
     def _answer(self, run: Batch) -> tuple[list[int], dict[str, Any]]:
         """Tokens of one answer, and what to record of it. The last chunk is shorter where the limit is no multiple."""
-        index, sampling = (
-            own_index(run, self),
-            {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k},
-        )
+        index, sampling = run.index(self), {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         accepted: list[int] = []
         rounds: list[dict[str, Any]] = []
         while run.end(accepted) is None and (left := run.settings["max_new_tokens"] - len(accepted)) > 0:

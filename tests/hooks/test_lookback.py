@@ -15,7 +15,7 @@ from vlmfix.cli import app
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.eval.tune import lookback as calibration
 from vlmfix.hooks import VHR, Lookback
-from vlmfix.hooks.lookback import PRESETS, Detector, steps_of, token_ends
+from vlmfix.hooks.lookback import PRESETS, Detector
 from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
@@ -252,16 +252,6 @@ def test_weights_that_are_no_numbers_are_told():
     monitor.weights(torch.full((1, 2, 1, 2), torch.nan), site)
     with pytest.raises(ValueError, match="attention weights of layer 3 are no numbers at step 0"):
         monitor.effects(memo)
-
-
-def test_spans():
-    tokens, words = [0, 1, 2, 3], ["A", " red", "dish", " cat"]
-    ends = token_ends(tokens, lambda t: "".join(words[i] for i in t))
-    assert ends == [1, 5, 9, 13]
-    assert steps_of(ends, 2, 9) == [1, 2] and steps_of(ends, 10, 13) == [3] and steps_of(ends, 0, 1) == [0]
-    for start, end in ((10, 14), (-1, 2), (3, 3)):
-        with pytest.raises(ValueError, match=r"span: expected characters within 0\.\.13"):
-            steps_of(ends, start, end)
 
 
 @pytest.mark.parametrize(
