@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from vlmfix.asking.asking import Answering
+from vlmfix.asking.batch import Batch
 from vlmfix.demo import maps
 from vlmfix.demo.studio import Studio, problem
 from vlmfix.demo.watch import Inspection, Seen, Shown
@@ -90,7 +90,7 @@ def sinks_text(found: Inspection, layers: Sequence[int]) -> str:
 def notes(found: Inspection) -> str:
     """What the method has to say: that it is idle, or did nothing, and which answer it gave."""
     lines = []
-    for method, did in zip(found.record.method, found.record.did, strict=True):
+    for method, did in zip(found.record.method, found.record.effects, strict=True):
         if idle := method["facts"].get("idle"):
             lines.append(f"{method['name']} does not act on this model: {idle}.")
         elif not did.get("acted"):
@@ -108,7 +108,7 @@ def word_heads(found: Inspection, word: int) -> str:
 
 def vhd_heads(studio: Studio, picture: Image.Image, prompt: str, chosen: dict[int, tuple[int, ...]]) -> str:
     """Layers x heads: VHD, over the mean of the layer."""
-    inputs = Answering.of(studio.model, studio.processor, [([picture], prompt)], {}).inputs
+    inputs = Batch.of(studio.model, studio.processor, [([picture], prompt)], {}).inputs
     with studio.under() as twin:
         vhd = {layer: choice.vhd[0] for layer, choice in divergence(twin, inputs).items()}
     values = {layer: (row / row.mean().clamp(min=1e-12)).tolist() for layer, row in vhd.items()}
@@ -117,7 +117,7 @@ def vhd_heads(studio: Studio, picture: Image.Image, prompt: str, chosen: dict[in
 
 def carved(found: Inspection) -> str:
     """CARVE's contrast, mask and crop, as its record has them; empty where CARVE was not asked for or did not look."""
-    for method, did in zip(found.record.method, found.record.did, strict=True):
+    for method, did in zip(found.record.method, found.record.effects, strict=True):
         if method["name"] == "carve" and "heat" in did:
             heat, picture = np.array(did["heat"]), found.original.picture
             drawn = maps.over(picture, heat, tuple(did["covers"]), float(heat.max()))

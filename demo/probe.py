@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmfix.asking.asking import ask_batch, spellings
+from vlmfix.asking.asker import ask_batch
+from vlmfix.asking.words import spellings
 from vlmfix.demo import maps
 from vlmfix.demo.studio import Shared, Studio, interventions, problem, read_picture, truth
 from vlmfix.eval.benchmarks.pope import question_text

@@ -17,7 +17,9 @@ import gradio as gr
 from PIL import Image
 from torch import nn
 
-from vlmfix.asking.asking import Record, ask, open_picture
+from vlmfix.asking.asker import ask
+from vlmfix.asking.pictures import open_picture
+from vlmfix.asking.record import Record
 from vlmfix.demo.settings import METHODS, interventions, settings
 from vlmfix.engine.attachment import wrapped
 from vlmfix.eval.pictures.data import Data

@@ -7,7 +7,7 @@ import shlex
 from html import escape
 from typing import Any
 
-from vlmfix.asking.asking import Record
+from vlmfix.asking.record import Record
 from vlmfix.demo.studio import Answer, known_pictures, picture_name, truth
 from vlmfix.eval.scorers.chair import Mention, Vocabulary, mentions
 
@@ -90,7 +90,7 @@ def judged(record: Record, objects: frozenset[str]) -> tuple[str, list[str]]:
 def notes(record: Record) -> list[str]:
     """What a visitor should know of what the methods did."""
     found = []
-    for method, did in zip(record.method, record.did, strict=True):
+    for method, did in zip(record.method, record.effects, strict=True):
         if idle := method["facts"].get("idle"):
             found.append(f"{method['name']} does not act on this model: {idle}.")
         elif not did.get("acted", True) and method["name"] != "lookback":
@@ -132,7 +132,7 @@ def running(spec: str, text: str) -> str:
 def done(answer: Answer) -> str:
     """A finished column, as safe HTML."""
     record, objects = answer.record, truth(answer.record)
-    scores = next((d["per_word"] for d in record.did[::-1] if "per_word" in d), None)
+    scores = next((d["per_word"] for d in record.effects[::-1] if "per_word" in d), None)
     if objects is not None:
         text, told = judged(record, objects)
     elif scores is not None:

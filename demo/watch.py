@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from vlmfix.asking.asking import Answering, Record
+from vlmfix.asking.batch import Batch
+from vlmfix.asking.record import Record
 from vlmfix.demo.studio import Studio
-from vlmfix.engine.attachment import attached
+from vlmfix.engine.attachment import attached, effects
 from vlmfix.hooks.lookback import steps_of, token_ends
 from vlmfix.hooks.parts import sinks, views
 from vlmfix.hooks.var import VAR
@@ -123,7 +124,7 @@ class Watch(Intervention):
         looked = pad(a, (site.first_key, 0)).gather(-1, columns)
         looks["parts"].append((looked.half().cpu(), a.sum(-1).cpu(), site.rows.cpu()))
 
-    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+    def answered(self, memo: dict[str, Any], row: int, run: Batch, tokens: list[int]) -> dict[str, Any]:
         """`seen`: what the answer looked at; `pictures`: what it was given."""
         if "looks" not in memo:
             return {}
@@ -188,7 +189,7 @@ class Shown:
     @classmethod
     def of(cls, model: Any, processor: Any, picture: Image.Image, prompt: str, first: int = 0) -> Shown:
         """From what the processor makes of the picture."""
-        inputs = Answering.of(model, processor, [([picture], prompt)], {}).inputs
+        inputs = Batch.of(model, processor, [([picture], prompt)], {}).inputs
         ids = torch.tensor(anatomy(model).image_token_ids, device=inputs["input_ids"].device)
         n = int(torch.isin(inputs["input_ids"], ids).sum())
         try:
@@ -260,7 +261,7 @@ def inspect(
     with studio.under([replace(watch, moment="before"), *method, watch]) as twin:
         record = studio.ask_twin(twin, picture, prompt, method)
         heads = _chosen(effects(twin)[1:-1])
-    first, *did, last = record.did
+    first, *did, last = record.effects
     if not ("seen" in first and "seen" in last and record.token_ids):
         raise ValueError("Nothing was read: the model has no softmax attention, or it gave no answer.")
     before, after = first["seen"], last["seen"]
@@ -273,7 +274,7 @@ def inspect(
         shown.append(Shown.of(model, processor, given, prompt, sum(one.n for one in shown)))
     return Inspection(
         spec=spec_of(method),
-        record=replace(record, did=did, method=record.method[1:-1]),
+        record=replace(record, effects=did, method=record.method[1:-1]),
         words=words_of(processor, record.token_ids),
         before=before,
         after=after,
@@ -289,7 +290,7 @@ def inspect(
 def reread(studio: Studio, picture: Image.Image, prompt: str, tokens: Sequence[int], watch: Watch) -> Seen:
     """What the untouched model looks at when it reads an answer word for word."""
     with studio.under([replace(watch, rows="after_last_image")]) as twin:
-        run = Answering.of(twin, studio.processor, [([picture], prompt)], {})
+        run = Batch.of(twin, studio.processor, [([picture], prompt)], {})
         twin(**run.after(tokens[:-1]), use_cache=False)
         memo = attached(twin).last().memos[0]  # type: ignore[union-attr]
     return watch.seen(memo, 0, slice(-len(tokens), None))

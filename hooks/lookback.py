@@ -27,7 +27,7 @@ from vlmfix.method.site import Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
     from vlmfix.model.anatomy import Anatomy
     from vlmfix.model.geometry import Geometry
 
@@ -269,7 +269,7 @@ class Lookback(Intervention):
         r = self.ratios(memo)
         return [{"acted": not isnan(s), "score": _number(s)} for s in self._span(r).tolist()] if len(r) else []
 
-    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+    def answered(self, memo: dict[str, Any], row: int, run: Batch, tokens: list[int]) -> dict[str, Any]:
         """`per_token`: the score of each token; `per_word`: of each word, with the `steps` of its tokens; `score`."""
         r = self.ratios(memo)
         if not len(r):

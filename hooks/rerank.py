@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
     from vlmfix.model.anatomy import Anatomy
 
 VERIFIERS = ("self", "lookback", "oracle")
@@ -55,7 +55,7 @@ class Candidate:
 
 
 def proposals(
-    run: Answering, accepted: Sequence[int], n: int, length: int, seed: int, stop: Any = None, **sampling: Any
+    run: Batch, accepted: Sequence[int], n: int, length: int, seed: int, stop: Any = None, **sampling: Any
 ) -> list[Candidate]:
     """`n` continuations of an answer to one question, of up to `length` tokens; greedy without `sampling`."""
     import torch
@@ -91,7 +91,7 @@ def proposals(
     return found
 
 
-def round_seed(run: Answering, n: int) -> int:
+def round_seed(run: Batch, n: int) -> int:
     """Seed of round `n`: belongs to the question, so that neither its batch nor what was asked before matters."""
     (images, prompt), h = run.questions[0], hashlib.sha256()
     for image in images:
@@ -220,7 +220,7 @@ class Rerank(Lookback):
             found = replace(found, hi=at)  # type: ignore[call-arg]
         return found, facts
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """One question after the other."""
         for _, prompt in run.questions:
             if _YES_NO.match(prompt.strip()):
@@ -230,7 +230,7 @@ class Rerank(Lookback):
                 )
         return one_by_one(run, self._answer)
 
-    def _answer(self, run: Answering) -> tuple[list[int], dict[str, Any]]:
+    def _answer(self, run: Batch) -> tuple[list[int], dict[str, Any]]:
         """Tokens of one answer, and what to record of it."""
         accepted: list[int] = []
         rounds: list[dict[str, Any]] = []
@@ -260,7 +260,7 @@ class Rerank(Lookback):
         return accepted, {"acted": acted, **counts, "rounds": rounds}
 
     def _round(
-        self, run: Answering, accepted: list[int], index: int, earlier: set[str]
+        self, run: Batch, accepted: list[int], index: int, earlier: set[str]
     ) -> tuple[list[Candidate], list[dict[str, Any]]]:
         """Next sentences, and what there is to say of each."""
         import torch
@@ -280,7 +280,7 @@ class Rerank(Lookback):
             pairs += judged(self.n - len(pairs), temperature=self.temperature, top_p=self.top_p, top_k=0)
         return [c for c, _ in pairs], [facts for _, facts in pairs]
 
-    def _judge(self, run: Answering, accepted: list[int], one: Candidate, earlier: set[str]) -> dict[str, Any]:
+    def _judge(self, run: Batch, accepted: list[int], one: Candidate, earlier: set[str]) -> dict[str, Any]:
         sentence = run.text(one.tokens)
         verdicts = self._verify(run, accepted, sentence, one)
         repeat = sentence in earlier  # else text that loops would always be clean
@@ -304,7 +304,7 @@ class Rerank(Lookback):
         everyone = range(len(facts))
         return min(everyone, key=lambda i: (facts[i]["repeat"], count(i, "absent"), -candidates[i].likelihood))
 
-    def _verify(self, run: Answering, accepted: list[int], sentence: str, one: Candidate) -> list[Verdict]:
+    def _verify(self, run: Batch, accepted: list[int], sentence: str, one: Candidate) -> list[Verdict]:
         """Verdicts on the objects that a sentence names."""
         from vlmfix.engine.attachment import attached
         from vlmfix.eval.scorers import chair
@@ -349,7 +349,7 @@ class Rerank(Lookback):
 
     def _objects(self, images: Sequence[Image], kept: dict[Any, Any]) -> frozenset[str]:
         """Annotated objects in any of the pictures."""
-        from vlmfix.asking.asking import open_picture
+        from vlmfix.asking.pictures import open_picture
         from vlmfix.eval.pictures.data import Data
 
         if "oracle" not in kept:
@@ -363,14 +363,14 @@ class Rerank(Lookback):
 
 
 def one_by_one(
-    run: Answering, answer: Callable[[Answering], tuple[list[int], dict[str, Any]]]
+    run: Batch, answer: Callable[[Batch], tuple[list[int], dict[str, Any]]]
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """What a `decode` stage returns, question by question, each as a batch of its own."""
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
 
     answers, said = [], []
     for i, question in enumerate(run.questions):
-        single = Answering.of(run.model, run.processor, [question], run.settings, run.seed)
+        single = Batch.of(run.model, run.processor, [question], run.settings, run.seed)
         tokens, facts = answer(single)
         if single.sources:  # none where not even one sentence was accepted
             run.sources[i] = single.sources[0]
@@ -379,7 +379,7 @@ def one_by_one(
     return answers, said
 
 
-def own_index(run: Answering, one: Intervention) -> int:
+def own_index(run: Batch, one: Intervention) -> int:
     """Place of an intervention among those that the model is wrapped with."""
     from vlmfix.engine.attachment import attached
 
@@ -394,22 +394,22 @@ def check_sampling(temperature: float, top_p: float) -> None:
         raise ValueError(f"top_p: expected a number in 0..1, above 0, got {top_p!r}")
 
 
-def end_token(run: Answering) -> list[int]:
+def end_token(run: Batch) -> list[int]:
     """The model's end token, for answers that a method ends."""
     end = run.model.generation_config.eos_token_id
     return [] if end is None else [end[0] if isinstance(end, list) else end]
 
 
-def says_yes(run: Answering, objects: Sequence[str]) -> list[float]:
+def says_yes(run: Batch, objects: Sequence[str]) -> list[float]:
     """P(yes) / (P(yes) + P(no)) of the untouched model's first token, on POPE's question for each object."""
     import torch
 
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
     from vlmfix.engine.attachment import attached
     from vlmfix.eval.benchmarks.pope import question_text
 
     images, _ = run.questions[0]
-    asked = Answering.of(run.model, run.processor, [(images, question_text(o)) for o in objects], {})
+    asked = Batch.of(run.model, run.processor, [(images, question_text(o)) for o in objects], {})
     with attached(run.model).only(()):  # type: ignore[union-attr]
         out = run.model.generate(
             **asked.inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=1,

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
-from vlmfix.asking.asking import Answering, open_picture
+from vlmfix.asking.batch import Batch
+from vlmfix.asking.pictures import open_picture
 from vlmfix.eval.benchmarks.benchmark import Item
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair
@@ -58,7 +59,7 @@ def describe(
     found = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        run = Answering.of(model, processor, _questions(batch), {"max_new_tokens": max_new_tokens})
+        run = Batch.of(model, processor, _questions(batch), {"max_new_tokens": max_new_tokens})
         for item, tokens in zip(batch, run.generate(), strict=True):
             key = chair.image_key(item.id)
             found.append(Caption(key, item, tuple(tokens), namings(processor, tokens, data.truth[key])))
@@ -81,7 +82,7 @@ def told(model: Any, processor: Any, captions: Sequence[Caption]) -> tuple[dict[
     Prompts are padded on the left, captions on the right. The token at column n + i of a caption is predicted at
     column n + i - 1.
     """
-    run = Answering.of(model, processor, _questions([c.item for c in captions]), {})
+    run = Batch.of(model, processor, _questions([c.item for c in captions]), {})
     inputs, n = dict(run.inputs), run.inputs["input_ids"].shape[1]
     longest = max(len(c.tokens) for c in captions)
     ids = inputs["input_ids"].new_zeros(len(captions), longest)
@@ -156,7 +157,7 @@ class Annotations:
 def grid(model: Any, processor: Any, item: Item) -> tuple[View, int, tuple[int, int]]:
     """The grid of image tokens over an item's picture, the number of its image tokens, and its size in pixels."""
     (picture,), _ = question = _questions([item])[0]
-    inputs = Answering.of(model, processor, [question], {}).inputs
+    inputs = Batch.of(model, processor, [question], {}).inputs
     ids = inputs["input_ids"]
     n = sum(int((ids == token).sum()) for token in anatomy(model).image_token_ids)
     return view(model.config, processor, inputs, picture.size, n), n, picture.size

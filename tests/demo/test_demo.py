@@ -19,7 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import zoo
-from vlmfix.asking.asking import Record, ask
+from vlmfix.asking.asker import ask
+from vlmfix.asking.record import Record
 from vlmfix.cli import app as cli
 from vlmfix.demo import app, columns, compare, settings, studio, verdicts
 from vlmfix.demo.links import Question

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt
-from vlmfix.asking.asking import Answering
+from vlmfix.asking.batch import Batch
 from vlmfix.demo import inside, looks, maps
 from vlmfix.demo.studio import Answer, Shared, Studio, known_pictures
 from vlmfix.demo.watch import Seen, Shown, Sinks, Watch, inspect, words_of
@@ -52,7 +52,7 @@ def test_looking_changes_no_answer(studio, looked):
         found = looked(spec)
         assert found.record.token_ids == plain.token_ids
         assert found.record.method == plain.method
-        assert found.record.did == plain.did
+        assert found.record.effects == plain.effects
         assert found.spec == spec
 
 
@@ -60,7 +60,7 @@ def test_it_is_the_attention_that_the_model_itself_computes(studio, looked):
     found = looked("none")
     with studio.under() as twin:
         twin.set_attn_implementation("eager")
-        run = Answering.of(twin, studio.processor, [([Image.open(SCENE).convert("RGB")], DESCRIBE)], {})
+        run = Batch.of(twin, studio.processor, [([Image.open(SCENE).convert("RGB")], DESCRIBE)], {})
         inputs = run.after(found.record.token_ids[:-1])
         with torch.inference_mode():
             layers = twin(**inputs, use_cache=False, output_attentions=True).attentions

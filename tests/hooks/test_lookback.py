@@ -187,18 +187,18 @@ def test_scores_of_an_answer(tiny, sampling):
         single = vlmfix.ask(model, processor, *questions[1], max_new_tokens=20)
     assert [r.token_ids for r in batch] == [r.token_ids for r in plain] == [r.token_ids for r in again]
     for r, other in zip(batch, again, strict=True):
-        (did,) = r.did
-        assert json.loads(r.to_json())["did"] == r.did
+        (did,) = r.effects
+        assert json.loads(r.to_json())["effects"] == r.effects
         assert did["acted"] and did["preset"] == "lookback" and len(did["per_token"]) == len(r.token_ids)
         assert did["score"] == pytest.approx(np.mean(did["per_token"]), abs=1e-5)
-        same(did["per_token"], other.did[0]["per_token"])
+        same(did["per_token"], other.effects[0]["per_token"])
         assert [w["word"] for w in did["per_word"]] == r.text.split()
         for word in did["per_word"]:
             said = processor.decode([r.token_ids[step] for step in word["steps"]]).strip()
             assert said == word["word"]
             assert word["score"] == pytest.approx(np.mean([did["per_token"][s] for s in word["steps"]]), abs=1e-5)
     if not sampling:
-        same(single.did[0]["per_token"], batch[1].did[0]["per_token"])
+        same(single.effects[0]["per_token"], batch[1].effects[0]["per_token"])
 
 
 def test_place_in_the_list_and_going_on_from_accepted_text(tiny):
@@ -207,12 +207,12 @@ def test_place_in_the_list_and_going_on_from_accepted_text(tiny):
     for name, methods in {"alone": [Lookback()], "first": [Lookback(), VHR()], "last": [VHR(), Lookback()]}.items():
         with wrapped(model, methods):
             record = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=12)
-            scores[name] = record.did[[e.name == "lookback" for e in methods].index(True)]["per_token"]
+            scores[name] = record.effects[[e.name == "lookback" for e in methods].index(True)]["per_token"]
             if name == "alone":
-                run = vlmfix.asking.asking.Answering.of(
+                run = vlmfix.asking.batch.Batch.of(
                     model,
                     processor,
-                    [([vlmfix.asking.asking.open_picture(PICTURES[1])], DESCRIBE)],
+                    [([vlmfix.asking.pictures.open_picture(PICTURES[1])], DESCRIBE)],
                     {"max_new_tokens": 5},
                 )
                 end = run.inputs["input_ids"].shape[1]
@@ -238,12 +238,12 @@ def test_sinks_are_no_image(tiny):
     with Lookback()(model):
         plain = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=4)
     assert got.token_ids == plain.token_ids and max(sinks.values()) > 3
-    assert all(a < b for a, b in zip(got.did[0]["per_token"], plain.did[0]["per_token"], strict=True))
+    assert all(a < b for a, b in zip(got.effects[0]["per_token"], plain.effects[0]["per_token"], strict=True))
     with Lookback(exclude_sinks=True)(tiny[0]):
         facts = vlmfix.effects(tiny[0])[0]["facts"]
         idle = vlmfix.ask(*tiny, PICTURES[1], DESCRIBE, max_new_tokens=4)
     assert "no sink" in facts["sinks"] or "loudest" in facts["sinks"]
-    assert idle.did[0]["acted"]
+    assert idle.effects[0]["acted"]
 
 
 def test_weights_that_are_no_numbers_are_told():
@@ -286,7 +286,7 @@ def test_detector_scores_and_belongs_to_its_model(tiny, detector, tmp_path):
         vlmfix.ask(model, processor, PICTURES[0], DESCRIBE, max_new_tokens=6)
         r = Lookback().ratios(attached(model).last().memos[0])[0]
     with Lookback(detector=detector)(model):
-        got = vlmfix.ask(model, processor, PICTURES[0], DESCRIBE, max_new_tokens=6).did[0]
+        got = vlmfix.ask(model, processor, PICTURES[0], DESCRIBE, max_new_tokens=6).effects[0]
     by_layer_then_head = r.flatten(1) @ torch.tensor(own.w) + own.b
     same(got["per_token"], by_layer_then_head.sigmoid().tolist())
     for change, sentence in (

@@ -46,8 +46,8 @@ def ask(
         specs = [one for text in method or ["none,vhr"] for one in split_methods(text)]
         parsed = with_accelerator([parse(spec) for spec in specs], speed)
         specs = specs if speed is None else [spec_of(interventions) for interventions in parsed]
-        from vlmfix.asking.asking import ask as ask_model
-        from vlmfix.asking.asking import open_picture
+        from vlmfix.asking.asker import ask as ask_model
+        from vlmfix.asking.pictures import open_picture
         from vlmfix.engine.attachment import wrapped
 
         open_picture(image)
