@@ -15,7 +15,7 @@ from vlmfix.demo import maps
 from vlmfix.demo.studio import Studio, problem
 from vlmfix.demo.watch import Inspection, Seen, Shown
 from vlmfix.eval.scorers.chair import mentions
-from vlmfix.eval.tune.ranking import divergence
+from vlmfix.eval.tune.vhd import divergence
 from vlmfix.hooks import carve
 
 SAME = 1e-3

@@ -14,6 +14,7 @@ from tests.models import llava, picture_prompt
 from vlmfix.cli import app
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.eval.tune import lookback as calibration
+from vlmfix.eval.tune.tool import Subject
 from vlmfix.hooks import VHR, Lookback
 from vlmfix.hooks.lookback import PRESETS, Detector
 from vlmfix.method.site import Site
@@ -312,7 +313,7 @@ def test_auroc_of_what_can_and_cannot_be_told_apart(monkeypatch, tiny):
         monkeypatch.setattr(
             calibration, "read_words", lambda *_, made=(rng, 800, shift, shuffle), **__: synthetic(*made)
         )
-        found = calibration.calibrate(*tiny, Lookback(), others, scenes)
+        found = calibration.calibrate_lookback(*tiny, Lookback(), others, scenes)
         assert low <= found.auroc["detector"]["value"] <= high
         assert 0.4 < found.auroc["position"]["value"] < 0.6
         assert found.n_images == len(found.ids) == 60 and found.auroc["words"] == 800
@@ -333,7 +334,7 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
     from vlmfix.eval.pictures.data import Data
 
     data = Data.load("calibration", 18)
-    read, seen = calibration.read_words(*tiny, Lookback(), data, max_new_tokens=30), []
+    read, seen = calibration.read_words(Subject(*tiny, data), Lookback(), max_new_tokens=30), []
     assert read.v.shape[1] == 48 and not read.grounded.all() and read.grounded.mean() > 0.5
     assert read.plain == pytest.approx(read.v.mean(1), abs=1e-5)
 
@@ -343,7 +344,7 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "read_words", spy)
-        found = calibration.calibrate(*tiny, Lookback(), data, data)
+        found = calibration.calibrate_lookback(*tiny, Lookback(), data, data)
     assert len(seen) == 1 and found.n_images == 12
     assert (
         found.auroc["words"]
@@ -351,7 +352,7 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
         + np.isin(read.image, [key for i, key in enumerate(data.images) if i % 3 == 2]).sum()
     )
     with pytest.raises(ValueError, match="no tracker"):
-        calibration.calibrate(*tiny, Lookback(preset="tracker"), data, data)
+        calibration.calibrate_lookback(*tiny, Lookback(preset="tracker"), data, data)
     assert json.loads(json.dumps(asdict(found)))["model"] == "tiny"
 
 
