@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -83,7 +83,7 @@ def answer_each(
     workers = workers or Workers()
     items = bench.items(data)
     untouched = Asker(model, processor)
-    settings = _generation(model, decoding)
+    decoding_settings = _generation(model, decoding)
     identity = {
         "benchmark": bench.name,
         "protocol": protocol,
@@ -102,49 +102,62 @@ def answer_each(
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
-    settings = {"max_new_tokens": identity["max_new_tokens"], **settings}
+    settings = {"max_new_tokens": identity["max_new_tokens"], **decoding_settings}
+    plan = _Plan(bench, settings, seed, 1 if settings["do_sample"] else batch_size, workers)
     parent = out / bench.name / Path(str(identity["model"])).name
-    own_records = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
     folder_of: dict[int, Path] = {}
     with untouched.applied(), _templated(processor, template):
         may_share = isinstance(bench, YesNo) and untouched.can_share(settings)
         for group in _groups(methods, may_share):
-            header = {
-                "label": "",
-                "fingerprint": "",
-                "n": len(items),
-                "identity": identity,
-                "data": data.spec,
-                "environment": _environment(model, batch_size, command),
-            }
-            by_folder: dict[Path, _Course] = {}
+            header = {"label": "", "fingerprint": "", "n": len(items), "identity": identity, "data": data.spec}
+            header["environment"] = _environment(model, batch_size, command)
+            courses: dict[Path, _Course] = {}
             for i in group:
                 asker = Asker(model, processor, methods[i])
                 course = _Course(asker, spec_of(methods[i]), items, RunningFigure(bench, data), progress)
                 folder_of[i] = course.begin(parent, header, beside=beside, writes=workers.rank == 0)
-                by_folder.setdefault(folder_of[i], course)  # the same method given twice is asked once
+                courses.setdefault(folder_of[i], course)  # the same method given twice is asked once
             workers.wait()  # everyone has seen what is done before anyone adds to it
-            courses = list(by_folder.values())
-            open_questions = _open_questions(courses, items)
-            _check_pictures([item for some in open_questions.values() for item in some], data.where or bench.where)
-            for course in courses:
+            unanswered = _unanswered(list(courses.values()), items)
+            _check_pictures([item for some in unanswered.values() for item in some], data.where or bench.where)
+            for course in courses.values():
                 course.show()
-            with ExitStack() as stack:
-                if len(courses) == 1:  # on for all its questions
-                    stack.enter_context(courses[0].asker.applied())
-                files = [stack.enter_context(folders.appending(folder / own_records)) for folder in by_folder]
-                for lacking, unanswered in open_questions.items():
-                    ask = CheckedSharing([courses[k].asker for k in lacking], bench, settings, seed)
-                    size = 1 if settings["do_sample"] else batch_size
-                    for batch, answers in answered_batches(share_of(unanswered, workers), size, ask):
-                        for k, records in zip(lacking, answers, strict=True):
-                            courses[k].add(files[k], batch, records)
+            _ask(courses, unanswered, plan)
             workers.wait()
             if workers.rank == 0:
-                for folder in by_folder:
+                for folder in courses:
                     folders.merge(folder, items)
             workers.wait()
     return [Run.read(folder_of[i]) for i in range(len(methods))]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the questions of a benchmark are asked, whatever the method."""
+
+    bench: Benchmark
+    settings: dict[str, Any]
+    """Of `generate`."""
+    seed: int
+    batch_size: int
+    workers: Workers
+
+
+def _ask(courses: Mapping[Path, _Course], unanswered: Mapping[tuple[int, ...], list[Item]], plan: _Plan) -> None:
+    """Ask what is unanswered under the methods of one group, and write each batch into their folders."""
+    workers = plan.workers
+    records_file = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
+    in_order = list(courses.values())
+    with ExitStack() as stack:
+        if len(in_order) == 1:  # in force for all its questions, without coming off between batches
+            stack.enter_context(in_order[0].asker.applied())
+        files = [stack.enter_context(folders.appending(folder / records_file)) for folder in courses]
+        for places, questions in unanswered.items():
+            ask = CheckedSharing([in_order[k].asker for k in places], plan.bench, plan.settings, plan.seed)
+            own_questions = share_of(questions, workers)
+            for batch, answers in answered_batches(own_questions, plan.batch_size, ask):
+                for k, records in zip(places, answers, strict=True):
+                    in_order[k].add(files[k], batch, records)
 
 
 @dataclass
@@ -199,14 +212,14 @@ def _groups(methods: Sequence[Sequence[Intervention]], may_share: bool) -> list[
     return [together, *alone] if together else alone
 
 
-def _open_questions(courses: Sequence[_Course], items: Sequence[Item]) -> dict[tuple[int, ...], list[Item]]:
-    """Places of the courses that lack an answer -> the questions that exactly these lack."""
-    lacking: dict[tuple[int, ...], list[Item]] = {}
+def _unanswered(courses: Sequence[_Course], items: Sequence[Item]) -> dict[tuple[int, ...], list[Item]]:
+    """Places of courses -> the questions that exactly these courses have no answer to."""
+    unanswered: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         places = tuple(k for k, course in enumerate(courses) if item.id not in course.done)
         if places:
-            lacking.setdefault(places, []).append(item)
-    return lacking
+            unanswered.setdefault(places, []).append(item)
+    return unanswered
 
 
 def _generation(model: Any, decoding: str) -> dict[str, Any]:
