@@ -24,11 +24,10 @@ from vlmfix.eval.run import folders
 from vlmfix.eval.run.batches import answered_batches, share_of
 from vlmfix.eval.run.progress import Progress, RunningFigure
 from vlmfix.eval.run.protocols import MODEL, TEMPLATES, generation
+from vlmfix.eval.run.refusals import check_pictures, refuse_own_pictures, refuse_right_answers
 from vlmfix.eval.run.results import RECORDS, Run, items_digest
 from vlmfix.eval.run.sharing import CheckedSharing
 from vlmfix.eval.run.workers import Workers
-from vlmfix.hooks.lookback import Detector
-from vlmfix.method.heads import HeadList, picture_id
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import spec_of
 from vlmfix.method.settings import did_you_mean
@@ -79,7 +78,7 @@ def answer_each(
         ValueError: pictures are missing, or the same method has an unfinished run here that was asked otherwise: the
             message says what differs. `beside` starts another run beside it.
     """
-    _refuse_right_answers(methods)
+    refuse_right_answers(methods)
     workers = workers or Workers()
     items = bench.items(data)
     untouched = Asker(model, processor)
@@ -119,7 +118,7 @@ def answer_each(
                 courses.setdefault(folder_of[i], course)  # the same method given twice is asked once
             workers.wait()  # everyone has seen what is done before anyone adds to it
             unanswered = _unanswered(list(courses.values()), items)
-            _check_pictures([item for some in unanswered.values() for item in some], data.where or bench.where)
+            check_pictures([item for some in unanswered.values() for item in some], data.where or bench.where)
             for course in courses.values():
                 course.show()
             _ask(courses, unanswered, plan)
@@ -174,7 +173,7 @@ class _Course:
 
     def begin(self, parent: Path, header: dict[str, Any], *, beside: bool, writes: bool) -> Path:
         """Find the run folder, or make it, and see what it holds. The header lacks what is the method's own."""
-        _refuse_own_pictures([method["facts"] for method in self.asker.methods], self.items)
+        refuse_own_pictures([method["facts"] for method in self.asker.methods], self.items)
         identity = {**header["identity"], "method": self.asker.methods}
         own = {"label": self.label, "fingerprint": folders.fingerprint(identity), "identity": identity}
         folder = folders.begin(parent, {**header, **own}, beside=beside, writes=writes)
@@ -250,42 +249,6 @@ def _templated(processor: Any, template: str) -> Iterator[None]:
         yield
     finally:
         processor.chat_template = own
-
-
-def _check_pictures(items: Sequence[Item], where: str) -> None:
-    """`ValueError` if pictures are missing that are about to be asked about."""
-    paths = dict.fromkeys(item.image for item in items)
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing:
-        advice = f"; {where}" if where else ""
-        raise ValueError(f"no such image file: {missing[0]} ({len(missing)} pictures are missing){advice}")
-
-
-def _refuse_right_answers(methods: Sequence[Sequence[Intervention]]) -> None:
-    """`ValueError` if a method knows the right answers."""
-    names = [intervention.name for method in methods for intervention in method if intervention.traits.uses_answers]
-    if names:
-        raise ValueError(
-            f"{', '.join(names)} with these settings uses the right answers: an upper bound, and no result"
-        )
-
-
-def _refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
-    """`ValueError` if heads or a detector were chosen on pictures that they are to be judged by."""
-    made_on = [(file, HeadList.load(file).data.get("ids", ())) for file in _files(facts, "head_list")]
-    made_on += [(file, Detector.read(file).ids) for file in _files(facts, "detector")]
-    for file, ids in made_on:
-        pictures = {picture_id(path) for path in {item.image for item in items}}
-        common = pictures.intersection(ids)
-        if common:
-            raise ValueError(
-                f"{file} was made on {len(common)} of the {len(pictures)} pictures that are asked about; heads and "
-                f"detectors must not be judged by pictures that they were chosen on: make it on others"
-            )
-
-
-def _files(facts: Sequence[dict[str, Any]], kind: str) -> list[str]:
-    return [each[kind]["file"] for each in facts if kind in each]
 
 
 def _budget(model: Any, items: Sequence[Item], wanted: int) -> int:
