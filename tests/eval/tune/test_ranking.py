@@ -457,7 +457,7 @@ def test_too_little_to_look_at(tiny, monkeypatch):
     items = Pope().items(SMALL)[:7]
     monkeypatch.setattr(Pope, "items", lambda *_: items)
     with pytest.raises(ValueError, match="subspace compares at least 8 prompts"):
-        rank(Subspace(), *tiny, one)
+        rank(Subspace(), *tiny, SMALL)
 
 
 # ---- captions and boxes ---------------------------------------------------------------------------------------------
