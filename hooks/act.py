@@ -11,26 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from vlmfix.method.heads import head_names, parse_heads, resolve_heads
-from vlmfix.method.intervention import Intervention, Traits
-from vlmfix.method.site import Rows, Site
+from vlmfix.method.intervention import LATER, Intervention, Traits
+from vlmfix.method.kinds import Heads, Layers, Range
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlmfix.model.anatomy import Anatomy
 
-VARIANTS: dict[str, dict[str, Any]] = {"paper": {"rule": "alpha"}, "official": {"rule": "abs"}}
-CHOICES = {
-    "rule": ("alpha", "abs"),
-    "rows": ("all", "after_last_image", "last"),
-    "sinks": ("all", "image"),
-    "receivers": ("all", "image"),
-    "answering": ("cached", "running"),
-    "select": ("received", "random_tokens", "random_heads"),
-}
 LEAST_MASS = 1e-6
 """A row with less than this outside its sinks stays as it is (ours: the official code divides by zero)."""
 NEWEST = 8
@@ -75,28 +67,29 @@ class ACT(Intervention):
         "yes/no with calibrated heads: about one point fewer yes on the embedded model, accuracy at most 0.7 points "
         "better, with random heads as much worse; captions: nothing. In all heads: no gain"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"rule": "alpha"}, "official": {"rule": "abs"}}
 
-    alpha: float = 5.0
+    alpha: Annotated[float, Range(above=0)] = 5.0
     """A sink receives more than alpha / n of the rows' attention, n tokens in the prompt (paper: 3, 5, 7)."""
-    rule: Literal["alpha", "abs"] = None  # type: ignore[assignment]
+    rule: Literal["alpha", "abs"] = LATER
     """`abs`: more than `tau`, whatever n is (code). The two agree at n = 50; with an image, n is ten times that.
     `None`: the variant's, `alpha` (paper) or `abs` (official)."""
-    tau: float = 0.1
+    tau: Annotated[float, Range(above=0)] = 0.1
     """Threshold of the rule `abs` (code)."""
-    beta: float = 0.4
+    beta: Annotated[float, Range(0, 1)] = 0.4
     """Share of its weight that a sink keeps, 0..1 (code)."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Edited layers, 0-based. `None`: those of the listed heads, without a list 2 .. L-2 (code)."""
-    head_list: str | tuple[tuple[int, int], ...] | None = None
+    head_list: Heads | None = None
     """Edited heads: the file of a head list (as published: heads whose edit helps on held-out data, `vlmfix calibrate
     act`), or heads such as `L3H1/L3H5` or ((3, 1), (3, 5)). `None`: all (ours)."""
-    rows: Rows = "all"  # type: ignore[misc]
+    rows: Literal["all", "after_last_image", "last"] = "all"  # type: ignore[misc]
     """Prompt rows that are edited: `all` (code), `after_last_image` or `last` (ours)."""
     sinks: Literal["all", "image"] = "all"
     """`image`: only image tokens can be sinks (ours)."""
     receivers: Literal["all", "image"] = "all"
     """`image`: what sinks lose goes to image tokens only (ours)."""
-    min_rows: int = 1
+    min_rows: Annotated[int, Range(1)] = 1
     """A key that fewer rows of the prompt see cannot be a sink (ours). With 1, as published, the end of a long prompt
     is full of sinks: attention to near tokens exceeds alpha / n easily."""
     answering: Literal["cached", "running"] = "cached"
@@ -115,24 +108,10 @@ class ACT(Intervention):
         return Traits(whole_prompt=True, sequential=self.answering == "running")
 
     def __post_init__(self) -> None:
-        """Fill the variant's values and check ranges."""
-        self._fill(VARIANTS)
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}: expected {' or '.join(known)}, got {getattr(self, key)!r}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta: expected a number in 0..1, got {self.beta!r}")
-        for key in ("alpha", "tau", "min_rows"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}: expected a number above 0, got {getattr(self, key)!r}")
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
-        if isinstance(self.head_list, tuple):
-            object.__setattr__(self, "head_list", head_names(self.head_list))
-        if self.head_list == "" or self.layers == ():
-            raise ValueError(
-                f"no {'layers' if self.layers == () else 'heads'}: ACT would do nothing; give some, or None"
-            )
+        """Nothing to edit is a mistake, not a setting."""
+        super().__post_init__()
+        if self.layers == ():
+            raise ValueError("no layers: ACT would do nothing; give some, or None")
         if self.select == "random_heads" and self.head_list is None:
             raise ValueError(
                 "select=random_heads needs a head_list to be compared with; without one all heads are edited"
@@ -141,8 +120,6 @@ class ACT(Intervention):
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[ACT, dict[str, Any]]:
         """Fill in layers and heads for the loaded model."""
         n = len(anatomy.layers)
-        if wrong := [layer for layer in self.layers or () if not 0 <= layer < n]:
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
         if self.head_list is None:
             layers = tuple(range(2, n - 1)) if self.layers is None else self.layers
             if not layers:

@@ -19,10 +19,11 @@ import random
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
-from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.intervention import LATER, Intervention, Traits
+from vlmfix.method.kinds import Layers, Range
 from vlmfix.method.site import Site, Step
 
 if TYPE_CHECKING:
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
 
     from vlmfix.engine.state import Prompt
     from vlmfix.model.anatomy import Anatomy
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "safe": {"alpha": 0.5, "beta": 0.3, "gamma": None},
-    "paper": {"alpha": 0.7, "beta": 0.4, "gamma": 1.1},
-}
 
 
 def tower(model: Any) -> tuple[nn.Module, Any]:
@@ -91,17 +87,21 @@ class PAINT(Intervention):
         "captions: on the embedded model fewer inventions for more repetition, and shuffled tokens do as well: it is "
         "not the selection. On LLaVA-1.5 nothing at the default, and loops at the paper's setting. Yes/no: nothing"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "safe": {"alpha": 0.5, "beta": 0.3, "gamma": None},
+        "paper": {"alpha": 0.7, "beta": 0.4, "gamma": 1.1},
+    }
 
-    alpha: float = None  # type: ignore[assignment]
+    alpha: Annotated[float, Range(0)] = LATER
     """s += alpha |s| on local tokens. `None`: the variant's, 0.5 (ours: the largest published value whose captions do
     not degrade) or 0.7 (paper)."""
-    beta: float = None  # type: ignore[assignment]
+    beta: Annotated[float, Range(0)] = LATER
     """s += beta |s| on summary tokens. `None`: the variant's, 0.3 (code's default) or 0.4 (paper)."""
-    rho: float = 0.25
+    rho: Annotated[float, Range(above=0, most=1)] = 0.25
     """Share of the patches that are local, above 0 and up to 1 (paper, code)."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Edited layers, 0-based. `None`: all but the first two (code)."""
-    gamma: float | None = None
+    gamma: Annotated[float, Range(above=0)] | None = None
     """Strength of PAI's guidance, out = c + (gamma - 1)(c - u). `None`: the variant's, off (ours) or 1.1 (code; the
     paper does not mention it). 1: none."""
     variant: Literal["safe", "paper"] = "safe"
@@ -117,18 +117,8 @@ class PAINT(Intervention):
         return Traits(whole_prompt=True)
 
     def __post_init__(self) -> None:
-        """Fill the variant's values, check ranges, warn."""
-        self._fill(VARIANTS)
-        if self.alpha < 0 or self.beta < 0:
-            raise ValueError(f"alpha, beta: expected 0 or more, got alpha={self.alpha}, beta={self.beta}")
-        if not 0 < self.rho <= 1:
-            raise ValueError(f"rho: expected a number above 0 and up to 1, got {self.rho!r}")
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
-        if self.select not in ("attention", "random"):
-            raise ValueError(f"select: expected attention or random, got {self.select!r}")
-        if self.gamma is not None:
-            Contrast(gamma=self.gamma)
+        """Warn where captions are known to loop."""
+        super().__post_init__()
         if self.alpha > 0.5:
             warnings.warn(
                 f"PAINT with alpha={self.alpha}: above 0.5 captions loop. Of the captions that its authors published "
@@ -139,14 +129,10 @@ class PAINT(Intervention):
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[PAINT, dict[str, Any]]:
         """Refuse towers without a class token and pictures cut into tiles."""
-        n = len(anatomy.layers)
-        wrong = [layer for layer in self.at_layers(n) if not 0 <= layer < n]
-        if wrong:
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
         tower(model)
         if getattr(model.config, "image_grid_pinpoints", None):
             raise ValueError(f"PAINT needs one image token per patch; {anatomy.model_type} cuts pictures into tiles")
-        return self, {"layers": list(self.at_layers(n))}
+        return self, {"layers": list(self.at_layers(len(anatomy.layers)))}
 
     def acts_at(self, stage: str) -> bool:
         """Without guidance there is nothing to do at the logits."""
@@ -224,7 +210,7 @@ class PAINT(Intervention):
 
     def controls(self) -> tuple[Intervention, ...]:
         """Random tokens, and the chosen ones pushed down."""
-        return replace(self, select="random"), replace(self, weaken=True)
+        return *super().controls(), replace(self, weaken=True)
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `local` and `summary`, tokens per picture; `attention`, shares of the last prompt row on

@@ -14,9 +14,10 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ class PyramidDrop(Intervention):
         "model, with 64 image tokens, invent more and see less, as with random tokens dropped. For long image blocks"
     )
 
-    ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
+    ratios: Annotated[tuple[float, ...], Range(above=0, most=1)] = (0.5, 0.25, 0.125)
     """Shares of each image's tokens that go on, from each of `layers` on: of all its tokens, not of those before."""
-    layers: tuple[int, ...] | None = None
+    layers: Annotated[tuple[int, ...], Range(1)] | None = None
     """First layer of each later stage. `None`: at equal distances; L/4, L/2, 3L/4 of L layers (paper: 8, 16, 24)."""
     positions: Literal["keep", "renumber"] = "keep"
     """Tokens keep their rotary positions (ours), or close up after each drop (code)."""
@@ -115,27 +116,14 @@ class PyramidDrop(Intervention):
         return Traits(whole_prompt=True, accelerator=True)
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        for key in ("ratios", "layers"):
-            if isinstance(getattr(self, key), (int, float)):
-                object.__setattr__(self, key, (getattr(self, key),))
-        if (
-            not self.ratios
-            or not all(0 < r <= 1 for r in self.ratios)
-            or list(self.ratios) != sorted(self.ratios)[::-1]
-        ):
+        """Shares must not rise, nor layers fall."""
+        super().__post_init__()
+        if not self.ratios or list(self.ratios) != sorted(self.ratios, reverse=True):
             raise ValueError(f"ratios: expected numbers above 0 and up to 1 that do not rise, got {self.ratios!r}")
-        if self.layers is not None and (self.layers[:1] < (1,) or list(self.layers) != sorted(set(self.layers))):
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers: expected rising numbers from 1 on, got {self.layers!r}")
         if self.layers is not None and len(self.layers) != len(self.ratios):
             raise ValueError(f"expected as many ratios as layers, got {self.ratios!r} and {self.layers!r}")
-        for key, known in (
-            ("positions", ("keep", "renumber")),
-            ("form", ("drop", "mask")),
-            ("select", ("attention", "random")),
-        ):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}: expected {' or '.join(known)}, got {getattr(self, key)!r}")
         if self.positions == "renumber" and self.form == "mask":
             raise ValueError("positions=renumber needs form=drop: tokens that are only masked keep their places")
 
@@ -293,10 +281,6 @@ class PyramidDrop(Intervention):
         x = inputs["hidden_states"]
         where = columns.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
         return {"hidden_states": x.new_zeros(len(x), site.geometry.n, x.shape[-1]).scatter(1, where, x)}
-
-    def controls(self) -> tuple[Intervention, ...]:
-        """Random image tokens go on."""
-        return (replace(self, select="random"),)
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `image_tokens`, at first; `layers`: from which layer on, how many image tokens."""

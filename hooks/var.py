@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.parts import sinks
-from vlmfix.method.intervention import Idle, Intervention, Traits
-from vlmfix.method.site import Rows, Site
+from vlmfix.method.intervention import LATER, Idle, Intervention, Traits
+from vlmfix.method.kinds import Range
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlmfix.model.anatomy import Anatomy
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "hallucination": {"rho": 0.5, "p": 0.6, "skip_last": True},
-    "general": {"rho": 0.8, "p": 0.6, "skip_last": True},
-    "vision_centric": {"rho": 0.9, "p": 0.6, "skip_last": True},
-    "released": {"rho": 0.5, "p": 0.4, "skip_last": False},
-}
 
 
 @dataclass(frozen=True)
@@ -44,28 +38,34 @@ class VAR(Intervention):
     expect: ClassVar[str] = (
         "yes/no and captions of models with visual sinks; idle, and says so, where calibration finds none"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "hallucination": {"rho": 0.5, "p": 0.6, "skip_last": True},
+        "general": {"rho": 0.8, "p": 0.6, "skip_last": True},
+        "vision_centric": {"rho": 0.9, "p": 0.6, "skip_last": True},
+        "released": {"rho": 0.5, "p": 0.4, "skip_last": False},
+    }
 
-    p: float = None  # type: ignore[assignment]
+    p: Annotated[float, Range(0, 1)] = LATER
     """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""
-    rho: float = None  # type: ignore[assignment]
+    rho: Annotated[float, Range(0, 1)] = LATER
     """Least share of a head row's image attention that lies on non-sinks, 0..1. `None`: the variant's, 0.5 (paper)."""
-    min_visual_mass: float = 0.2
+    min_visual_mass: Annotated[float, Range(0, 1)] = 0.2
     """`s`: least attention mass on the image of a head row that may be edited, 0..1 (paper, code)."""
-    tau: float = None  # type: ignore[assignment]
+    tau: Annotated[float, Range(above=0)] = LATER
     """A token is a sink if max |x_d| / RMS(x) over D_sink reaches tau. `None`: 20 for D >= 3584 (paper), else
     20*sqrt(D/4096): the same share of the token's energy (ours)."""
-    dims: tuple[int, ...] | None = None
+    dims: Annotated[tuple[int, ...], Range(0)] | None = None
     """D_sink, dimensions of the residual stream. `None`: the table's, verified on the loaded weights, else
     calibrated."""
     variant: Literal["hallucination", "general", "vision_centric", "released"] = "hallucination"
     """The paper's presets, or `released`: what the shipped configuration computes (p 0.4, phi > tau, last layer
     edited)."""
-    rows: Rows = "after_last_image"  # type: ignore[misc]
+    rows: Literal["after_last_image", "text"] = "after_last_image"  # type: ignore[misc]
     """Prompt rows that may be edited: after the sample's last image token (code), or `text`, every other token
     (paper)."""
-    skip_first: int = 2
+    skip_first: Annotated[int, Range(0)] = 2
     """The first layers are left alone (code)."""
-    skip_last: bool = None  # type: ignore[assignment]
+    skip_last: bool = LATER
     """Whether the last layer is left alone. `None`: the variant's, True (paper) or False (`released`)."""
     require_visual_sink: bool = True
     """Leave a layer alone if none of the sample's image tokens is a sink there (code); False: the paper to the
@@ -83,21 +83,10 @@ class VAR(Intervention):
         return Traits(shares_pictures=True)
 
     def __post_init__(self) -> None:
-        """Fill the variant's values and check ranges."""
-        self._fill(VARIANTS)
-        for key in ("p", "rho", "min_visual_mass"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: expected a number in 0..1, got {getattr(self, key)!r}")
-        if self.tau is not None and self.tau <= 0:
-            raise ValueError(f"tau: expected a number above 0, got {self.tau!r}")
-        if isinstance(self.dims, int):
-            object.__setattr__(self, "dims", (self.dims,))
-        if self.dims is not None and not self.dims:
+        """Dimensions are given or left out, never none at all."""
+        super().__post_init__()
+        if self.dims == ():
             raise ValueError("dims: expected at least one dimension, got none; leave it out to have it calibrated")
-        if self.select not in ("massive", "random"):
-            raise ValueError(f"select: expected massive or random, got {self.select!r}")
-        if self.rows not in ("after_last_image", "text"):
-            raise ValueError(f"rows: expected after_last_image or text, got {self.rows!r}")
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[VAR, dict[str, Any]]:
         """Find tau and D_sink for the loaded model. `Idle`, or `ValueError` on request, where there is no D_sink."""
@@ -148,10 +137,6 @@ class VAR(Intervention):
         scores = n.new_tensor([draw.randrange(2**40) for _ in range(image.shape[1])])
         score = scores[(image.cumsum(1) - 1).clamp(min=0)].masked_fill(~image, 2**40)
         return (score.argsort(1).argsort(1) < n) & image
-
-    def controls(self) -> tuple[Intervention, ...]:
-        """Random image tokens in the place of the visual sinks."""
-        return (replace(self, select="random"),)
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
         """A'_j = (1 - p) A_j on sinks, (1 + p sigma/n) A_j on visual non-sinks, in the head rows that qualify."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Step
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ class VCD(Intervention):
         "gets worse"
     )
 
-    alpha: float = 1.0
+    alpha: Annotated[float, Range(0)] = 1.0
     """Strength: out = (1 + alpha) c - alpha u (scripts; the function's own default is 0.5)."""
-    beta: float = 0.1
+    beta: Annotated[float, Range(above=0, most=1)] = 0.1
     """Tokens less likely than `beta` times the likeliest are ruled out, 0 < beta <= 1 (paper; 0.2 in a POPE script)."""
-    t: int = 500
+    t: Annotated[int, Range(0, N_STEPS - 1)] = 500
     """Diffusion step of the noise, 0..999 (POPE script; other runs use 999, and it matters)."""
     seed: int = 55
     """Of the noise; independent of the seed of sampling (ours)."""
@@ -87,15 +88,6 @@ class VCD(Intervention):
     def traits(self) -> Traits:
         """The second stream needs the whole prompt at once."""
         return Traits(whole_prompt=True)
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if not 0 < self.beta <= 1:
-            raise ValueError(f"beta: expected a number above 0 and up to 1, got {self.beta!r}")
-        if self.alpha < 0:
-            raise ValueError(f"alpha: expected 0 or more, got {self.alpha!r}")
-        if not 0 <= self.t < N_STEPS:
-            raise ValueError(f"t: expected a diffusion step in 0..{N_STEPS - 1}, got {self.t!r}")
 
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.method.heads import check_heads, head_names, parse_heads, resolve_heads
 from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.kinds import Heads, Layers, Range
 from vlmfix.method.site import Rows, Site
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ class ZeroTuning(Intervention):
     )
     rows: ClassVar[Rows] = "all"
 
-    gamma: float = 0.3
+    gamma: Annotated[float, Range(above=0)] = 0.3
     """Factor on the first token's weight, above 0. No value fits all: 0.3 is the authors' for one yes/no task, 1.5 to 4
     theirs for classification; `vlmfix calibrate zerotuning` looks for one."""
-    head_list: str | tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
+    head_list: Annotated[tuple[int, ...], Range(0)] | Heads | None = None
     """Edited heads: numbers of heads in every layer such as 0/5 (authors' notebook), heads such as `L3H1/L3H5` or
     ((3, 1), (3, 5)), or the file of a head list. `None`: all."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Edited layers, 0-based. `None`: all, or those of the heads."""
     span: Literal["first", "image", "system"] | tuple[int, int] = "first"
     """Which keys are scaled: the `first` attended one, all of the `image` or of the `system` text before it, or those
@@ -61,29 +62,19 @@ class ZeroTuning(Intervention):
         return Traits(shares_pictures=True)
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        if not 0 < self.gamma < math.inf:
-            raise ValueError(f"gamma: expected a number above 0, got {self.gamma!r}")
+        """Nothing to edit is a mistake, not a setting."""
+        super().__post_init__()
         for key in ("layers", "head_list"):
-            if isinstance(getattr(self, key), int):
-                object.__setattr__(self, key, (getattr(self, key),))
-            if getattr(self, key) in ((), ""):
+            if getattr(self, key) == ():
                 raise ValueError(f"no {key}: ZeroTuning would do nothing; leave {key} out for all of them")
-        if isinstance(self.head_list, tuple) and not isinstance(self.head_list[0], int):
-            object.__setattr__(self, "head_list", head_names(self.head_list))
-        numbers = isinstance(self.span, tuple) and len(self.span) == 2 and all(isinstance(x, int) for x in self.span)
-        if self.span not in ("first", "image", "system") and not (numbers and 0 <= self.span[0] < self.span[1]):  # type: ignore[operator]
-            raise ValueError(f"span: expected first, image, system or two rising numbers, got {self.span!r}")
-        if self.select not in ("given", "random"):
-            raise ValueError(f"select: expected given or random, got {self.select!r}")
+        if isinstance(self.span, tuple) and not 0 <= self.span[0] < self.span[1]:
+            raise ValueError(f"span: expected two rising numbers, got {self.span!r}")
         if self.select == "random" and self.head_list is None:
             raise ValueError("select=random needs a head_list to be compared with; without one all heads are edited")
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[ZeroTuning, dict[str, Any]]:
         """Fill in layers and heads for the loaded model."""
         n, n_heads = len(anatomy.layers), anatomy.n_heads
-        if wrong := [layer for layer in self.layers or () if not 0 <= layer < n]:
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
         among = range(n) if self.layers is None else self.layers
         if self.head_list is None:
             return replace(self, layers=tuple(among)), {"heads_origin": "all"}

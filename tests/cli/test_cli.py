@@ -118,10 +118,10 @@ def test_heads(tmp_path):
     found = json.loads(run(*args, "--top", 3, "--json").stdout)
     assert len(found["selected"]) == 3 and "L{}H{}".format(*found["selected"][0]) == first
     assert json.loads(listed.read_text()) == found
-    ask = run("ask", SCENE, "Please describe this image.", "--method", f"vhr:head_list={listed}", "--json")
+    ask = run("ask", SCENE, "Please describe this image.", "--method", f"headgain:head_list={listed}", "--json")
     assert json.loads(ask.stdout)["method"][0]["facts"]["head_list"]["data"]["name"] == "scenes"
     judged = run(
-        "eval", "--benchmark", "chair", "--limit", 2, "--output", tmp_path, "--method", f"vhr:head_list={listed}"
+        "eval", "--benchmark", "chair", "--limit", 2, "--output", tmp_path, "--method", f"headgain:head_list={listed}"
     )
     assert judged.exit_code == 1 and "was made on 2 of the 2 pictures that are asked about" in judged.stderr
 
@@ -133,7 +133,7 @@ def test_heads(tmp_path):
         (["heads", "--tool", "random", "--top", "99"], "top: expected a number of heads in 1..48, got 99"),
         (["heads", "--tool", "random", "--top", "9", "--share", "0.5"], "expected one of top, share, threshold, positive"),
         (["heads", "--tool", "random", "--plot", "heads.xyz"], "cannot draw heads.xyz"),
-        (["ask", SCENE, "Hello?", "--method", "vhr:head_list=none.json"], "cannot read the head list none.json"),
+        (["ask", SCENE, "Hello?", "--method", "headgain:head_list=none.json"], "cannot read the head list none.json"),
         (["eval", "--method", "none,vrh"], "unknown method 'vrh'; did you mean 'vhr'?"),
         (["eval", "--method", "vhr:alhpa=2"], "vhr has no setting 'alhpa'; did you mean 'alpha'?"),
         (["eval", "--method", "vhr:alpha"], "expected setting=value after the colon, got 'alpha'"),

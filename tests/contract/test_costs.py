@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.contract.test_contract import INTERVENTIONS
 from vlmfix.engine.attachment import wrapped
 from vlmfix.eval import bench
-from vlmfix.hooks import VHR
+from vlmfix.hooks import VHR, HeadGain
 
 LAYERS, IMAGE, TEXT = 4, 64, 20
 SINGLE_PASS = {name: one for name, one in INTERVENTIONS.items() if name in ("var", "pai", "zerotuning", "act")}
-SINGLE_PASS |= {"lookback": INTERVENTIONS["lookback"], "heads": VHR(head_list="L1H2/L2H0")}
+SINGLE_PASS |= {"lookback": INTERVENTIONS["lookback"], "heads": HeadGain(head_list="L1H2/L2H0", gain=2.0)}
 ALL_ROWS = ("zerotuning", "act")
 """Methods that edit every row of the prompt: in pieces."""
 
@@ -110,7 +110,7 @@ def test_arithmetic(method, prefill, token):
         patch.setitem(bench.SHAPES, "tiny", wide)
         model = bench.build("tiny", 2, torch.bfloat16, "cpu")
         one = VHR(layers=(0, 1)) if method == "vhr" else SINGLE_PASS.get(method)
-        one = VHR(head_list="L0H2/L1H0") if method == "heads" else one
+        one = HeadGain(head_list="L0H2/L1H0", gain=2.0) if method == "heads" else one
         plain, ours = ([mode.get_total_flops() for mode in passes(model, m, Flops)] for m in ([], [one]))
     assert 1 <= ours[0] / plain[0] <= prefill and 0.9 <= ours[1] / plain[1] <= token, (
         ours[0] / plain[0],
