@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models lint figures organism clean
+.PHONY: quickstart test test-models contract lint readme figures organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, with VAR and with VHR
 	$(BIN)/vlmfix eval
@@ -19,6 +19,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmfix
+
+readme: $(VENV)/.installed  ## the table of methods in the README
+	$(BIN)/python tools/readme.py
 
 figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python assets/figures/effect.py

@@ -211,3 +211,22 @@ def test_a_truncated_answer_file(tmp_path):
     done = run("score", records)
     assert done.exit_code == 1 and "ends in a line that was cut off; 1 answers before it are whole" in done.stderr
     assert records.read_bytes().count(b"\n") == 1, "finished answers are kept"
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_all_about_one_method(name):
+    """On a page of 80 columns, with every setting; and the same as data."""
+    page = run("methods", name).stdout
+    assert max(map(len, page.splitlines())) <= 80 and page.startswith(f"{name}: ")
+    (facts,) = json.loads(run("methods", name, "--json").stdout)
+    settings = set(facts) - {"name", "summary", "expect", "cost", "paper", "stages", "needs"}
+    assert settings == set(re.findall(r"^  (\w+)=", page, re.MULTILINE))
+    for key in ("cost", "expect", "paper"):
+        assert facts[key].split()[0] in page
+
+
+def test_a_method_that_is_not_there():
+    done = run("methods", "vra")
+    assert done.exit_code == 1 and "unknown method 'vra'; did you mean" in done.stderr
+    mine = run("methods", "tests.method.test_settings:Every")
+    assert mine.exit_code == 0 and "share=0.5  a number in 0..1" in mine.stdout

@@ -144,4 +144,4 @@ def _label(intervention: Intervention) -> str:
     if written:
         return f"{name}:{','.join(written)}"
     module = name.partition(":")[0]
-    return f"{name}:" if ":" in name and module in REGISTRY else name  # see `split_spec`
+    return f"{name}:" if ":" in name and module in ("none", *REGISTRY) else name  # see `split_spec`
