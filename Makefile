@@ -15,6 +15,10 @@ test-models: $(VENV)/.dev  ## the contract over every model type of transformers
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract/test_zoo.py tests/contract/test_runtime.py \
 		-k 'test_zoo or compiled' --all-models
 
+contract: $(VENV)/.dev  ## what every method must keep, for one method: make contract METHOD=var
+	$(BIN)/python -m pytest -q --method $(METHOD) tests/contract/test_contract.py tests/contract/test_zoo.py \
+		tests/asking/test_ask_stages.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,9 +1,9 @@
 """NAME, what the letters stand for: what it does to the model, in a dozen words.
 
 Authors, "Title", venue, arXiv number; official code owner/repository. Then in plain words: what is wrong with the
-model, what the method does about it, and when. Copy this file to `hooks/<name>.py`, keep the stages that you edit,
-delete the rest, and add a line to `REGISTRY` in `hooks/__init__.py`. As it stands it multiplies the attention on image
-tokens get.
+model, what the method does about it, and when. Copy this file to `hooks/<name>.py`, write the stage that your method
+edits (the table in `vlmfix/method/stages.py` has all of them), and add a line to `vlmfix/method/names.py`; `make
+contract METHOD=name` then tries it on many models. As it stands it multiplies the attention that image tokens get.
 """
 
 from __future__ import annotations
@@ -45,5 +45,5 @@ class Template(Intervention):
         return (edited / edited.sum(-1, keepdim=True)).where(rows, a)
 
     def controls(self) -> tuple[Intervention, ...]:
-        """The same push turned round."""
+        """The same push turned round. A setting `select` gives controls by itself."""
         return (replace(self, gain=1 / self.gain),)

@@ -114,7 +114,8 @@ def test_methods_that_look_at_the_whole_prompt_do_not_share():
     greedy = {"do_sample": False, "max_new_tokens": 4}
     assert can_share(model, greedy) and not can_share(model, {**greedy, "do_sample": True})
     assert not can_share(model, {**greedy, "num_beams": 2}) and not can_share(model, {**greedy, "use_cache": False})
-    sharing = {"pai", "var", "zerotuning"}
+    sharing = {name for name in REGISTRY if method_class(name)().traits.shares_pictures}
+    assert sharing >= {"pai", "var", "zerotuning"}
     for name in REGISTRY:
         one = method_class(name)()
         assert not (one.traits.shares_pictures and (one.traits.whole_prompt or one.acts_at("begin"))), name

@@ -12,6 +12,7 @@ REGISTRY = {
     "chunks": "vlmfix.hooks.chunks:Chunks",
     "contrast": "vlmfix.hooks.contrast:Contrast",
     "headgain": "vlmfix.hooks.headgain:HeadGain",
+    "hgai": "vlmfix.hooks.hgai:HGAI",
     "lookback": "vlmfix.hooks.lookback:Lookback",
     "pai": "vlmfix.hooks.pai:PAI",
     "paint": "vlmfix.hooks.paint:PAINT",
