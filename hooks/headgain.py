@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.heads import head_names, heads_by_layer, resolve_heads
+from vlmfix.hooks.parts.listed import heads_by_layer, listed_heads
 from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.kinds import Heads, Range
 from vlmfix.method.site import Site
@@ -56,15 +56,14 @@ class HeadGain(Intervention):
                 "headgain: expected head_list=FILE, made by vlmfix heads, or heads as in head_list=L3H1/L3H5, got none"
             )
         instead = None if self.select == "listed" else self.select
-        model_name = getattr(model.config, "_name_or_path", None)
-        heads, facts = resolve_heads(self.head_list, len(anatomy.layers), anatomy.n_heads, model_name, instead)
+        names, facts = listed_heads(self.head_list, model, anatomy, instead=instead)
         direction = facts.get("head_list", {}).get("direction")
         if self.gain > 1 and direction == "high is bad" and instead is None:
             warnings.warn(
                 f"headgain amplifies the heads of {self.head_list}, whose high scores are bad; weaken them, gain=0.5",
                 stacklevel=5,
             )
-        return replace(self, head_list=head_names(heads), select="listed"), {**facts, "select": self.select}
+        return replace(self, head_list=names, select="listed"), {**facts, "select": self.select}
 
     def at_layers(self, n_layers: int) -> Iterable[int]:
         """Layers with listed heads."""

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.heads import check_heads, head_names, parse_heads, resolve_heads
+from vlmfix.hooks.parts.listed import heads_by_layer, listed_heads
+from vlmfix.method.heads import head_names
 from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.kinds import Heads, Layers, Range
 from vlmfix.method.site import Rows, Site
@@ -74,27 +75,20 @@ class ZeroTuning(Intervention):
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[ZeroTuning, dict[str, Any]]:
         """Fill in layers and heads for the loaded model."""
-        n, n_heads = len(anatomy.layers), anatomy.n_heads
-        among = range(n) if self.layers is None else self.layers
+        n_layers = len(anatomy.layers)
+        layers = tuple(range(n_layers)) if self.layers is None else self.layers
         if self.head_list is None:
-            return replace(self, layers=tuple(among)), {"heads_origin": "all"}
-        if isinstance(self.head_list, tuple):
-            named = [(layer, head) for layer in among for head in self.head_list]
-            check_heads(named, n, n_heads)  # type: ignore[arg-type]
-            listed = head_names(named)  # type: ignore[arg-type]
-        else:
-            listed = self.head_list
+            return replace(self, layers=layers), {"heads_origin": "all"}
+        names: Any = self.head_list
+        if isinstance(names, tuple):  # numbers of heads, in every layer
+            pairs: list[tuple[int, int]] = []
+            for layer in layers:
+                pairs += [(layer, int(head)) for head in names]  # type: ignore[call-overload]
+            names = head_names(pairs)
         instead = "random" if self.select == "random" else None
-        heads, facts = resolve_heads(listed, n, n_heads, getattr(model.config, "_name_or_path", None), instead)
-        if instead is None:
-            heads = tuple(h for h in heads if h[0] in among)
-        if not heads:
-            raise ValueError(f"no heads: none of {self.head_list} lies in the layers {self.layers}")
-        layers = tuple(sorted({layer for layer, _ in heads}))
-        return replace(self, layers=layers, head_list=head_names(heads), select="given"), {
-            **facts,
-            "select": self.select,
-        }
+        names, facts = listed_heads(names, model, anatomy, layers, instead)
+        resolved = replace(self, layers=tuple(sorted(heads_by_layer(names))), head_list=names, select="given")
+        return resolved, {**facts, "select": self.select}
 
     def acts_at(self, stage: str) -> bool:
         """A factor of 1 changes nothing."""
@@ -108,9 +102,10 @@ class ZeroTuning(Intervention):
         """s_k + log gamma for keys k of the span, in chosen heads."""
         edit = self._span(site.geometry)[:, None] & site.rows[..., None]  # (B, R, K)
         bias = s.new_zeros(s.shape[1], 1, 1)
-        bias[self._index(site.layer)] = math.log(self.gamma)
-        acted, here = site.memo.setdefault("acted", {}), edit.flatten(1).any(1)
-        acted[site.layer] = acted[site.layer] | here if site.layer in acted else here
+        bias[self._heads_of(site.layer)] = math.log(self.gamma)
+        has_keys = edit.flatten(1).any(1)
+        acted = site.memo.setdefault("acted_by_layer", {})
+        acted[site.layer] = acted[site.layer] | has_keys if site.layer in acted else has_keys
         return s + bias * edit[:, None]
 
     def _span(self, geometry: Geometry) -> Tensor:
@@ -122,11 +117,9 @@ class ZeroTuning(Intervention):
         start, end = self.span
         return geometry.prompt & (geometry.order >= start) & (geometry.order < end)
 
-    def _index(self, layer: int) -> Any:
+    def _heads_of(self, layer: int) -> Any:
         """Index of the heads edited in a layer."""
-        if self.head_list is None:
-            return slice(None)
-        return [head for at, head in parse_heads(str(self.head_list)) or () if at == layer]
+        return slice(None) if self.head_list is None else heads_by_layer(self.head_list).get(layer, [])
 
     def controls(self) -> tuple[Intervention, ...]:
         """The factor turned round, and random heads in the place of a list."""
@@ -135,8 +128,8 @@ class ZeroTuning(Intervention):
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there were keys to scale."""
-        layers = [found.tolist() for found in memo.get("acted", {}).values()]
-        return [{"acted": any(found)} for found in zip(*layers, strict=True)]
+        by_layer = [acted.tolist() for acted in memo.get("acted_by_layer", {}).values()]
+        return [{"acted": any(layers)} for layers in zip(*by_layer, strict=True)]
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

@@ -11,7 +11,8 @@ import vlmfix
 from tests.models import ARCHITECTURES, IMAGE, TEXT, VISION, llava, picture_prompt, qwen2_5_vl
 from vlmfix.engine.attachment import attached
 from vlmfix.hooks import PAI, VAR, VCD, VHR, Contrast, PyramidDrop, Truncate
-from vlmfix.hooks.pyramiddrop import attention_of, best, cut, hide
+from vlmfix.hooks.parts.leaving import cut, hide
+from vlmfix.hooks.pyramiddrop import attention_of, best
 from vlmfix.method.intervention import Intervention
 
 

@@ -222,16 +222,8 @@ def parse_heads(text: str) -> tuple[Head, ...] | None:
     return tuple((int(layer), int(head)) for layer, head in re.findall(r"L(\d+)H(\d+)", text))
 
 
-def heads_by_layer(setting: Any) -> dict[int, list[int]]:
-    """Heads such as `L3H1/L3H5` as layer -> heads, in the order of the text; empty for `None` and for a file."""
-    by_layer: dict[int, list[int]] = {}
-    for layer, head in parse_heads(setting or "") or ():
-        by_layer.setdefault(layer, []).append(head)
-    return by_layer
-
-
 def resolve_heads(
-    setting: Any, n_layers: int, n_heads: int, model: str | None, instead: str | None = None
+    setting: str, n_layers: int, n_heads: int, model: str | None, instead: str | None = None
 ) -> tuple[tuple[Head, ...], dict[str, Any]]:
     """What an intervention's head list means on a loaded model: the heads, and facts to record.
 
