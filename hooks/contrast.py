@@ -72,7 +72,8 @@ class Contrast(Intervention):
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""
         memo["seen"] = prompt.geometry.image.any(1)
-        if bool(memo["seen"].any()) and not (self.weight == "constant" and self.gamma == 1):
+        does_nothing = self.weight == "constant" and self.gamma == 1
+        if bool(memo["seen"].any()) and not does_nothing:
             memo["blind"] = prompt.image_free_stream()
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:
@@ -86,16 +87,15 @@ class Contrast(Intervention):
 
     def controls(self) -> tuple[Intervention, ...]:
         """The plausibility rule alone, and the contrast turned round."""
-        alone = replace(self, gamma=1.0 + 1e-9) if self.weight == "constant" else replace(self, lam=0.0)
-        return (
-            (alone, replace(self, gamma=2 - self.gamma))
-            if 1 < self.gamma < 2 and self.weight == "constant"
-            else (alone,)
-        )
+        if self.weight == "growing":
+            return (replace(self, lam=0.0),)
+        rule_alone = replace(self, gamma=1.0 + 1e-9)
+        turned = (replace(self, gamma=2 - self.gamma),) if 1 < self.gamma < 2 else ()
+        return rule_alone, *turned
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to do without."""
-        return [{"acted": n and "blind" in memo} for n in memo["seen"].tolist()] if "seen" in memo else []
+        return [{"acted": seen and "blind" in memo} for seen in memo["seen"].tolist()] if "seen" in memo else []
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

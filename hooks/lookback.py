@@ -139,7 +139,7 @@ class Lookback(Intervention):
         n, name, found = len(anatomy.layers) * anatomy.n_heads, getattr(model.config, "_name_or_path", None), self
         facts: dict[str, Any] = {}
         if self.head_list is not None:
-            heads, facts = resolve_heads(self.head_list, len(anatomy.layers), anatomy.n_heads, name)
+            heads, facts = resolve_heads(str(self.head_list), len(anatomy.layers), anatomy.n_heads, name)
             found = replace(self, head_list=head_names(heads))
         if self.detector is not None:
             own = asdict(Detector.read(self.detector))

@@ -80,18 +80,14 @@ class PAI(Intervention):
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_j + alpha |s_j| for image keys j."""
         image = site.geometry.image
-        site.memo.setdefault("image", {}).setdefault(site.layer, image)
+        if "acted" not in site.memo:
+            site.memo["acted"] = image.any(1)
         edit = (image[:, None] & site.rows[..., None])[:, None]  # (B, 1, R, K)
         return s.add(s.abs(), alpha=self.alpha).where(edit, s)
 
     def controls(self) -> tuple[Intervention, ...]:
         """Image tokens pushed down instead."""
         return (replace(self, alpha=-self.alpha),)
-
-    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
-        """Per sample: `acted`, whether there was an image to raise."""
-        seen = [image.any(1).tolist() for image in memo.get("image", {}).values()]
-        return [{"acted": any(layers)} for layers in zip(*seen, strict=True)]
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

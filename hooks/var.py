@@ -92,17 +92,18 @@ class VAR(Intervention):
         """Find tau and D_sink for the loaded model. `Idle`, or `ValueError` on request, where there is no D_sink."""
         tau = sinks.default_tau(anatomy.hidden_size) if self.tau is None else self.tau
         if self.dims is not None:
-            wrong = [d for d in self.dims if not 0 <= d < anatomy.hidden_size]
-            if wrong:
-                raise ValueError(f"dims: expected numbers in 0..{anatomy.hidden_size - 1}, got {wrong}")
+            outside = [dim for dim in self.dims if not 0 <= dim < anatomy.hidden_size]
+            if outside:
+                raise ValueError(f"dims: expected numbers in 0..{anatomy.hidden_size - 1}, got {outside}")
             return replace(self, tau=tau), {"dims_origin": "given"}
-        found = sinks.resolve(model, anatomy, tau, processor)
-        if not found.dims:
-            why = f"no sink dimension was found: {found.explain()}"
+        calibration = sinks.resolve(model, anatomy, tau, processor)
+        if not calibration.dims:
+            why = f"no sink dimension was found: {calibration.explain()}"
             if self.require_dims:
                 raise ValueError(f"VAR: {why}")
             raise Idle(why)
-        return replace(self, tau=tau, dims=found.dims), {"dims_origin": found.origin, "tier": found.tier}
+        facts = {"dims_origin": calibration.origin, "tier": calibration.tier}
+        return replace(self, tau=tau, dims=calibration.dims), facts
 
     def at_layers(self, n_layers: int) -> range:
         """Edited layers."""
@@ -115,10 +116,10 @@ class VAR(Intervention):
         phi = sinks.phi(x, self.dims or ())
         hit = phi > self.tau if self.variant == "released" else phi >= self.tau
         hit &= site.geometry.valid[:, site.start :]
-        known = site.memo.setdefault("sinks", {})
-        sink = fit(fit(known.get(site.layer, hit[:, :0]), site.start), site.geometry.n)
+        by_layer = site.memo.setdefault("sinks", {})
+        sink = fit(fit(by_layer.get(site.layer, hit[:, :0]), site.start), site.geometry.n)
         sink[:, site.start :] = hit  # what was generated between two pieces of prompt stays False
-        known[site.layer] = sink
+        by_layer[site.layer] = sink
         image = site.geometry.image
         if self.select == "random":
             sink = (sink & ~image) | self._random(image, (sink & image).sum(1, keepdim=True), site.layer)
@@ -157,28 +158,28 @@ class VAR(Intervention):
         gain, loss = (self.p * sigma / n).where(sel, 0.0), -self.p * sel
         factors = torch.stack([gain, loss, loss], dim=-1).flatten(1, 2)
         out = torch.addcmul(seen, seen, (factors @ masks.transpose(1, 2)).view_as(seen))
-        found = torch.stack([sel, site.rows[:, None].expand_as(sel), gain * n], dim=-1).sum((1, 2))
-        site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + found
+        here = torch.stack([sel, site.rows[:, None].expand_as(sel), gain * n], dim=-1).sum((1, 2))
+        site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + here
         return out if out.shape == a.shape else torch.cat([out, a[..., out.shape[-1] :]], dim=-1)
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per
         edited head row; `layers`: per layer visual and text sinks, and the same two figures.
         """
-        layers: dict[int, Any] = {}
-        for layer, counts in memo.get("counts", {}).items():
-            if not isinstance(counts, int):
-                layers[layer] = (counts.tolist(), memo["masks"][layer].sum(1).tolist())
-        if not layers:
-            return []
+        counts: dict[int, list[list[float]]] = {}  # layer -> per sample: rows selected, rows in all, mass moved
+        sinks: dict[int, list[list[float]]] = {}  # layer -> per sample: non-sinks, visual sinks, text sinks
+        for layer, per_sample in memo.get("counts", {}).items():
+            if not isinstance(per_sample, int):  # 0: the layer was never edited
+                counts[layer] = per_sample.tolist()
+                sinks[layer] = memo["masks"][layer].sum(1).tolist()
         samples = []
-        for b in range(len(next(iter(layers.values()))[0])):
-            total = [sum(counts[b][i] for counts, _ in layers.values()) for i in range(3)]
-            per_layer = {
-                layer: {"visual_sinks": int(m[b][1]), "text_sinks": int(m[b][2]), **_shares(*counts[b])}
-                for layer, (counts, m) in layers.items()
-            }
-            samples.append({"acted": total[0] > 0, **_shares(*total), "layers": per_layer})
+        for b in range(len(next(iter(counts.values()), ()))):
+            layers = {}
+            for layer in counts:
+                _, visual, text = sinks[layer][b]
+                layers[layer] = {"visual_sinks": int(visual), "text_sinks": int(text), **_shares(*counts[layer][b])}
+            selected, rows, moved = (sum(counts[layer][b][i] for layer in counts) for i in range(3))
+            samples.append({"acted": selected > 0, **_shares(selected, rows, moved), "layers": layers})
         return samples
 
     def idle_hint(self) -> str:

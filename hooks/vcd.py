@@ -93,19 +93,23 @@ class VCD(Intervention):
         """Prepare the second stream; it starts when the first token is chosen."""
         from vlmfix.model.anatomy import PICTURE_ARGUMENTS
 
-        pixels = {k: v for k, v in prompt.inputs.items() if k.startswith("pixel_values") and v.is_floating_point()}
+        pixels = {}
+        for name, value in prompt.inputs.items():
+            if name.startswith("pixel_values") and value.is_floating_point():
+                pixels[name] = value
         memo["seen"] = prompt.geometry.image.any(1) & bool(pixels)
-        if other := [k for k in PICTURE_ARGUMENTS if k != "pixel_values" and prompt.inputs.get(k) is not None]:
-            raise TypeError(f"vcd noises pixel_values; the pictures of this model come as {other[0]}")
+        for name in PICTURE_ARGUMENTS:
+            if name != "pixel_values" and prompt.inputs.get(name) is not None:
+                raise TypeError(f"vcd noises pixel_values; the pictures of this model come as {name}")
         if not pixels:
             return
         vision: Any = getattr(prompt.model.config, "vision_config", None)
         frames, share = getattr(vision, "temporal_patch_size", 1), kept(self.t)
         noised = {}
-        for k, x in pixels.items():
-            grid = "video_grid_thw" if k.endswith("videos") else "image_grid_thw"
+        for name, x in pixels.items():
+            grid = "video_grid_thw" if name.endswith("videos") else "image_grid_thw"
             noise = noise_like(x, prompt.inputs, self.seed, frames, grid)
-            noised[k] = x * share**0.5 + noise * (1 - share) ** 0.5
+            noised[name] = x * share**0.5 + noise * (1 - share) ** 0.5
         memo["blurred"] = prompt.stream_with(**noised)
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:
@@ -123,7 +127,7 @@ class VCD(Intervention):
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to noise."""
-        return [{"acted": n} for n in memo["seen"].tolist()] if "seen" in memo else []
+        return [{"acted": seen} for seen in memo["seen"].tolist()] if "seen" in memo else []
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

@@ -61,14 +61,14 @@ def choose(text: Tensor, visual: Tensor, distance: str = "sq_l2", filter: str = 
         vhd = vhd.sqrt()
     strength = text.pow(2).sum(-1)
     spread = vhd.std(-1, keepdim=True)
-    outliers = (vhd > vhd.mean(-1, keepdim=True) + spread) & (
-        strength > strength.mean(-1, keepdim=True) + strength.std(-1, keepdim=True)
-    )
+    changes_much = vhd > vhd.mean(-1, keepdim=True) + spread
+    is_strong = strength > strength.mean(-1, keepdim=True) + strength.std(-1, keepdim=True)
     guard = {"release": spread > 1, "paper": spread >= 0, "off": spread < 0}[filter]  # the paper knows no guard
-    outliers = outliers & guard
+    outliers = changes_much & is_strong & guard
     kept = vhd.masked_fill(outliers, 0.0)
     finite = vhd.isfinite().all(-1, keepdim=True)
-    return Choice(vhd, outliers, (kept > kept.median(-1, keepdim=True).values) & finite, guard[..., 0])
+    selected = (kept > kept.median(-1, keepdim=True).values) & finite
+    return Choice(vhd, outliers, selected, guard[..., 0])
 
 
 @dataclass(frozen=True)
@@ -176,18 +176,17 @@ class VHR(Intervention):
         """Per sample: `acted`; `layers`: per layer the chosen heads, number of outliers, mean and largest VHD, and
         whether the release's guard let the outlier filter act.
         """
-        layers = memo.get("choices", {})
         samples = []
         for b in range(len(memo.get("has_image", ()))):
-            per_layer = {
-                layer: {
-                    "heads": c.selected[b].nonzero()[:, 0].tolist(),
-                    "outliers": int(c.outliers[b].sum()),
-                    "vhd_mean": float(c.vhd[b].mean()),
-                    "vhd_max": float(c.vhd[b].max()),
-                    "filter_on": bool(c.guard[b]),
+            layers = {}
+            for layer, choice in memo["choices"].items():
+                layers[layer] = {
+                    "heads": choice.selected[b].nonzero()[:, 0].tolist(),
+                    "outliers": int(choice.outliers[b].sum()),
+                    "vhd_mean": float(choice.vhd[b].mean()),
+                    "vhd_max": float(choice.vhd[b].max()),
+                    "filter_on": bool(choice.guard[b]),
                 }
-                for layer, c in layers.items()
-            }
-            samples.append({"acted": any(v["heads"] for v in per_layer.values()), "layers": per_layer})
+            acted = any(entry["heads"] for entry in layers.values())
+            samples.append({"acted": acted, "layers": layers})
         return samples

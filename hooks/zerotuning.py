@@ -83,7 +83,7 @@ class ZeroTuning(Intervention):
         if isinstance(names, tuple):  # numbers of heads, in every layer
             pairs: list[tuple[int, int]] = []
             for layer in layers:
-                pairs += [(layer, int(head)) for head in names]  # type: ignore[call-overload]
+                pairs += [(layer, int(head)) for head in names]
             names = head_names(pairs)
         instead = "random" if self.select == "random" else None
         names, facts = listed_heads(names, model, anatomy, layers, instead)

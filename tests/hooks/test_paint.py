@@ -150,7 +150,7 @@ def test_choice_by_hand():
 
 def test_selection_equals_the_towers_own_maps():
     """The class token's rows recomputed in float32 are those of eager attention."""
-    from vlmfix.hooks.paint import class_attention, tower
+    from vlmfix.hooks.parts.tower import class_attention, tower
 
     model = llava("eager")
     pixels = picture_prompt(model, 3)["pixel_values"]
