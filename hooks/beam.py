@@ -9,7 +9,7 @@ from vlmfix.method.intervention import Intervention
 from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class Beam(Intervention):
     n: Annotated[int, Range(1)] = 5
     """Beams."""
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The model's own beam search."""
         return run.generate(num_beams=self.n), [{"acted": True}] * len(run.questions)

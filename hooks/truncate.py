@@ -13,7 +13,7 @@ from vlmfix.method.intervention import Intervention
 from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Truncate(Intervention):
     words: Annotated[int, Range(1)] = 60
     """Words that are kept, separated by white space."""
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The longest beginning of each answer that has no more words."""
         from bisect import bisect_right
 
