@@ -11,7 +11,8 @@ import vlmfix
 from vlmfix.cli import app
 from vlmfix.eval import external
 from vlmfix.eval.benchmarks import amber_captions
-from vlmfix.eval.benchmarks.benchmark import benchmark, benchmarks
+from vlmfix.eval.benchmarks import benchmark as benchmarks
+from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures import hub
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.results import compare

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfix.asking.asker import Asker
 from vlmfix.asking.batch import Batch
-from vlmfix.asking.prefix import ContinuedBatch, can_share
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.asking.prefix import ContinuedBatch
 from vlmfix.eval.bench.compare import Method
 from vlmfix.eval.bench.timing import now, ratio
 from vlmfix.method.registry import spec_of
@@ -37,8 +37,9 @@ def share_questions(
     settings = {"do_sample": False, "max_new_tokens": new_tokens}
     ids = different_ends(inputs["input_ids"][:1], questions, own_tokens)
     timings: dict[str, list[float]] = {}
-    with wrapped(model, list(method)), torch.inference_mode():
-        if not can_share(model, attached(model), settings):
+    asker = Asker(model, None, method)
+    with asker.applied(), torch.inference_mode():
+        if not asker.can_share(settings):
             raise ValueError(f"{spec_of(method)} cannot share the pass over a picture: it depends on the question")
         ways = ways_to_answer(model, ids, own_tokens, settings)
         for _ in range(rounds):

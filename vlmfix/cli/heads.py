@@ -58,7 +58,7 @@ def heads(
     quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
-    """Rank attention heads on pictures, and write a head list that interventions read (vhr:head_list=heads.json)."""
+    """Rank attention heads on pictures, and write a head list for interventions (headgain:head_list=heads.json)."""
     with sentences():
         from vlmfix.eval.pictures.data import Data
         from vlmfix.eval.report.headmap import head_map
