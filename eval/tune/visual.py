@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from vlmfix.eval.tune.tool import Subject, Tool
 from vlmfix.hooks.parts import sinks
 from vlmfix.hooks.var import VAR
 from vlmfix.method.intervention import Idle, Intervention
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Site
 from vlmfix.model.anatomy import anatomy
 
@@ -64,8 +65,8 @@ def retrieval(w: Tensor, target: Tensor, grid: Tensor, sink: Tensor) -> Tensor:
 class ReadTargets(Intervention):
     """Scores the attention of the rows that predict object words; changes nothing."""
 
-    targets: tuple[Target, ...] = ()
-    rows_of: tuple[tuple[int, int], ...] = ()
+    targets: Sequence[Target] = ()
+    rows_of: Sequence[tuple[int, int]] = ()
     """Sequence of the batch and row of attention that predict each target's word."""
     dims: tuple[int, ...] = ()
     """Dimensions of visual sinks, which `top1` passes over; none: it passes over nothing."""
@@ -121,7 +122,7 @@ class Visual(Tool):
     image token that is no visual sink shows the object."""
     sinks: bool = False
     """Let `top1` count visual sinks too."""
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, Range(1)] = 256
     """Of the captions."""
 
     @property
@@ -164,9 +165,9 @@ class Visual(Tool):
         for batch in subject.batches(pictures, "visual"):
             batch_captions = [captions[picture] for picture in batch]
             inputs, n_prompt = naming.told(subject.model, subject.processor, batch_captions)
-            batch_targets = tuple(target for target in targets if target.picture in batch)
+            batch_targets = [target for target in targets if target.picture in batch]
             # the row before a token predicts it
-            rows = tuple((batch.index(target.picture), n_prompt + target.token - 1) for target in batch_targets)
+            rows = [(batch.index(target.picture), n_prompt + target.token - 1) for target in batch_targets]
             reader = Asker(subject.model, subject.processor, ReadTargets(batch_targets, rows, dims, tau))
             _, (memo,) = reader.forward(inputs)
             for number in range(len(batch_targets)):
