@@ -356,9 +356,9 @@ def side_question(mention: Mention, rng: np.random.Generator) -> tuple[str, str]
     """Is an object on this side of the image, or in its middle?"""
     column = ("left", "middle", "right")[third(mention.centre[0])]
     is_true = rng.random() < 0.5
-    asked = column if is_true else str(rng.choice(["left", "right"]))
-    where = "in the middle of the image" if asked == "middle" else f"on the {asked} side of the image"
-    return f"Is the {CLASSES[mention.label]} {where}?", yes_or_no(asked == column)
+    in_question = column if is_true else str(rng.choice(["left", "right"]))
+    where = "in the middle of the image" if in_question == "middle" else f"on the {in_question} side of the image"
+    return f"Is the {CLASSES[mention.label]} {where}?", yes_or_no(in_question == column)
 
 
 def question(scene: Scene, noise: Noise, rng: np.random.Generator, blind: bool = False) -> tuple[str, str]:

@@ -45,7 +45,11 @@ class TowerlessVCD(VCD):
 def find_methods(specs: Sequence[str]) -> list[Method]:
     """Methods by name; a bare name stands for its worst case. `ValueError` for those that act in `ask` only, which is
     not what is measured here."""
-    return [tuple(measurable(one) for one in parse(WORST_CASES.get(spec, spec))) for spec in specs]
+    methods = []
+    for spec in specs:
+        interventions = parse(WORST_CASES.get(spec, spec))
+        methods.append(tuple(measurable(intervention) for intervention in interventions))
+    return methods
 
 
 def measurable(intervention: Intervention) -> Intervention:
