@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfix.engine.attachment import wrapped
+from vlmfix.asking.asker import Asker
 from vlmfix.engine.state import Prompt
 from vlmfix.eval.bench.naive import naively
 from vlmfix.eval.bench.shapes import SINK
@@ -75,7 +75,7 @@ def variants(
         name = "+".join(intervention.name for intervention in method)
         if name in in_force:  # the same methods with other settings
             name = spec_of(method)
-        in_force[name] = partial(wrapped, model, list(method))
+        in_force[name] = Asker(model, None, method).applied
         if naive and edits_attention(method):
             in_force[NAIVE + name] = partial(naively, model, method)
     return in_force
