@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfix.engine.attachment import wrapped
-from vlmfix.engine.state import Prompt
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.bench.naive import naively
 from vlmfix.eval.bench.shapes import SINK
 from vlmfix.eval.bench.timing import Timing, measure, summary
 from vlmfix.hooks import VCD
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.prompt import Prompt
 from vlmfix.method.registry import parse, spec_of
 from vlmfix.method.stages import ASK_STAGES, ATTENTION_STAGES
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from vlmfix.engine import attention
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.wrap import wrapped
 from vlmfix.method.intervention import Intervention
 
 

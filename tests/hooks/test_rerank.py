@@ -13,7 +13,8 @@ from tests.models import ARCHITECTURES, picture_prompt
 from vlmfix.asking.batch import Batch
 from vlmfix.asking.pictures import open_picture
 from vlmfix.cli import app
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.pictures.data import Data
 from vlmfix.hooks import Chunks, Lookback, Rerank
 from vlmfix.hooks.parts.sampling import Candidate, proposals, round_seed
