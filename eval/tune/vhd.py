@@ -31,7 +31,7 @@ class ReadHeads(Intervention):
 
     @property
     def traits(self) -> Traits:
-        """It reads head outputs in a pass of its own."""
+        """It needs head outputs of a pass of its own."""
         return Traits(captures=("heads",))
 
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:

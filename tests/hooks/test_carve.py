@@ -33,8 +33,9 @@ from tests import models, vectors
 from vlmfix.asking.look import Look, Looked
 from vlmfix.engine.attachment import attached
 from vlmfix.hooks import CARVE
-from vlmfix.hooks.carve import ONE_WORD, redraw, unpack
+from vlmfix.hooks.carve import ONE_WORD
 from vlmfix.hooks.parts import regions
+from vlmfix.hooks.parts.refined import redraw, unpack
 from vlmfix.hooks.parts.views import View, covered, view
 from vlmfix.model.geometry import Geometry
 

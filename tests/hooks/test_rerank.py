@@ -17,7 +17,9 @@ from vlmfix.engine.attachment import attached
 from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.pictures.data import Data
 from vlmfix.hooks import Chunks, Lookback, Rerank
-from vlmfix.hooks.rerank import Candidate, proposals, round_seed, says_yes, sentence_end
+from vlmfix.hooks.parts.sampling import Candidate, proposals, round_seed
+from vlmfix.hooks.parts.sentences import sentence_end
+from vlmfix.hooks.parts.verifiers import says_yes
 
 SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
 PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]
@@ -348,8 +350,8 @@ def test_refusals(tiny):
         (Rerank, {"verifier": "no.such:thing"}, "verifier 'no.such:thing' cannot be imported"),
         (Rerank, {"verifier": f"{HERE}:PICTURES"}, "is no function"),
         (Rerank, {"hi": 0.4, "lo": 0.6}, "expected 0 <= lo <= hi <= 1"),
-        (Rerank, {"all_bad": "panic"}, "all_bad: expected least, drop, stop"),
-        (Rerank, {"choose": "best"}, "choose: expected first, likely, objects"),
+        (Rerank, {"all_bad": "panic"}, "all_bad: expected least, drop or stop"),
+        (Rerank, {"choose": "best"}, "choose: expected first, likely or objects"),
         (Rerank, {"extract": "open"}, "extract: expected coco"),
         (Chunks, {"c": 0}, "c: expected 1 or more"),
         (Chunks, {"k": 0}, "k: expected 1 or more"),
