@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,9 @@ class Beam(Intervention):
     cost: ClassVar[str] = "n sequences at once"
     expect: ClassVar[str] = "captions: fewer inventions at no loss of recall; better than most methods"
 
-    n: int = 5
+    n: Annotated[int, Range(1)] = 5
     """Beams."""
 
-    def __post_init__(self) -> None:
-        """Check the range."""
-        if self.n < 1:
-            raise ValueError(f"n: expected 1 beam or more, got {self.n!r}")
-
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The model's own beam search."""
         return run.generate(num_beams=self.n), [{"acted": True}] * len(run.questions)

@@ -13,15 +13,16 @@ where the mask takes in everything, the picture is not shown twice; captioning p
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import random
-import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.intervention import Idle, Intervention, Traits
+from vlmfix.hooks.parts.captioning import asks_for_a_caption
+from vlmfix.hooks.parts.refined import pack, redraw
+from vlmfix.method.intervention import LATER, Idle, Intervention, Traits
+from vlmfix.method.kinds import Layers, Range
+from vlmfix.method.layers import layers_of
 from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from vlmfix.asking.asking import Look, Looked, Picture
+    from vlmfix.asking.look import Look, Looked
     from vlmfix.model.anatomy import Anatomy
 
 PAPER: dict[str, Any] = {
@@ -43,31 +44,9 @@ PAPER: dict[str, Any] = {
     "suffix": "",
 }
 ONE_WORD = "Answer the question using a single word or phrase."
-VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": PAPER,
-    "official": PAPER | {"p": 0.2, "K": 3, "regions": "official", "geometry": "official", "suffix": ONE_WORD},
-    "vicrop": PAPER | {"lam": 0.0, "steps": "start", "geometry": "official", "region": "box"},
-}
-WORDS = {
-    "steps": ("full", "start", "end", "uniform"),
-    "regions": ("max", "official"),
-    "score": ("sum", "size", "small"),
-    "final": ("both", "refined"),
-    "geometry": ("exact", "official"),
-    "region": ("mask", "box"),
-    "select": ("contrast", "random"),
-}
 OFFICIAL_LAYERS = range(20, 26)
 KEPT = 64
 """Pictures whose general instruction is remembered."""
-_NOUN = r"(?:image|picture|photo(?:graph)?|scene)\b"
-_CAPTION = re.compile(
-    r"^(?!\W*(?:is|are|was|were|do|does)\b).*(?:"
-    rf"\b(?:describe|description|caption|summari[sz]e)(?:\s+(?:of|for|the|this|that|an?|given|provided|whole|entire))*\s+{_NOUN}"
-    rf"|\bwhat(?:'s| is| do you see| can you see)(?: shown| depicted| happening)? in (?:the|this) {_NOUN}"
-    r"|\b(?:write|give|provide|generate)\s+(?:\w+\s+){0,4}(?:caption|description)\W*$)",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -82,20 +61,25 @@ class CARVE(Intervention):
         "questions about a part of the picture; refuses captioning prompts. Small models lose accuracy on POPE, and as "
         "much with masks at random places"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": PAPER,
+        "official": PAPER | {"p": 0.2, "K": 3, "regions": "official", "geometry": "official", "suffix": ONE_WORD},
+        "vicrop": PAPER | {"lam": 0.0, "steps": "start", "geometry": "official", "region": "box"},
+    }
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Layers whose contrast is summed. `None`: 20-25 of 26 or more (paper), else the same part of the depth (ours). For
     `vicrop` one layer: 14 of LLaVA-1.5's 32 (code), 22 of Qwen2.5-VL (code), else the same part of the depth as 14."""
-    steps: Literal["full", "start", "end", "uniform"] = None  # type: ignore[assignment]
+    steps: Literal["full", "start", "end", "uniform"] = LATER
     """Tokens that are looked at: `full`, those that both looks have, step t with weight t + 1 (paper, code); `start`,
     the first; `end`, each look's last before its end token; `uniform`, as `full` with weight 1."""
-    lam: float = None  # type: ignore[assignment]
+    lam: Annotated[float, Range(0)] = LATER
     """Added to A^G, 0 or more. `None`: 1e-8 (code), 0 for `vicrop`."""
-    p: float = None  # type: ignore[assignment]
+    p: Annotated[float, Range(above=0, most=1)] = LATER
     """Share of the pixels that pass the threshold, 0 < p <= 1. `None`: 0.4 (the paper's best), 0.2 (code)."""
-    K: int = None  # type: ignore[assignment]
+    K: Annotated[int, Range(1)] = LATER
     """Connected regions that are kept. `None`: 2 (paper), 3 (code)."""
-    regions: Literal["max", "official"] = None  # type: ignore[assignment]
+    regions: Literal["max", "official"] = LATER
     """`max`: at most K (paper); `official`: max(K, int(n p)) of n (code)."""
     score: Literal["sum", "size", "small"] = "sum"
     """How regions are ranked: by their sum of S (paper), by size, or `small`, all but specks (earlier versions of the
@@ -103,21 +87,21 @@ class CARVE(Intervention):
     final: Literal["both", "refined"] = "both"
     """What the answer sees: the picture and the refined one (code), or the refined one alone (paper). With `refined`, a
     thing that is not there was asked for in a picture of which something always is left."""
-    geometry: Literal["exact", "official"] = None  # type: ignore[assignment]
+    geometry: Literal["exact", "official"] = LATER
     """Pixels that the grid of tokens covers: what the processor showed the model (ours), or the whole picture, also
     where the processor cut out its centre (code). Such a processor cuts the ends off a refined picture that is not
     square as well, here as in the code."""
-    region: Literal["mask", "box"] = None  # type: ignore[assignment]
+    region: Literal["mask", "box"] = LATER
     """`mask`: CARVE's masked regions; `box`: ViCrop's square window, not masked and not enlarged."""
-    side: int | None = None
+    side: Annotated[int, Range(1)] | None = None
     """Least side of ViCrop's window, in pixels. `None`: the side of the model's input, 336 for LLaVA-1.5 (code); 224
     where the model has no fixed one, as Qwen2.5-VL (code)."""
     general: str = "Write a general description of the image."
     """The general instruction (code; best of five in the paper)."""
-    suffix: str = None  # type: ignore[assignment]
+    suffix: str = LATER
     """Put after the question and the general instruction. `None`: nothing, or, for `official`, to answer in one word
     (code). A question that ends with it already is left as it is."""
-    look_tokens: int = 32
+    look_tokens: Annotated[int, Range(1)] = 32
     """Tokens that a look may take (code); 1 where `steps` is `start`."""
     captions: bool = False
     """Answer captioning prompts as well (ours). They ask what the general instruction asks: the contrast is noise."""
@@ -132,24 +116,17 @@ class CARVE(Intervention):
         return Traits(whole_prompt=True, sequential=True)
 
     def __post_init__(self) -> None:
-        """Fill the variant's values and check ranges."""
-        self._fill(VARIANTS)
-        for key, words in WORDS.items():
-            if getattr(self, key) not in words:
-                raise ValueError(f"{key}: expected {' or '.join(words)}, got {getattr(self, key)!r}")
-        if not 0 < self.p <= 1:
-            raise ValueError(f"p: expected a number above 0 and up to 1, got {self.p!r}")
-        if not self.lam >= 0:
-            raise ValueError(f"lam: expected 0 or more, got {self.lam!r}")
-        for key in ("K", "look_tokens", "side"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"{key}: expected 1 or more, got {value!r}")
+        """Refuse an empty instruction and no layers at all."""
+        super().__post_init__()
         if not self.general.strip():
             raise ValueError("general: expected an instruction such as 'Write a general description of the image.'")
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise ValueError(f"layers: expected numbers from 0 up, got {self.layers!r}")
+        if self.layers == ():
+            raise ValueError("layers: expected numbers from 0 up, got none")
+
+    def check_layers(self, n_layers: int) -> None:
+        """The released code passes over layers that a model does not have."""
+        if self.variant != "official":
+            super().check_layers(n_layers)
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[CARVE, dict[str, Any]]:
         """Choose the layers for the model's depth. `TypeError` for models whose image tokens lie on no grid."""
@@ -159,24 +136,22 @@ class CARVE(Intervention):
         views.check_grid(config)
         n = len(anatomy.layers)
         layers = self._default_layers(n, config.model_type) if self.layers is None else self.layers
-        beyond = [layer for layer in layers if layer >= n]
-        if beyond and self.variant != "official":
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {beyond}")
-        layers = tuple(layer for layer in layers if layer < n)
-        if not layers:
+        own_layers = tuple(layer for layer in layers if layer < n)
+        if not own_layers:
+            beyond = list(layers)
             raise Idle(f"the released code reads layers {beyond}, and this model has {n}; give layers that it has")
         side = self.side
         if side is None and self.region == "box":
-            given = getattr(getattr(config, "vision_config", None), "image_size", None) or 224
-            side = given if isinstance(given, int) else given[0]
-        return replace(self, layers=layers, side=side), {}
+            input_size = getattr(getattr(config, "vision_config", None), "image_size", None) or 224
+            side = input_size if isinstance(input_size, int) else input_size[0]
+        return replace(self, layers=own_layers, side=side), {}
 
     def _default_layers(self, n: int, kind: str) -> tuple[int, ...]:
         if self.variant == "vicrop":
-            return (22,) if kind == "qwen2_5_vl" and n > 22 else (round(14 / 32 * n),)
+            return (22,) if kind == "qwen2_5_vl" and n > 22 else tuple(layers_of(14, 14, n))
         if self.variant == "official" or n > OFFICIAL_LAYERS[-1]:
             return tuple(OFFICIAL_LAYERS)
-        return tuple(range(min(round(0.62 * n), n - 1), min(round(0.78 * n), n - 1) + 1))
+        return tuple(layers_of(62, 78, n, of=100))
 
     def at_layers(self, n_layers: int) -> tuple[int, ...]:
         """Layers that are read."""
@@ -200,43 +175,50 @@ class CARVE(Intervention):
             return images, prompt, {"acted": False}
         if len(images) > 1:
             raise ValueError(f"CARVE refines one image per question; got {len(images)}")
-        if not self.captions and (_CAPTION.search(prompt) or prompt.strip() == self.general.strip()):
+        if not self.captions and (asks_for_a_caption(prompt) or prompt.strip() == self.general.strip()):
             raise ValueError(
                 f"CARVE cuts out what a question is about, and {prompt!r} asks about all of the picture: question and "
                 f"general instruction would be the same, and only noise decide. Leave carve out for captions, or set "
                 f"captions=true to do it all the same"
             )
         (picture,) = images
-        question = self._suffixed(prompt)
-        n_tokens = 1 if self.steps == "start" else self.look_tokens
-        asked = look(images, question, n_tokens)
+        question, digest = self._suffixed(prompt), hashlib.sha256(picture.tobytes()).hexdigest()
+        asked = look(images, question, self._look_length)
         q = self._maps(asked)
-        digest = hashlib.sha256(picture.tobytes()).hexdigest()
-        key = digest, picture.size, q.shape[-1]
-        known = look.kept.pop(key, None)
-        if known is None:
-            told = look(images, self._suffixed(self.general), n_tokens)
-            known = self._maps(told), told.ended
-        look.kept[key] = known
-        for old in list(look.kept)[:-KEPT]:
-            look.kept.pop(old, None)
-        g, ended = known
-        heat, covers = self._heat(look, asked, picture, q, g, (asked.ended, ended))
-        found = self._cut(picture, heat, covers, random.Random(digest + prompt))
-        facts = {
-            "acted": found is not None,
+        g, general_ended = self._general_look(look, picture, (digest, picture.size, q.shape[-1]))
+        heat, covers = self._heat(look, asked, picture, q, g, (asked.ended, general_ended))
+        cut = self._cut(picture, heat, covers, random.Random(digest + prompt))
+        facts: dict[str, Any] = {
+            "acted": cut is not None,
             **({} if question == prompt else {"question": question}),
             "first": asked.text,
             "T_Q": len(q),
             "T_G": len(g),
             "covers": list(covers),
-            "heat": [[float(f"{x:.4g}") for x in row] for row in heat.tolist()],
-            **(found or {}),
+            "heat": [[float(f"{value:.4g}") for value in row] for row in heat.tolist()],
+            **(cut or {}),
         }
-        if found is None:
+        if cut is None:
             return images, question, facts
         refined = redraw(facts, picture)
         return ([picture, refined] if self.final == "both" else [refined]), question, facts
+
+    @property
+    def _look_length(self) -> int:
+        """Tokens that a look may take."""
+        return 1 if self.steps == "start" else self.look_tokens
+
+    def _general_look(self, look: Look, picture: Image, key: Any) -> tuple[NDArray[Any], bool]:
+        """Attention with the general instruction, and whether the look came to an end. It is the same for every
+        question about a picture, and kept for the latest pictures."""
+        known = look.kept.pop(key, None)
+        if known is None:
+            general = look([picture], self._suffixed(self.general), self._look_length)
+            known = self._maps(general), general.ended
+        look.kept[key] = known  # as the newest
+        for oldest in list(look.kept)[:-KEPT]:
+            look.kept.pop(oldest, None)
+        return known
 
     def _suffixed(self, text: str) -> str:
         return text if text.rstrip().endswith(self.suffix) else f"{text} {self.suffix}"
@@ -246,11 +228,11 @@ class CARVE(Intervention):
         import torch
         from torch.nn.functional import pad
 
-        n, found = looked.geometry.n, []
+        n, maps = looked.geometry.n, []
         for layer in self.layers or ():
             rows = torch.stack([pad(row, (first, 0))[:n] for first, row in looked.memo["rows"][layer]])
-            found.append(rows[:, looked.geometry.image[0].to(rows.device)].cpu())
-        return torch.stack(found, dim=1)[: len(looked.token_ids)].numpy()
+            maps.append(rows[:, looked.geometry.image[0].to(rows.device)].cpu())
+        return torch.stack(maps, dim=1)[: len(looked.token_ids)].numpy()
 
     def _heat(
         self, look: Look, asked: Looked, picture: Image, q: Any, g: Any, ended: tuple[bool, bool]
@@ -295,41 +277,4 @@ class CARVE(Intervention):
         if exact:
             box = regions.widened(box, picture.size)
         size = regions.enlarged(box, picture.size, exact)
-        return {"box": list(box), "size": list(size), "mask": _pack(mask), **facts}
-
-    def controls(self) -> tuple[Intervention, ...]:
-        """The same mask or box at a random place."""
-        return (replace(self, select="random"),)
-
-
-def redraw(did: dict[str, Any], picture: Picture) -> Image:
-    """The refined picture of a record: `did` is CARVE's part of `Record.did`, `picture` what was asked about (an image
-    or a path). The picture itself where CARVE did not act."""
-    from vlmfix.asking.asking import open_picture
-    from vlmfix.hooks.parts import regions
-
-    whole = open_picture(picture)
-    if not did["acted"]:
-        return whole
-    mask = None if did["mask"] is None else unpack(did["mask"])
-    if mask is not None and mask.shape != whole.size[::-1]:
-        raise ValueError(f"the record is of a picture of {mask.shape[::-1]} pixels, got one of {whole.size}")
-    x0, y0, x1, y1 = did["box"]
-    return regions.carve(whole, mask, (x0, y0, x1, y1), tuple(did["size"]))
-
-
-def unpack(mask: str) -> NDArray[Any]:
-    """The mask of a record, (height, width) bool."""
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(mask))))
-
-
-def _pack(mask: Any) -> str:
-    """As a PNG of one bit per pixel, in base64."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(mask).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+        return {"box": list(box), "size": list(size), "mask": pack(mask), **facts}

@@ -8,13 +8,14 @@ drift of the score with length plays no part.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.hooks.lookback import Lookback
-from vlmfix.hooks.rerank import check_sampling, one_by_one, own_index, proposals, round_seed
+from vlmfix.hooks.parts.sampling import one_by_one, proposals, round_seed
+from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
     from vlmfix.method.intervention import Intervention
 
 
@@ -28,55 +29,48 @@ class Chunks(Lookback):
     cost: ClassVar[str] = "k times the decoding and a prefill per chunk"
     expect: ClassVar[str] = "captions: a little better than sampling, and worse than greedy: longer, more inventions"
 
-    c: int = 8
+    c: Annotated[int, Range(1)] = 8
     """Tokens of a chunk (paper)."""
-    k: int = 8
+    k: Annotated[int, Range(1)] = 8
     """Candidates per chunk (paper)."""
-    temperature: float = 0.9
+    temperature: Annotated[float, Range(above=0)] = 0.9
     """Of sampling (code)."""
-    top_p: float = 0.95
+    top_p: Annotated[float, Range(above=0, most=1)] = 0.95
     """Of sampling (code)."""
-    top_k: int = 0
+    top_k: Annotated[int, Range(0)] = 0
     """Of sampling; 0: off (code)."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        super().__post_init__()
-        for key, least in (("c", 1), ("k", 1), ("top_k", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: expected {least} or more, got {getattr(self, key)!r}")
-        check_sampling(self.temperature, self.top_p)
 
     def controls(self) -> tuple[Intervention, ...]:
         """Sampling without a choice."""
         return (replace(self, k=1),)
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """One question after the other."""
         return one_by_one(run, self._answer)
 
-    def _answer(self, run: Answering) -> tuple[list[int], dict[str, Any]]:
+    def _answer(self, run: Batch) -> tuple[list[int], dict[str, Any]]:
         """Tokens of one answer, and what to record of it. The last chunk is shorter where the limit is no multiple."""
-        index, sampling = (
-            own_index(run, self),
-            {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k},
-        )
+        index = run.index(self)
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         accepted: list[int] = []
         rounds: list[dict[str, Any]] = []
-        while run.end(accepted) is None and (left := run.settings["max_new_tokens"] - len(accepted)) > 0:
-            found = proposals(run, accepted, self.k, min(self.c, left), round_seed(run, len(rounds)), **sampling)
+        n_left = run.settings["max_new_tokens"]
+        while run.end(accepted) is None and n_left > 0:
+            seed = round_seed(run, len(rounds))
+            candidates = proposals(run, accepted, self.k, min(self.c, n_left), seed, **sampling)
             best = 0
-            scores: list[Any] = [None] * len(found)
-            if any(one.tokens != found[0].tokens for one in found):
-                r = self.ratios(found[0].source[0].memos[index])[:, len(accepted) :]
-                scores = [float(self.score(r[row, : len(one.tokens)])) for row, one in enumerate(found)]
+            scores: list[Any] = [None] * len(candidates)
+            if any(candidate.tokens != candidates[0].tokens for candidate in candidates):
+                r = self.ratios(candidates[0].source[0].memos[index])[:, len(accepted) :]
+                for row, candidate in enumerate(candidates):
+                    scores[row] = float(self.score(r[row, : len(candidate.tokens)]))
                 best = scores.index(max(scores))  # the first of equals
-            told = [
-                {"text": run.text(one.tokens), "tokens": len(one.tokens), "score": score}
-                for one, score in zip(found, scores, strict=True)
-            ]
-            rounds.append({"candidates": told, "chosen": best})
-            accepted += found[best].tokens
-            run.sources[0] = found[best].source
-        sampled = sum(one["tokens"] for r in rounds for one in r["candidates"])
-        return accepted, {"acted": True, "tokens_sampled": sampled, "tokens_kept": len(accepted), "rounds": rounds}
+            facts = []
+            for candidate, score in zip(candidates, scores, strict=True):
+                facts.append({"text": run.text(candidate.tokens), "tokens": len(candidate.tokens), "score": score})
+            rounds.append({"candidates": facts, "chosen": best})
+            accepted += candidates[best].tokens
+            run.sources[0] = candidates[best].source
+            n_left = run.settings["max_new_tokens"] - len(accepted)
+        n_sampled = sum(fact["tokens"] for each in rounds for fact in each["candidates"])
+        return accepted, {"acted": True, "tokens_sampled": n_sampled, "tokens_kept": len(accepted), "rounds": rounds}

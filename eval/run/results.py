@@ -289,7 +289,7 @@ def _notes(run: Run, n_items: int) -> list[str]:
         notes.append(f"{run.label}: {cut} of {len(run.records)} answers were cut at {budget} tokens")
     for i, method in enumerate(run.header["identity"]["method"]):
         idle = method["facts"].get("idle")
-        acted = sum(bool(r["did"][i]["acted"]) for r in run.records if len(r.get("did", [])) > i)
+        acted = sum(bool(r["effects"][i]["acted"]) for r in run.records if len(r.get("effects", [])) > i)
         if idle:
             notes.append(f"{run.label}: {method['name']} did not act on this model, {idle}")
         elif acted < len(run.records):

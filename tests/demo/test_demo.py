@@ -20,7 +20,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import zoo
-from vlmfix.asking.asking import Record, ask
+from vlmfix.asking.asker import ask
+from vlmfix.asking.record import Record
 from vlmfix.cli import app as cli
 from vlmfix.demo import app, columns, compare, settings, studio, verdicts
 from vlmfix.demo.links import Question
@@ -146,7 +147,8 @@ def test_columns_do_not_disturb_each_other_or_the_model(organism, scene):
 def test_a_twin_shares_the_weights_and_no_hooks(organism):
     hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in organism.model.modules()]  # noqa: E731
     before = hooks()
-    with organism.under(parse("vhr")) as twin:
+    asker = organism.asker(parse("vhr"))
+    with asker.applied() as twin:
         own = {id(x) for x in (*organism.model.parameters(), *organism.model.buffers())}
         assert {id(x) for x in (*twin.parameters(), *twin.buffers())} == own
         assert attached(twin) is not None and attached(organism.model) is None
@@ -157,7 +159,8 @@ def test_a_twin_shares_the_weights_and_no_hooks(organism):
 def test_twins_of_other_architectures_compute_the_same(model_type):
     model = zoo.tiny(model_type)
     inputs = zoo.prompt(model, ["tttIttt"])
-    with torch.inference_mode(), studio.Studio(model, None).under() as twin:
+    twin = studio.Studio(model, None).twin()
+    with torch.inference_mode():
         assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
         own = {x.data_ptr() for x in (*model.parameters(), *model.buffers())}
         assert all(x.data_ptr() in own for x in twin.state_dict().values())
@@ -281,7 +284,7 @@ def test_prompts_that_are_too_long():
         "none+antigravity.x:Y",
         "rerank:verifier=os:system",
         "rerank:verifier=antigravity.x",
-        "vhr:head_list=/etc/passwd",
+        "headgain:head_list=/etc/passwd",
         "act:head_list=heads.json",
         "zerotuning:head_list=heads",
         "chunks:head_list=heads",
@@ -304,7 +307,7 @@ def test_specs_name_no_code_no_file_and_ask_for_nothing_huge(spec, monkeypatch):
 
 @pytest.mark.parametrize(
     "spec",
-    ["vhr:head_list=L3H1/L3H5", "zerotuning:head_list=0/5,span=image", "carve:general=Look", "var+vhr:alpha=1.5"],
+    ["headgain:head_list=L3H1/L3H5", "zerotuning:head_list=0/5,span=image", "carve:general=Look", "var+vhr:alpha=1.5"],
 )
 def test_harmless_specs_mean_what_they_mean_elsewhere(spec):
     assert settings.interventions(spec) == parse(spec)

@@ -19,12 +19,14 @@ from PIL import Image
 from rich.console import Console
 
 import vlmfix
-from vlmfix.asking.asking import chat, spellings
+from vlmfix.asking.batch import chat
+from vlmfix.asking.words import spellings
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.report import html, report
+from vlmfix.eval.run.progress import PlainProgress
 from vlmfix.eval.run.results import BrokenFile, Run, compare
-from vlmfix.eval.run.runner import PlainProgress, answer_all
+from vlmfix.eval.run.runner import answer_all
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.heads import HeadList, picture_id
 from vlmfix.method.registry import parse
@@ -69,7 +71,7 @@ def test_records_hold_what_it_takes_to_ask_again(organism, runs):
         record["token_ids"],
         record["image_sha256"],
     )
-    assert record["did"][0]["acted"] and record["finish"] == "stop"
+    assert record["effects"][0]["acted"] and record["finish"] == "stop"
     assert {"model", "dtype", "weights_digest", "data_digest", "max_new_tokens", "seed", "vlmfix"} <= set(
         run.header["identity"]
     )
@@ -89,12 +91,12 @@ def test_heads_are_not_judged_by_the_pictures_they_were_chosen_on(organism, tmp_
     scores = [[1.0] * 8] * 8
     HeadList("organism", "visual", scores, data={"ids": ["0" * 16, ids[1]]}).select(top=2).save(path)
     with pytest.raises(ValueError, match=r"heads\.json was made on 1 of the 3 pictures that are asked about"):
-        answer_all(*organism, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+        answer_all(*organism, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
     assert not (tmp_path / "chair").exists()
     HeadList("organism", "visual", scores, data={"ids": ["0" * 16]}).select(top=2).save(path)
-    run = answer_all(*organism, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+    run = answer_all(*organism, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
     assert run.header["identity"]["method"][0]["facts"]["head_list"]["tool"] == "visual"
-    assert all(record["did"] == [{"acted": True}] for record in run.records)
+    assert all(record["effects"] == [{"acted": True}] for record in run.records)
 
 
 def test_no_question_is_asked_twice(runs):
@@ -109,7 +111,7 @@ def test_a_finished_run_is_not_asked_again(organism, runs, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished run asks nothing")
 
-    monkeypatch.setattr("vlmfix.eval.run.runner.ask_batch", refuse)
+    monkeypatch.setattr("vlmfix.eval.run.sharing.ask_in_turns", refuse)
     out = runs[0].folder.parents[2]
     again = answer_all(*organism, (), benchmark("chair"), Data.load(limit=24), out)
     assert again.folder == runs[0].folder and again.records == runs[0].records

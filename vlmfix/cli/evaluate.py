@@ -137,7 +137,8 @@ def evaluate(
         if template is None:
             fits = preset is not None and getattr(processor, "image_token", None) == "<image>"
             template = preset.template if preset and fits else MODEL
-        from vlmfix.eval.run.runner import Workers, answer_each
+        from vlmfix.eval.run.runner import answer_each
+        from vlmfix.eval.run.workers import Workers
 
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
         runs = []

@@ -162,6 +162,7 @@ def describe(entry: Entry) -> dict[str, Any]:
 def _resolved(one: Intervention, model: nn.Module, parts: Anatomy, processor: Any) -> Entry:
     """What an intervention is on this model; a warning says so if it is idle."""
     try:
+        one.check_layers(len(parts.layers))
         active, facts = one.resolve(model, parts, processor)
     except Idle as idle:
         warnings.warn(f"{one.name or type(one).__name__} will not act on this model: {idle}", stacklevel=5)
