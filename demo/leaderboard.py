@@ -12,7 +12,9 @@ from importlib.resources import files
 from typing import Any
 
 from vlmfix.eval.benchmarks.benchmark import benchmark
-from vlmfix.eval.report.report import LESS_IS_BETTER, MORE_IS_BETTER, controls_of, figure, interval, number
+from vlmfix.eval.report.figures import figure, interval, number
+from vlmfix.eval.report.study import LESS_IS_BETTER, MORE_IS_BETTER
+from vlmfix.eval.run.controls import controls_of
 from vlmfix.eval.scorers.stats import Difference, Estimate
 from vlmfix.method.registry import parse, spec_of
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from vlmfix.eval.benchmarks import amber, amber_captions, dash, hallusion, mme, pope
 from vlmfix.eval.benchmarks.benchmark import (
@@ -38,7 +36,7 @@ from vlmfix.eval.benchmarks.benchmark import (
     all_and_groups,
 )
 from vlmfix.eval.pictures.data import Elsewhere
-from vlmfix.eval.report.report import beyond, change, explain, figure
+from vlmfix.eval.report.words import explain
 from vlmfix.eval.run import results
 from vlmfix.eval.scorers import chair, reading, stats, truncation, variants, yesno
 from vlmfix.eval.scorers.stats import Difference, Estimate
@@ -579,61 +577,3 @@ BENCHMARKS: dict[str, tuple[Callable[[Options], Setup], tuple[str, ...]]] = {
     "yesno": (_own, ("parser", "questions", "key")),
 }
 """Name -> how its files are read, and the `Options` that it takes."""
-
-
-# Tables
-
-
-def tables(comparison: Comparison) -> Iterator[Table]:
-    """One table a group of answers: metrics down, files across; second lines are differences to the baseline."""
-    groups = list(dict.fromkeys(row.group for row in comparison.rows))
-    for group in groups:
-        rows = [row for row in comparison.rows if row.group == group]
-        title = Text(" / ".join(filter(None, [comparison.title, group if len(groups) > 1 else ""])))
-        table = Table(title=title, title_justify="left", title_style="bold")
-        table.add_column("")
-        for row in rows:
-            table.add_column(Text(row.method, overflow="fold"), justify="right", overflow="fold")
-        captions = comparison.benchmark in ("chair", "amber_captions")
-        table.add_row("captions" if captions else "answers", *map(_number, rows))
-        for metric, (unit, factor) in comparison.columns.items():
-            table.add_row(f"{metric} {unit}".strip(), *(_cell(row, metric, factor) for row in rows))
-        if any(row.control for row in rows):
-            table.add_row(
-                "dC_S % at equal recall", *(_beyond(row.control.chair_s if row.control else None) for row in rows)
-            )
-            table.add_row("dF1 % at equal recall", *(_beyond(row.control.f1 if row.control else None) for row in rows))
-        if any(row.unparsed is not None for row in rows):
-            table.add_row("unparsed", *(str(row.unparsed) for row in rows))
-        yield table
-
-
-def _number(row: Row) -> Text:
-    return Text(str(row.n)).append(f"\n{row.common} images in common" if row.left_out else "", style="dim")
-
-
-def _cell(row: Row, metric: str, factor: float) -> Text:
-    cell = Text(figure(row.estimates[metric], factor))
-    if row.differences is not None:
-        difference = row.differences[metric]
-        cell.append("\n" + change(difference, factor), style="bold" if difference.clear else "dim")
-    return cell
-
-
-def _beyond(estimate: Estimate | None) -> Text:
-    """A difference of the truncation control, marked where its interval excludes 0."""
-    said = "" if estimate is None else beyond(estimate)
-    return Text(said, style="bold" if said.endswith("*") else "dim")
-
-
-def legend(comparison: Comparison) -> str:
-    """What the figures in the tables are."""
-    parts = ["95 % intervals: bootstrap over pictures."]
-    if any(row.differences is not None for row in comparison.rows):
-        parts.append(f"Second lines: paired difference to {comparison.baseline}; * marks an interval that excludes 0.")
-    if any(row.control for row in comparison.rows):
-        parts.append(
-            f"At equal recall (truncation control): difference to the captions of {comparison.baseline}, cut after so "
-            "many words that their recall is the same; dC_S below 0 and dF1 above 0 are better than saying less."
-        )
-    return " ".join(parts)

@@ -28,7 +28,8 @@ from vlmfix.cli.console import (
     progress_bar,
     sentences,
 )
-from vlmfix.cli.score import scoring_of, show_comparison
+from vlmfix.cli.results import CsvFile, Files, LatexFile, MarkdownFile, show
+from vlmfix.cli.score import scoring_of
 
 
 def evaluate(
@@ -87,13 +88,16 @@ def evaluate(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    markdown: MarkdownFile = None,
+    as_csv: CsvFile = None,
+    latex: LatexFile = None,
     as_json: Json = False,
 ) -> None:
     """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
     with sentences():
         from vlmfix.eval.benchmarks.benchmark import benchmark as find_benchmark
         from vlmfix.eval.pictures.data import WHERE, Data
-        from vlmfix.eval.report.report import controls_of
+        from vlmfix.eval.run.controls import controls_of
         from vlmfix.eval.run.protocols import MODEL, find_protocol, generation
         from vlmfix.method.registry import parse, split_methods, with_accelerator
 
@@ -153,5 +157,9 @@ def evaluate(
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
     if workers.rank == 0:
-        show_comparison(runs, as_json, scoring)
+        with sentences():
+            from vlmfix.eval.run.results import compare
+
+            comparisons = compare(runs, scoring=scoring)
+        show(comparisons, as_json, Files(markdown=markdown, csv=as_csv, latex=latex))
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
