@@ -207,8 +207,8 @@ class Bar:
     percent: str
     times: int
     of: int
-    width: str
-    """In percent of the widest bar."""
+    length: str
+    """Of the bar, as a share of the longest one in the table."""
     colour: str
 
 
@@ -232,14 +232,14 @@ def _rates(study: Study) -> list[dict[str, Any]]:
 
 def _bars(study: Study, rates: Rates) -> list[tuple[str, list[Bar]]]:
     shown = dict(list(rates.items())[:OBJECTS])
-    widest = max((rate.share for of_runs in shown.values() for rate in of_runs), default=0.0) or 1.0
+    highest = max((rate.share for of_runs in shown.values() for rate in of_runs), default=0.0) or 1.0
     colours = plots.colours(study)
     rows = []
     for name, of_runs in shown.items():
         bars = []
         for rate, colour in zip(of_runs, colours, strict=True):
-            width = f"{100 * rate.share / widest:.1f}"
-            bars.append(Bar(f"{100 * rate.share:.1f}", rate.times, rate.of, width, colour))
+            length = f"{rate.share / highest:.3f}"
+            bars.append(Bar(f"{100 * rate.share:.1f}", rate.times, rate.of, length, colour))
         rows.append((name, bars))
     return rows
 

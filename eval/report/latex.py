@@ -13,13 +13,14 @@ from vlmfix.eval.report.study import Study
 from vlmfix.eval.report.tables import (
     Cell,
     ComparisonTable,
-    Line,
     TextTable,
     comparison_tables,
     published_table,
     table_title,
 )
 
+METHODS_ACROSS = 4
+"""Methods beside each other on a page; more go on below."""
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -34,10 +35,11 @@ SPECIAL = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "−": "$-$",
     "±": r"$\pm$",
     "–": "--",
+    "\N{WORD JOINER}": "{}",  # two hyphens would become a dash
     "\N{REPLACEMENT CHARACTER}": "?",
 }
 
@@ -54,24 +56,24 @@ def to_latex(studies: Sequence[Study]) -> str:
 
 
 def _comparison_table(study: Study, table: ComparisonTable) -> str:
-    head = ["", *(rf"\texttt{{{escape(method)}}}" for method in table.methods)]
-    body: list[str] = []
-    for line in table.lines:
-        body += _rows(line)
-    return _float(escape(table_title(study, table)), head, body, escape(footnote(study)))
+    parts = []
+    for first in range(0, len(table.methods), METHODS_ACROSS):
+        across = slice(first, first + METHODS_ACROSS)
+        head = ["", *(rf"\texttt{{{escape(method)}}}" for method in table.methods[across])]
+        body: list[str] = []
+        for line in table.lines:
+            body += _rows(line.label, line.cells[across])
+        parts.append(_tabular(head, body))
+    return _float(escape(table_title(study, table)), parts, escape(footnote(study)))
 
 
-def _rows(line: Line) -> list[str]:
-    """The figures, and below them their differences where there are any; then a little space."""
-    values = [escape(line.label), *(escape(cell.value) for cell in line.cells)]
-    changes = ["", *map(_change, line.cells)]
-    if not any(changes):
-        rows = [values]
-    elif not any(values[1:]):
-        rows = [[values[0], *changes[1:]]]
-    else:
-        rows = [values, changes]
-    return [_row(row) for row in rows]
+def _rows(label: str, cells: Sequence[Cell]) -> list[str]:
+    """The figures of a line, and below them their differences where there are any."""
+    values = [escape(cell.value) for cell in cells]
+    changes = [_change(cell) for cell in cells]
+    if any(values) and any(changes):
+        return [_row([escape(label), *values]), _row(["", *changes])]
+    return [_row([escape(label), *(values if any(values) else changes)])]
 
 
 def _change(cell: Cell) -> str:
@@ -82,7 +84,9 @@ def _change(cell: Cell) -> str:
 def footnote(study: Study) -> str:
     """How answers were scored, by which protocol, and what bold means."""
     comparison = study.comparison
-    sentences = [f"Scorer: {comparison.title} ({comparison.benchmark.scoring})."]
+    scoring = comparison.benchmark.scoring
+    parser = "" if scoring in comparison.title else f", parser {scoring}"
+    sentences = [f"Scorer: {comparison.title}{parser}."]
     if comparison.protocol is not None:
         sentences.append(f"{words.deviations(comparison)}.")
     sentences += words.legend(study, mark="bold marks")
@@ -92,26 +96,25 @@ def footnote(study: Study) -> str:
 def _text_table(table: TextTable) -> str:
     head = [escape(name) for name in table.head]
     body = [_row(map(escape, row)) for row in table.rows]
-    return _float(escape(table.title), head, body)
+    return _float(escape(table.title), [_tabular(head, body)])
 
 
-def _float(caption: str, head: Sequence[str], body: Sequence[str], note: str = "") -> str:
-    columns = "l" + "r" * (len(head) - 1)
+def _float(caption: str, tabulars: Sequence[str], note: str = "") -> str:
     lines = [
         r"\begin{table*}",
         r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
         rf"\caption{{{caption}}}",
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        _row(head),
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
+        "\n\\par\\medskip\n".join(tabulars),
     ]
     if note:
         lines.append(rf"\par\smallskip\parbox{{\linewidth}}{{\scriptsize {note}}}")
     return "\n".join([*lines, r"\end{table*}"])
+
+
+def _tabular(head: Sequence[str], body: Sequence[str]) -> str:
+    columns = "l" + "r" * (len(head) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _row(head), r"\midrule"]
+    return "\n".join([*lines, *body, r"\bottomrule", r"\end{tabular}"])
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -122,4 +125,4 @@ def _row(cells: Iterable[str]) -> str:
 def escape(text: str) -> str:
     """Any text as one line of LaTeX, without commands in it."""
     one_line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text).split())
-    return "".join(SPECIAL.get(letter, letter) for letter in one_line)
+    return "".join(SPECIAL.get(letter, letter) for letter in one_line.replace("--", "-\N{WORD JOINER}-"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,10 @@ def object_rates(study: Study) -> tuple[Rates, Rates]:
     From questions: how often it says yes where the object is absent, and no (or neither) where it is present. Objects
     that are wrong most often come first.
     """
-    counted = [_of_captions(list(captions.values())) for captions in study.captions]
+    objects: set[str] = set()
+    for captions in study.captions:
+        objects = objects.union(*(score.truth | score.objects for score in captions.values()))
+    counted = [_of_captions(list(captions.values()), objects) for captions in study.captions]
     counted += [_of_answers(answers) for answers in study.answers]
     invented = _ranked([counts.invented for counts in counted], [counts.absent for counts in counted])
     missed = _ranked([counts.missed for counts in counted], [counts.present for counts in counted])
@@ -84,14 +87,15 @@ class _ObjectCounts:
     present: Counter[str]
 
 
-def _of_captions(scores: Sequence[CaptionScore]) -> _ObjectCounts:
+def _of_captions(scores: Sequence[CaptionScore], objects: Iterable[str]) -> _ObjectCounts:
+    """Of one run; an object is absent from pictures also where only other runs name it."""
     counts = _ObjectCounts(Counter(), Counter(), Counter(), Counter())
     for score in scores:
         counts.present.update(score.truth)
         counts.invented.update(score.objects - score.truth)
         counts.missed.update(score.missed)
-    for node in counts.present.keys() | counts.invented.keys():
-        counts.absent[node] = len(scores) - counts.present[node]
+    for name in objects:
+        counts.absent[name] = len(scores) - counts.present[name]
     return counts
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,15 +12,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.report import figures, gallery, html, markdown, mistakes, plots, words
+from vlmfix.eval.report import figures, gallery, html, latex, markdown, mistakes, plots, tables, terminal, words
 from vlmfix.eval.report.csv_json import to_csv, to_json
+from vlmfix.eval.report.latex import to_latex
 from vlmfix.eval.report.markdown import to_markdown
 from vlmfix.eval.report.study import find_runs, study
+from vlmfix.eval.run.protocols import find_protocol
 from vlmfix.eval.run.results import Run, compare
 from vlmfix.eval.scorers import stats
 from vlmfix.eval.scorers.chair import score_captions
@@ -277,6 +281,136 @@ def test_two_runs_with_one_name_are_told_apart(tmp_path, folders):
     assert {v.method for v in one.verdicts} == set(one.names[1:])
 
 
+# One rule
+
+
+def row_below(text, start, rows=1):
+    """The line so many lines below the one that starts so."""
+    lines = text.splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith(start)) + rows]
+
+
+def test_one_rule_decides_on_stars_bold_colours_and_words(tmp_path):
+    """Holm takes back CHAIR_S of two equal methods that one method alone would have: so it is marked nowhere."""
+    base = captions(lambda k: k < 40)
+    some = captions(lambda k: 6 <= k < 40)
+    folders = [write(tmp_path, "none", base), *(write(tmp_path, name, some) for name in ("some", "more"))]
+    for methods, real in ((folders, False), (folders[:2], True)):
+        (one,) = studies(*methods)
+        verdict = next(v for v in one.verdicts if (v.method, v.metric) == ("some", "CHAIR_S"))
+        assert verdict.difference.clear and verdict.real is real
+        (table,) = tables.comparison_tables(one)
+        cell = next(line for line in table.lines if line.label == "CHAIR_S %").cells[1]
+        assert cell.verdict is verdict and cell.real is real
+        change = cell.change
+        assert (f"{change} *" in row_below(drawn_in(one, 200), "│ CHAIR_S % ")) is real
+        assert (f"**{change}**" in row_below(to_markdown([one]), "| CHAIR_S % |", 0)) is real
+        assert (rf"\textbf{{{latex.escape(change)}}}" in row_below(to_latex([one]), r"CHAIR\_S \% & ")) is real
+        page = html.page([one])
+        kind = "real good" if real else "unreal"
+        assert f'<span class="{kind}">{cell.change_number}</span><small>{cell.change_interval}, p = ' in page
+        line = next(
+            x for x in csv.DictReader(io.StringIO(to_csv([one]))) if (x["method"], x["metric"]) == ("some", "CHAIR_S")
+        )
+        assert line["real"] == str(real)
+        assert ("really better in CHAIR_S" in words.summary(one)[0]) is real
+
+
+# Tables
+
+
+def drawn_in(one, width):
+    """Its tables in a terminal."""
+    console = Console(width=width, file=io.StringIO())
+    terminal.show(console, [one])
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_terminal_of_any_width_cuts_nothing(chair, width):
+    shown = drawn_in(chair, width)
+    assert "…" not in shown
+    frame = [line for line in shown.splitlines() if line.startswith(("│", "┃", "┏"))]
+    assert max(map(len, frame)) <= width
+    (table,) = tables.comparison_tables(chair)
+    assert table.methods == ["none", "good", "same", "almost"]
+    for line in table.lines:
+        rows = [row for row in frame if row.split("│")[1:2] and row.split("│")[1].strip() == line.label]
+        assert len(rows) == shown.count("┏"), "every part names its lines"
+        for cell in line.cells:
+            assert any(cell.value in row for row in rows) and all(part in shown for part in cell.change.split("\n"))
+
+
+def test_a_long_name_goes_on_in_the_next_line(tmp_path, folders):
+    label = "vhr:layers=" + "/".join(map(str, range(40)))
+    (one,) = studies(folders["none"], write(tmp_path, label, captions(lambda k: False)))
+    shown = drawn_in(one, 80)
+    column = [line.split("┃")[3].strip() for line in shown.splitlines() if line.startswith("┃")]
+    assert "".join(column) == label
+
+
+def test_runs_with_unlike_numbers_of_answers_say_so(tmp_path, folders):
+    fewer = write(tmp_path, "fewer", dict(list(captions(lambda k: False).items())[:-5]))
+    (table,) = tables.comparison_tables(studies(folders["none"], fewer)[0])
+    assert table.lines[0].label == "captions" and [cell.value for cell in table.lines[0].cells] == [str(N), str(N - 5)]
+    assert table.lines[0].cells[1].change == f"{N - 5} images in common"
+    (whole,) = tables.comparison_tables(studies(folders["none"], folders["good"])[0])
+    assert whole.lines[0].label == "CHAIR_S %"
+
+
+def test_markdown_rows_stay_rows(tmp_path, folders):
+    (one,) = studies(folders["none"], write(tmp_path, "a|b\nc", captions(lambda k: False)))
+    rows = [row for row in markdown.tables(one).splitlines() if row.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and r"`a\|b c`" in rows[0]
+
+
+# LaTeX
+
+
+def test_latex_of_captions(chair, pope):
+    text = to_latex([chair, pope])
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 1 + 3
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 4
+    for table in re.findall(r"\\begin\{tabular\}\{(l?r*)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
+        rows = [row for row in table[1].splitlines() if row.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table[0]) - 1}, "as many cells as columns"
+    assert r"CHAIR\_I\_unique \% & " in text and r"\textbf{$-$50.0 [$-$" in text
+    assert "Scorer: CHAIR (rohrbach). " in text and "Scorer: POPE, parser pope. " in text
+    assert "bold marks a real one: its interval excludes 0 and its p, adjusted for the number of methods" in text
+
+
+def test_latex_names_the_protocol_and_what_others_report(tmp_path, folders):
+    (one,) = studies(folders["none"], folders["good"])
+    preset = find_protocol("pai-512")
+    asked = replace(one.comparison, protocol=preset, deviations=("images: scenes instead of coco",))
+    text = to_latex([study(asked)])
+    assert "Deviates from protocol pai-512 in images: scenes instead of coco" in text
+    assert "Published for pai-512, LLaVA-1.5-7B" in text
+
+
+def test_latex_obeys_no_text(tmp_path):
+    mean = r"\input{/etc/passwd} $x_1^2$ 50% & #1 ~ {a} --limit \\ [b]" + "\n\x1b\ud800"
+    escaped = latex.escape(mean)
+    assert escaped == (
+        r"\textbackslash{}input\{/etc/passwd\} \$x\_1\textasciicircum{}2\$ 50\% \& \#1 \textasciitilde{} \{a\} -{}-limit "
+        r"\textbackslash{}\textbackslash{} [b]"
+    )
+    (one,) = studies(
+        write(tmp_path, "none", captions(lambda k: True)), write(tmp_path, mean[:-2], captions(lambda k: False))
+    )
+    assert r"\input" not in to_latex([one])
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles(chair, pope, tmp_path):
+    (tmp_path / "tables.tex").write_text(to_latex([chair, pope]), "utf-8")
+    paper = r"\documentclass{article}\usepackage[margin=2cm]{geometry}\usepackage{booktabs}\begin{document}\input{tables}\end{document}"
+    (tmp_path / "paper.tex").write_text(paper)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Overfull" not in done.stdout, done.stdout[-2000:]
+
+
 # Numbers
 
 
@@ -328,6 +462,7 @@ def test_rates_of_objects_by_hand(chair):
     assert invented["giraffe"][0] == mistakes.Rate(times, giraffes) and next(iter(invented)) == "giraffe"
     assert all(any(r.times for r in rates) for rates in missed.values())
     assert all(r.times <= r.of for rates in missed.values() for r in rates)
+    assert len({r.of for r in invented["giraffe"]}) == 1, "also for a method that never names it"
 
 
 def test_an_object_can_only_be_invented_where_it_is_not(tmp_path):
@@ -487,15 +622,31 @@ def test_runs_are_found_in_folders(folders):
 def test_command(folders, tmp_path):
     out = tmp_path / "deep" / "report.html"
     args = ["report", str(folders["none"]), str(folders["good"]), "--output", str(out)]
-    for kind in ("markdown", "csv", "json"):
+    for kind in ("markdown", "csv", "json", "latex"):
         args += [f"--{kind}", str(tmp_path / f"report.{kind}")]
     code = "import sys; from vlmfix.cli import app; app(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     safe(out.read_text("utf-8"))
     assert json.loads((tmp_path / "report.json").read_text())[0]["methods"] == ["none", "good"]
-    assert (tmp_path / "report.csv").read_text().startswith("benchmark,model,") and done.stderr.count("written: ") == 4
+    assert (tmp_path / "report.csv").read_text().startswith("benchmark,model,") and done.stderr.count("written: ") == 5
     assert "`good`: really better" in (tmp_path / "report.markdown").read_text("utf-8")
+    assert (tmp_path / "report.latex").read_text("utf-8").count(r"\toprule") == 1
+
+
+def test_score_writes_the_same_files(folders, chair, tmp_path):
+    files = {kind: tmp_path / f"table.{kind}" for kind in ("markdown", "csv", "latex")}
+    args = [str(folders[name]) for name in ("none", "good", "same", "almost")]
+    for kind, path in files.items():
+        args += [f"--{kind}", str(path)]
+    done = CliRunner().invoke(app, ["score", *args])
+    assert done.exit_code == 0 and done.stderr.count("written: ") == 3, done.output
+    for kind, render in (("markdown", to_markdown), ("csv", to_csv), ("latex", to_latex)):
+        lines = files[kind].read_text("utf-8").splitlines()
+        assert len(lines) == len(render([chair]).splitlines()), "the tables of the report, with more resamples"
+    assert "CHAIR_S %" in done.stdout and "* marks a real one" in done.stdout
+    again = CliRunner().invoke(app, ["score", *args, "--json"])
+    assert json.loads(again.stdout)[0]["benchmark"] == "chair" and "written: " in again.stderr
 
 
 def test_mistakes_end_in_a_sentence(folders, tmp_path):
