@@ -206,7 +206,7 @@ def explain(score: Any) -> dict[str, Any]:
     """One verdict, ready for JSON."""
     if isinstance(score, CaptionScore):
         return chair.explain(score)
-    if isinstance(score, amber_captions.CaptionScore):
+    if isinstance(score, amber_captions.DescriptionScore):
         return amber_captions.explain(score)
     question = score.question
     return {

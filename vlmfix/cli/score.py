@@ -21,15 +21,6 @@ from vlmfix.cli.console import (
 )
 
 
-def scoring_of(variant: str | None, parser: str | None, similarity: str | None) -> dict[str, str]:
-    """How answers to each benchmark are judged, where that is told."""
-    from vlmfix.eval.benchmarks.benchmark import BENCHMARKS, YesNo
-
-    asked = {"chair": variant, "amber_captions": similarity}
-    asked |= {name: parser for name, cls in BENCHMARKS.items() if isinstance(cls, type) and issubclass(cls, YesNo)}
-    return {name: how for name, how in asked.items() if how is not None}
-
-
 def score(
     files: Annotated[
         list[Path],
@@ -67,61 +58,41 @@ def score(
 
     Published files of captions or answers are scored with --benchmark.
     """
-    asked: dict[str, Any] = {
-        "variant": variant, "truth": truth, "synonyms": synonyms, "key": key, "parser": parser, "source": source,
-        "split": split, "questions": questions, "labels": labels, "similarity": similarity,
-    }  # fmt: skip
-    if benchmark is not None:
-        with sentences():
-            score_files(files, benchmark, asked, baseline, explain, page, as_json)
-        return
     with sentences():
-        from vlmfix.eval.run.results import RECORDS, Run
+        from vlmfix.eval.api import compare
+        from vlmfix.eval.benchmarks.benchmark import FileOptions
 
-        asked |= {"baseline": baseline, "report": page, "variant": None, "parser": None, "similarity": None}
-        if given := [name for name, value in asked.items() if value is not None]:
-            raise ValueError(f"{', '.join(given)}: only with --benchmark, for files that are no runs of `vlmfix eval`")
-        if plain := next((path for path in files if path.is_file() and path.name != RECORDS), None):
-            raise ValueError(
-                f"{plain} is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"
-            )
-        runs = [Run.read(path) for path in files]
-    show_comparison(runs, as_json, scoring_of(variant, parser, similarity), explain)
+        options = FileOptions(
+            variant=variant,
+            truth=truth,
+            synonyms=synonyms,
+            key=key,
+            parser=parser,
+            source=source,
+            split=split,
+            questions=questions,
+            similarity=similarity,
+            labels=labels,
+        )
+        if benchmark is None and page is not None:
+            raise ValueError("report: only with --benchmark, for files that are no runs of `vlmfix eval`")
+        sources = [*files, baseline, *map(Path, filter(None, (truth, synonyms, questions, labels)))]
+        _check_not_read([explain, page], sources)
+        comparisons = compare(files, benchmark=benchmark, options=options, baseline=baseline)
+        show(comparisons, as_json, explain)
+        if page is not None:
+            from vlmfix.eval.report import html
+            from vlmfix.eval.report.report import study
+
+            write_page(page, html.page([study(comparison) for comparison in comparisons]))
 
 
-def score_files(
-    files: Sequence[Path],
-    benchmark: str,
-    asked: dict[str, Any],
-    baseline: Path | None,
-    explain: Path | None,
-    page: Path | None,
-    as_json: bool,
-) -> None:
-    """Score and compare other people's answers; print tables, or JSON with the notes on stderr."""
-    from vlmfix.eval import external
-
-    read = [Path(path) for path in (*files, baseline, *asked.values()) if path is not None]
-    for written in filter(None, (explain, page)):
-        if written.exists() and any(path.exists() and written.samefile(path) for path in read):
-            raise ValueError(f"{written} is one of the files to read; write elsewhere")
-    comparison = external.compare(files, benchmark, external.Options(**asked), baseline)
-    if explain is not None:
-        write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in comparison.verdicts()))
-    if page is not None:
-        from vlmfix.eval.report import html
-        from vlmfix.eval.report.report import study
-
-        write_page(page, html.page([study(comparison.as_runs())]))
-    if as_json:
-        sys.stdout.write(json.dumps([comparison.to_json()]) + "\n")
-    else:
-        for table in external.tables(comparison):
-            out().print(table)
-    for note in comparison.notes:
-        (err if as_json else out()).print(f"note: {note}", markup=False, soft_wrap=True)
-    if not as_json:
-        out().print(external.legend(comparison), markup=False, soft_wrap=True)
+def _check_not_read(written: Sequence[Path | None], read: Sequence[Path | None]) -> None:
+    """`ValueError` if a file that is to be written is one of those that are read."""
+    for target in written:
+        for path in read:
+            if target and path and target.exists() and path.exists() and target.samefile(path):
+                raise ValueError(f"{target} is one of the files to read; write elsewhere")
 
 
 def report(
@@ -160,26 +131,34 @@ def write_page(path: Path, text: str) -> None:
     err.print(f"written: {path}", soft_wrap=True, markup=False)
 
 
-def show_comparison(
-    runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None, explain: Path | None = None
-) -> None:
-    """Print tables, or JSON; write every verdict to `explain`."""
+def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None) -> None:
+    """Compare runs, and print tables, or JSON."""
     with sentences():
-        from vlmfix.eval.report import report
         from vlmfix.eval.run.results import compare
 
-        comparisons = compare(runs, scoring=scoring)
-        if explain is not None:
-            verdicts = (verdict for comparison in comparisons for verdict in report.verdicts(comparison))
-            write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
-    if as_json:
-        sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=False) + "\n")
-        return
+        show(compare(runs, scoring=scoring), as_json)
+
+
+def show(comparisons: Sequence[Any], as_json: bool, explain: Path | None = None) -> None:
+    """Print tables, or JSON with the notes on stderr where files were scored; write every verdict to `explain`."""
+    from vlmfix.eval.report import report
+
+    if explain is not None:
+        verdicts = (verdict for comparison in comparisons for verdict in report.verdicts(comparison))
+        write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
     console = out()
+    if as_json:
+        sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=True) + "\n")
     for comparison in comparisons:
-        for table in report.tables(comparison):
+        tables = () if as_json else report.tables(comparison)
+        for table in tables:
             console.print(table)
-        for note in filter(None, [report.deviation_text(comparison), *comparison.notes]):
-            console.print(note, markup=False, soft_wrap=True)
-        console.print()
-    console.print(report.LEGEND, markup=False, soft_wrap=True)
+        of_files = any(run.is_file for run in comparison.runs)
+        if of_files or not as_json:
+            for note in filter(None, [report.deviation_text(comparison), *comparison.notes]):
+                text = f"note: {note}" if of_files else note
+                (err if as_json else console).print(text, markup=False, soft_wrap=True)
+        if not as_json:
+            console.print()
+    if not as_json:
+        console.print(report.LEGEND, markup=False, soft_wrap=True)
