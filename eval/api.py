@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix.eval.benchmarks.benchmark import Benchmark, FileOptions, benchmark, scoring_by_benchmark
 from vlmfix.eval.pictures.data import WHERE, Data
-from vlmfix.eval.report.report import controls_of
 from vlmfix.eval.run import results
+from vlmfix.eval.run.controls import controls_of
 from vlmfix.eval.run.files import compare_files
 from vlmfix.eval.run.protocols import MODEL, Protocol, find_protocol, generation
 from vlmfix.eval.run.results import RECORDS, Comparison, Run

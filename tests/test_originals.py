@@ -14,7 +14,7 @@ from vlmfix.eval.benchmarks import amber_captions
 from vlmfix.eval.benchmarks.benchmark import FileOptions, benchmark, benchmark_class
 from vlmfix.eval.pictures import hub
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.report import report
+from vlmfix.eval.report import words
 from vlmfix.eval.run.results import compare
 from vlmfix.eval.run.runner import answer_all
 from vlmfix.method.registry import parse
@@ -155,7 +155,7 @@ def test_descriptions_of_amber(tiny, tmp_path, monkeypatch):
     lines(tmp_path / "said.jsonl", [{"id": int(r["id"]), "response": r["text"]} for r in done.records])
     (outside,) = api.compare([tmp_path / "said.jsonl"], benchmark="amber_captions")
     assert outside.rows[0].estimates["Cover"].value == found.rows[0].estimates["Cover"].value
-    assert set(next(report.verdicts(outside))) >= {"nouns", "hallucinated", "covered"}
+    assert set(next(words.explanations(outside))) >= {"nouns", "hallucinated", "covered"}
     with pytest.raises(ValueError, match="expected off or spacy:"):
         benchmark("amber_captions", "fuzzy")
 

@@ -79,6 +79,12 @@ class Figure:
         """By what the value is multiplied where it is printed."""
         return 100.0 if self.unit == "%" else 1.0
 
+    def is_better(self, change: float | None) -> bool | None:
+        """Whether a change is for the better; None where neither way is, or nothing changed."""
+        if not change or self.better is None:
+            return None
+        return change < 0 if self.better == "less" else change > 0
+
 
 @dataclass(frozen=True)
 class FileOptions:

@@ -141,7 +141,13 @@ def test_table(tmp_path):
     done = run(*files, "--benchmark", "chair", "--variant", "strict")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("CHAIR (strict)")
-    for part in ("CHAIR_I_unique %", "repetition %", "dC_S % at equal recall", "dF1 %", "images in common"):
+    for part in (
+        "CHAIR_I_unique %",
+        "repetition %",
+        "CHAIR_S % at equal recall",
+        "F1 % at equal recall",
+        "images in common",
+    ):
         assert part in done.stdout
     assert "paired difference to llava-1.5-greedy" in done.stdout and "left out" in done.stdout
 

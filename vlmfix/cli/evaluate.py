@@ -28,7 +28,7 @@ from vlmfix.cli.console import (
     quiet_libraries,
     sentences,
 )
-from vlmfix.cli.score import show_comparison
+from vlmfix.cli.results import CsvFile, Files, LatexFile, MarkdownFile, show
 
 
 def evaluate(
@@ -87,11 +87,15 @@ def evaluate(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    markdown: MarkdownFile = None,
+    as_csv: CsvFile = None,
+    latex: LatexFile = None,
     as_json: Json = False,
 ) -> None:
     """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
     with sentences():
-        from vlmfix.eval.api import Task, prepare
+        from vlmfix.eval.api import Task, compare, prepare
+        from vlmfix.eval.benchmarks.benchmark import FileOptions
 
         task = Task(
             model=model,
@@ -131,5 +135,8 @@ def evaluate(
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
     if workers.rank == 0:
-        show_comparison(runs, as_json, task.scoring)
+        with sentences():
+            options = FileOptions(variant=variant, parser=parser, similarity=similarity)
+            comparisons = compare(runs, options=options)
+        show(comparisons, as_json, Files(markdown=markdown, csv=as_csv, latex=latex))
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)

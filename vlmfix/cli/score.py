@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vlmfix.cli.console import (
-    PARSER_HELP,
-    SIMILARITY_HELP,
-    VARIANT_HELP,
-    Json,
-    err,
-    out,
-    sentences,
-)
+from vlmfix.cli.console import PARSER_HELP, SIMILARITY_HELP, VARIANT_HELP, Json, sentences
+from vlmfix.cli.results import CsvFile, ExplainFile, Files, LatexFile, MarkdownFile, show
 
 
 def score(
@@ -50,7 +41,10 @@ def score(
     questions: Annotated[str | None, typer.Option(help="File (mme: folder) with the questions.")] = None,
     labels: Annotated[str | None, typer.Option(help="pope: file with other labels, such as RePOPE's.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="File to compare with; default: the first.")] = None,
-    explain: Annotated[Path | None, typer.Option(help="Write every verdict to this file, one JSON line each.")] = None,
+    explain: ExplainFile = None,
+    markdown: MarkdownFile = None,
+    as_csv: CsvFile = None,
+    latex: LatexFile = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write a page to read (HTML) to this file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +52,7 @@ def score(
 
     Published files of captions or answers are scored with --benchmark.
     """
+    written = Files(page=page, markdown=markdown, csv=as_csv, latex=latex, explain=explain)
     with sentences():
         from vlmfix.eval.api import compare
         from vlmfix.eval.benchmarks.benchmark import FileOptions
@@ -76,23 +71,17 @@ def score(
         )
         if benchmark is None and page is not None:
             raise ValueError("report: only with --benchmark, for files that are no runs of `vlmfix eval`")
-        sources = [*files, baseline, *map(Path, filter(None, (truth, synonyms, questions, labels)))]
-        _check_not_read([explain, page], sources)
+        _check_not_read(written, [*files, baseline, truth, synonyms, questions, labels])
         comparisons = compare(files, benchmark=benchmark, options=options, baseline=baseline)
-        show(comparisons, as_json, explain)
-        if page is not None:
-            from vlmfix.eval.report import html
-            from vlmfix.eval.report.report import study
-
-            write_page(page, html.page([study(comparison) for comparison in comparisons]))
+    show(comparisons, as_json, written)
 
 
-def _check_not_read(written: Sequence[Path | None], read: Sequence[Path | None]) -> None:
+def _check_not_read(written: Files, read: Sequence[str | Path | None]) -> None:
     """`ValueError` if a file that is to be written is one of those that are read."""
-    for target in written:
-        for path in read:
-            if target and path and target.exists() and path.exists() and target.samefile(path):
-                raise ValueError(f"{target} is one of the files to read; write elsewhere")
+    sources = [Path(source) for source in read if source is not None and Path(source).exists()]
+    for target in written.paths():
+        if target.exists() and any(target.samefile(source) for source in sources):
+            raise ValueError(f"{target} is one of the files to read; write elsewhere")
 
 
 def report(
@@ -102,63 +91,17 @@ def report(
     output: Annotated[Path, typer.Option(help="The page: one HTML file that needs nothing else.")] = Path(
         "report.html"
     ),
-    markdown: Annotated[Path | None, typer.Option(help="Also write words and tables as Markdown, here.")] = None,
-    as_csv: Annotated[Path | None, typer.Option("--csv", help="Also write every figure as CSV, here.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON, here.")] = None,
+    markdown: MarkdownFile = None,
+    as_csv: CsvFile = None,
+    latex: LatexFile = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write all figures as JSON, to this file.")
+    ] = None,
 ) -> None:
     """Make a page to read from finished runs: words, tables, plots, pictures and where it all came from."""
     with sentences():
-        from vlmfix.eval.report import html
-        from vlmfix.eval.report import report as reports
+        from vlmfix.eval.report.study import find_runs
         from vlmfix.eval.run.results import compare
 
-        studies = [reports.study(comparison) for comparison in compare(reports.find_runs(runs))]
-        texts = [(output, html.page), (markdown, reports.to_markdown)]
-        texts += [(as_csv, reports.to_csv), (as_json, reports.to_json)]
-        for path, make in texts:
-            if path is None:
-                continue
-            write_page(path, make(studies))
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write a file, and say so. `ValueError` if it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-    err.print(f"written: {path}", soft_wrap=True, markup=False)
-
-
-def show_comparison(runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None) -> None:
-    """Compare runs, and print tables, or JSON."""
-    with sentences():
-        from vlmfix.eval.run.results import compare
-
-        show(compare(runs, scoring=scoring), as_json)
-
-
-def show(comparisons: Sequence[Any], as_json: bool, explain: Path | None = None) -> None:
-    """Print tables, or JSON with the notes on stderr where files were scored; write every verdict to `explain`."""
-    from vlmfix.eval.report import report
-
-    if explain is not None:
-        verdicts = (verdict for comparison in comparisons for verdict in report.verdicts(comparison))
-        write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
-    console = out()
-    if as_json:
-        sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=True) + "\n")
-    for comparison in comparisons:
-        tables = () if as_json else report.tables(comparison)
-        for table in tables:
-            console.print(table)
-        of_files = any(run.is_file for run in comparison.runs)
-        if of_files or not as_json:
-            for note in filter(None, [report.deviation_text(comparison), *comparison.notes]):
-                text = f"note: {note}" if of_files else note
-                (err if as_json else console).print(text, markup=False, soft_wrap=True)
-        if not as_json:
-            console.print()
-    if not as_json:
-        console.print(report.LEGEND, markup=False, soft_wrap=True)
+        written = Files(page=output, markdown=markdown, csv=as_csv, latex=latex, json=as_json)
+        written.write(compare(find_runs(runs)))
