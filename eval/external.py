@@ -40,7 +40,8 @@ from vlmfix.eval.benchmarks.benchmark import (
 from vlmfix.eval.pictures.data import Elsewhere
 from vlmfix.eval.report.report import beyond, change, explain, figure
 from vlmfix.eval.run import results
-from vlmfix.eval.scorers import chair, reading, stats, truncation, variants, yesno
+from vlmfix.eval.scorers import chair, reading, stats, truncation, yesno
+from vlmfix.eval.scorers.chair import variants
 from vlmfix.eval.scorers.stats import Difference, Estimate
 from vlmfix.eval.scorers.truncation import TruncationControl
 

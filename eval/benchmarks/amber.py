@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import f1, ratio
+from vlmfix.eval.scorers.stats import f1, ratio
 from vlmfix.eval.scorers.yesno import Answers, AnswerScore, Question, by_group, clusters, counts, labelled_no
 
 __all__ = ["GROUPS", "METRICS", "clusters", "counts", "groups", "load", "official_figures", "score"]

@@ -22,7 +22,7 @@ from importlib.resources import files
 import numpy as np
 
 from vlmfix.eval.benchmarks.amber import entries
-from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import add_up
 
 _FILES = files("vlmfix.assets") / "amber"

@@ -20,8 +20,9 @@ import numpy as np
 
 from vlmfix.eval.benchmarks import amber, amber_captions, dash, hallusion, mme, pope
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.scorers import chair, variants, yesno
-from vlmfix.eval.scorers.stats import Metric
+from vlmfix.eval.scorers import chair, yesno
+from vlmfix.eval.scorers.chair import variants
+from vlmfix.eval.scorers.stats import Metric, ratio
 from vlmfix.method.settings import did_you_mean
 
 
@@ -108,8 +109,8 @@ class Chair(Benchmark):
     }
     metrics: ClassVar[Mapping[str, Metric]] = {
         **{name: chair.METRICS[name] for name in ("CHAIR_S", "CHAIR_I", "CHAIR_I_unique", "recall", "precision", "F1")},
-        "objects": lambda n: chair.ratio(n["unique_mentions"], n["captions"]),
-        "mentions": lambda n: chair.ratio(n["mentions"], n["captions"]),
+        "objects": lambda n: ratio(n["unique_mentions"], n["captions"]),
+        "mentions": lambda n: ratio(n["mentions"], n["captions"]),
         **{name: chair.METRICS[name] for name in ("words", "repetition")},
     }
     max_new_tokens = 512

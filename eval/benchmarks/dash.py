@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import (
     Answers,
     AnswerScore,

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import Answers, Parser, add_up
 
 _FILE = files("vlmfix.assets") / "hallusionbench" / "questions.json.gz"

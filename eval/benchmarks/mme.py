@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import Answer, Answers, AnswerScore, Question, by_group, clusters, counts
 
 __all__ = ["METRICS", "TASKS", "clusters", "counts", "load", "read_results", "score", "task_scores"]

@@ -28,7 +28,7 @@ from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.results import HEADER, Comparison, Row, Run
 from vlmfix.eval.scorers import chair, stats
 from vlmfix.eval.scorers.chair import CaptionScore
-from vlmfix.eval.scorers.stats import Difference, Estimate
+from vlmfix.eval.scorers.stats import Difference, Estimate, ratio
 from vlmfix.eval.scorers.truncation import CutCaptions, TruncationControl
 from vlmfix.eval.scorers.yesno import AnswerScore
 from vlmfix.method.intervention import Intervention
@@ -497,7 +497,7 @@ def by_position(scores: Mapping[int, CaptionScore], n_resamples: int = 2000) -> 
 
 
 def _quotient(above: str, below: str) -> stats.Metric:
-    return lambda n: chair.ratio(n[above], n[below])
+    return lambda n: ratio(n[above], n[below])
 
 
 @dataclass(frozen=True)

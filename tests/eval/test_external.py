@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from vlmfix.cli import app
 from vlmfix.eval import external
 from vlmfix.eval.benchmarks import hallusion, mme, pope
-from vlmfix.eval.scorers import chair, variants
+from vlmfix.eval.scorers import chair
+from vlmfix.eval.scorers.chair import variants
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
