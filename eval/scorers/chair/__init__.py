@@ -24,6 +24,7 @@ from vlmfix.eval.scorers.chair.truth import (
     label,
     load_masks,
 )
+from vlmfix.eval.scorers.chair.variants import check_variant
 from vlmfix.eval.scorers.chair.vocabulary import Mention, Vocabulary
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "GroundTruth",
     "Mention",
     "Vocabulary",
+    "check_variant",
     "clusters",
     "coco_truth",
     "counts",

@@ -21,7 +21,7 @@ class _SingularRules:
 @cache
 def _singular_rules() -> _SingularRules:
     tables = json.loads((files("vlmfix.assets") / "chair" / "singular_rules.json").read_text("utf-8"))
-    suffixes = set()
+    suffixes: set[str] = set()
     for word in tables["unchanged_if_suffix_of"]:
         suffixes.update(word[start:] for start in range(len(word) + 1))
     return _SingularRules(

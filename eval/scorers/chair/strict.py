@@ -36,7 +36,7 @@ def _tables() -> _Tables:
     tables = json.loads((files("vlmfix.assets") / "chair" / "strict_table.json").read_text("utf-8"))
     nodes_of = {phrase: (node,) for phrase, node in tables["phrases"].items()}
     nodes_of |= {phrase: tuple(nodes) for phrase, nodes in tables["compounds"].items()}
-    forms_after = {}
+    forms_after: dict[str, frozenset[str]] = {}
     for rule in tables["modifiers"]:
         forms_after |= dict.fromkeys(rule["words"], frozenset(tables[rule["before"]]))
     orange = tables["orange"]

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from vlmfix.eval.scorers.stats import f1, ratio
 from vlmfix.eval.scorers.yesno.scores import AnswerScore
@@ -56,6 +54,9 @@ def _components(n_nodes: int, links: Sequence[tuple[int, int]]) -> list[int]:
     """The connected component of each node."""
     if not links:
         return list(range(n_nodes))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     rows, columns = np.array(links).T
     graph = coo_array((np.ones(len(links)), (rows, columns)), shape=(n_nodes, n_nodes))
     return connected_components(graph, directed=False)[1].tolist()
