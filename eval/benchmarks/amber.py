@@ -28,7 +28,7 @@ from vlmfix.eval.benchmarks.benchmark import Figure, FileAnswers
 from vlmfix.eval.benchmarks.questions import YES_NO_FIGURES, OriginalQuestions
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import f1, ratio
+from vlmfix.eval.scorers.stats import f1, ratio
 from vlmfix.eval.scorers.yesno import Answers, AnswerScore, Question, by_group, counts, labelled_no
 
 _FILES = files("vlmfix.assets") / "amber"

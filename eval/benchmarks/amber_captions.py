@@ -27,7 +27,7 @@ from vlmfix.eval.benchmarks.amber import Amber, entries
 from vlmfix.eval.benchmarks.benchmark import Benchmark, Figure, FileAnswers, Group, Item
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import add_up
 
 _FILES = files("vlmfix.assets") / "amber"

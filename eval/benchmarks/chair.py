@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 from vlmfix.eval.benchmarks.benchmark import Benchmark, Figure, FileAnswers, FileOptions, Group, Item
 from vlmfix.eval.pictures.data import Data, Elsewhere
-from vlmfix.eval.scorers import chair, reading, variants
-from vlmfix.eval.scorers.chair import METRICS, CaptionScore, GroundTruth, Vocabulary, ratio
+from vlmfix.eval.scorers import chair, reading
+from vlmfix.eval.scorers.chair import METRICS, CaptionScore, GroundTruth, Vocabulary, variants
 from vlmfix.eval.scorers.reading import about_file, printable
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.truncation import Against
 
 PROMPT = "Please describe this image in detail."

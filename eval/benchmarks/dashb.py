@@ -24,8 +24,8 @@ from vlmfix.eval.benchmarks.benchmark import Figure, FileAnswers, FileOptions
 from vlmfix.eval.benchmarks.questions import YES_NO_FIGURES, OriginalQuestions
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
 from vlmfix.eval.scorers.reading import about_file
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import (
     Answers,
     AnswerScore,

@@ -30,8 +30,8 @@ from vlmfix.eval.benchmarks.benchmark import Figure, FileAnswers, FileOptions, G
 from vlmfix.eval.benchmarks.questions import OriginalQuestions, all_and_groups
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
 from vlmfix.eval.scorers.reading import printable
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import Answers, Parser, add_up
 
 SETS = ("with_image_951", "all")

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from vlmfix.cli import app
 from vlmfix.eval.benchmarks import hallusionbench, mme, pope_questions
 from vlmfix.eval.benchmarks.benchmark import BENCHMARKS, FileOptions, benchmark_class
-from vlmfix.eval.scorers import chair, variants
+from vlmfix.eval.scorers import chair
+from vlmfix.eval.scorers.chair import variants
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
