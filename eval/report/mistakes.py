@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmfix.eval.report.study import Study
-from vlmfix.eval.scorers import chair, stats
+from vlmfix.eval.scorers import stats
 from vlmfix.eval.scorers.chair import CaptionScore
-from vlmfix.eval.scorers.stats import Counts, Estimate
+from vlmfix.eval.scorers.stats import Counts, Estimate, ratio
 from vlmfix.eval.scorers.yesno import AnswerScore
 
 BINS = 5
@@ -39,7 +39,7 @@ def by_position(scores: Mapping[int, CaptionScore], n_resamples: int = 2000) -> 
 
 def _share_invented(fifth: int) -> stats.Metric:
     def share(sums: Counts) -> np.ndarray:
-        return chair.ratio(sums[f"invented {fifth}"], sums[f"mentions {fifth}"])
+        return ratio(sums[f"invented {fifth}"], sums[f"mentions {fifth}"])
 
     return share
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vlmfix.eval.benchmarks.benchmark import Group
+from vlmfix.eval.benchmarks.benchmark import Figure, Group
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.controls import control_labels
 from vlmfix.eval.run.results import HEADER, Comparison, Row, Run
@@ -29,22 +29,11 @@ from vlmfix.eval.scorers.truncation import CutCaptions, TruncationControl
 from vlmfix.eval.scorers.yesno import AnswerScore
 
 LEVEL = 0.05
-LESS_IS_BETTER = frozenset({"CHAIR_S", "CHAIR_I", "CHAIR_I_unique", "repetition"})
-MORE_IS_BETTER = frozenset({"recall", "precision", "F1", "accuracy", "TNR", "MCC"})
-"""More or less of all other figures is neither good nor bad."""
-_NO_PERCENT = frozenset({"words", "objects", "mentions", "MCC"})
 
 
 def is_real(difference: Difference, p_adjusted: float | None) -> bool:
     """The rule above."""
     return difference.clear and p_adjusted is not None and p_adjusted < LEVEL
-
-
-def is_better(metric: str, change: float | None) -> bool | None:
-    """Whether a change is for the better; `None` where it is neither good nor bad, or nothing changed."""
-    if not change or metric not in LESS_IS_BETTER | MORE_IS_BETTER:
-        return None
-    return change < 0 if metric in LESS_IS_BETTER else change > 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +58,8 @@ class Verdict:
     """Adjusted for the number of methods that have this figure."""
     methods: int
     """How many these are."""
+    better: bool | None
+    """Whether the change is for the better; `None` where more is neither good nor bad, or nothing changed."""
     discordant: Discordant | None = None
     """Where p is McNemar's."""
 
@@ -76,11 +67,6 @@ class Verdict:
     def real(self) -> bool:
         """Whether the interval excludes 0 and the adjusted p is below .05."""
         return is_real(self.difference, self.p_holm)
-
-    @property
-    def better(self) -> bool | None:
-        """Whether the change is for the better; `None` where more is neither good nor bad, or nothing changed."""
-        return is_better(self.metric, self.difference.value)
 
 
 @dataclass(frozen=True)
@@ -159,13 +145,13 @@ class Study:
     def columns(self) -> dict[str, tuple[str, float]]:
         """All figures, in the order of a report: name -> unit and factor."""
         estimated = list(self.comparison.rows[0].estimates) if self.comparison.rows else []
-        shown = self.comparison.benchmark.columns
+        figures = self.comparison.benchmark.figures
         if self.captions:
             ordered = estimated
         else:
-            ordered = [name for name in shown if name in estimated]
-            ordered += [name for name in estimated if name not in shown]
-        return {name: shown.get(name) or _unit(name) for name in ordered}
+            ordered = [name for name in estimated if figures[name].shown]
+            ordered += [name for name in estimated if not figures[name].shown]
+        return {name: (figures[name].unit, figures[name].factor) for name in ordered}
 
     @property
     def pictures(self) -> int:
@@ -200,11 +186,6 @@ class Study:
             return False
         runs = self.comparison.runs
         return _texts(runs[run]) == _texts(runs[self.base])
-
-
-def _unit(metric: str) -> tuple[str, float]:
-    """Of figures that the benchmark's own table leaves out."""
-    return ("", 1.0) if metric in _NO_PERCENT else ("%", 100.0)
 
 
 def _untouched(runs: Sequence[Run]) -> int | None:
@@ -267,6 +248,7 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
 def judge(
     group: str,
     metric: str,
+    figure: Figure,
     tested: Mapping[str, Difference],
     discordant: Mapping[str, Discordant | None] = MappingProxyType({}),
 ) -> list[Verdict]:
@@ -275,6 +257,7 @@ def judge(
     Args:
         group: Name of the group.
         metric: Name of the figure.
+        figure: What it is.
         tested: Method -> its difference to the untouched model.
         discordant: Method -> pictures that differ in this figure, where it is one that McNemar's test judges.
     """
@@ -288,7 +271,17 @@ def judge(
     adjusted = stats.holm(p_values)
     family = sum(p is not None for p in p_values)
     return [
-        Verdict(method, group, metric, difference, p, p_holm, family, discordant.get(method))
+        Verdict(
+            method=method,
+            group=group,
+            metric=metric,
+            difference=difference,
+            p=p,
+            p_holm=p_holm,
+            methods=family,
+            better=figure.is_better(difference.value),
+            discordant=discordant.get(method),
+        )
         for (method, difference), p, p_holm in zip(tested.items(), p_values, adjusted, strict=True)
     ]
 
@@ -311,7 +304,8 @@ def _verdicts(comparison: Comparison, names: Sequence[str]) -> list[Verdict]:
         for metric in metrics:
             differences = {name: (row.differences or {})[metric] for name, row, _ in family}
             pairs = {name: pair for name, _, pair in family} if metric == "CHAIR_S" else {}
-            verdicts += judge(group, metric, differences, pairs)
+            figure = comparison.benchmark.figures[metric]
+            verdicts += judge(group, metric, figure, differences, pairs)
     return verdicts
 
 

@@ -7,22 +7,21 @@ line.label, [cell.value for cell in line.cells], [cell.change for cell in line.c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmfix.eval.benchmarks.benchmark import Figure
 from vlmfix.eval.pictures.data import Elsewhere
 from vlmfix.eval.report import words
 from vlmfix.eval.report.figures import figure, interval, number
-from vlmfix.eval.report.study import Entry, Study, Verdict, is_better
+from vlmfix.eval.report.study import Entry, Study, Verdict
 from vlmfix.eval.run.results import Comparison
 from vlmfix.eval.scorers.stats import Estimate
 from vlmfix.eval.scorers.truncation import TruncationControl
 
 AGAINST_CUTS = {"CHAIR_S": "chair_s", "F1": "f1"}
 """Figures at equal recall in the main table -> field of the truncation control."""
-CAPTIONS_ASKED = ("chair", "amber_captions")
-"""Benchmarks whose answers are captions."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def comparison_tables(study: Study) -> list[ComparisonTable]:
         lines = [
             *_lines_of_answers(study, entries),
             *metric_lines(study, entries, study.headline),
-            *_lines_at_equal_recall(entries),
+            *_lines_at_equal_recall(study, entries),
             *_lines_of_unread_answers(entries),
         ]
         tables.append(ComparisonTable(group, entries[0].row.n, [entry.method for entry in entries], lines))
@@ -176,8 +175,7 @@ def _lines_of_answers(study: Study, entries: Sequence[Entry]) -> list[Line]:
     for entry, answers, missing in zip(entries, numbers, left_out, strict=True):
         remark = f"{_in_common(entry)} images in common" if missing else ""
         cells.append(Cell(text=str(answers), remark=remark))
-    asks_for_captions = study.comparison.benchmark.name in CAPTIONS_ASKED
-    return [Line("captions" if asks_for_captions else "answers", "", cells)]
+    return [Line("captions" if study.comparison.benchmark.describes else "answers", "", cells)]
 
 
 def _left_out(entry: Entry) -> int:
@@ -192,21 +190,21 @@ def _in_common(entry: Entry) -> int:
     return max((difference.n for difference in differences.values()), default=0)
 
 
-def _lines_at_equal_recall(entries: Sequence[Entry]) -> list[Line]:
+def _lines_at_equal_recall(study: Study, entries: Sequence[Entry]) -> list[Line]:
     """The truncation control: what is left of a difference once the baseline says as little."""
     controls = [entry.row.control for entry in entries]
     if not any(controls):
         return []
     lines = []
     for metric, field in AGAINST_CUTS.items():
-        cells = [Cell() if control is None else _beyond_cuts(metric, getattr(control, field)) for control in controls]
+        figure = study.comparison.benchmark.figures[metric]
+        cells = [Cell() if control is None else _beyond_cuts(figure, getattr(control, field)) for control in controls]
         lines.append(Line(metric, "% at equal recall", cells))
     return lines
 
 
-def _beyond_cuts(metric: str, difference: Estimate) -> Cell:
-    better = is_better(metric, difference.value)
-    return Cell(None, difference, 100, difference.clear, better)
+def _beyond_cuts(figure: Figure, difference: Estimate) -> Cell:
+    return Cell(None, difference, figure.factor, difference.clear, figure.is_better(difference.value))
 
 
 def _lines_of_unread_answers(entries: Sequence[Entry]) -> list[Line]:
@@ -274,19 +272,19 @@ def control_columns(study: Study) -> list[ControlColumn]:
     columns = []
     for name, control in zip(study.names, study.controls, strict=True):
         if control is not None:
-            columns.append(_control_column(name, control))
+            columns.append(_control_column(name, control, study.comparison.benchmark.figures))
     return columns
 
 
-def _control_column(name: str, control: TruncationControl) -> ControlColumn:
+def _control_column(name: str, control: TruncationControl, figures: Mapping[str, Figure]) -> ControlColumn:
     return ControlColumn(
         method=name,
         recall=number(control.recall, 100),
         cut_words=number(control.cut_words, 1),
         cut_chair_s=number(control.cut_chair_s, 100),
-        chair_s=_beyond_cuts("CHAIR_S", control.chair_s),
-        chair_i_unique=_beyond_cuts("CHAIR_I_unique", control.chair_i_unique),
-        f1=_beyond_cuts("F1", control.f1),
+        chair_s=_beyond_cuts(figures["CHAIR_S"], control.chair_s),
+        chair_i_unique=_beyond_cuts(figures["CHAIR_I_unique"], control.chair_i_unique),
+        f1=_beyond_cuts(figures["F1"], control.f1),
         place=_place(control),
         remark="recall above the uncut captions'" if control.status == "recall above vanilla" else "",
     )

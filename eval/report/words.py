@@ -9,32 +9,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlmfix.eval.benchmarks import amber_captions
 from vlmfix.eval.report import figures
 from vlmfix.eval.report.figures import number
-from vlmfix.eval.report.study import LESS_IS_BETTER, Entry, Study, Verdict
+from vlmfix.eval.report.study import Entry, Study, Verdict
 from vlmfix.eval.run.results import Comparison
-from vlmfix.eval.scorers import chair
-from vlmfix.eval.scorers.chair import CaptionScore
 from vlmfix.eval.scorers.stats import Difference, Estimate
-
-MEANING = {
-    "CHAIR_S": "captions that name anything that is not there",
-    "CHAIR_I": "mentions of objects that are not there",
-    "CHAIR_I_unique": "the same, each object once a caption",
-    "recall": "objects in the pictures that are named",
-    "precision": "objects named that are there",
-    "F1": "harmonic mean of precision and recall",
-    "objects": "different objects a caption",
-    "mentions": "mentions of objects a caption",
-    "words": "words a caption",
-    "repetition": "captions that repeat themselves: over a fifth of their 4-grams",
-    "accuracy": "right answers",
-    "TNR": "no where no is right",
-    "yes_ratio": "answers that say yes",
-    "MCC": "Matthews correlation, 0 is guessing",
-}
-MEANING_OF_ANSWERS = {**MEANING, "recall": "yes where yes is right", "precision": "yes that is right"}
 
 MORE_REPETITION = 0.01
 """Share of the captions by which repetition may rise without a warning."""
@@ -46,7 +25,7 @@ CUT_SHORT = 0.05
 
 def meaning(study: Study, metric: str) -> str:
     """What a figure counts; empty for figures whose name says it."""
-    return (MEANING if study.captions else MEANING_OF_ANSWERS).get(metric, "")
+    return study.comparison.benchmark.figures[metric].meaning
 
 
 # Titles and legends
@@ -176,8 +155,7 @@ def _against_controls(study: Study, name: str) -> Iterator[str]:
             continue
         metric, difference = selection.metric, selection.difference
         unit, factor = study.columns[metric]
-        change = difference.value or 0
-        improved = change < 0 if metric in LESS_IS_BETTER else change > 0
+        improved = study.comparison.benchmark.figures[metric].is_better(difference.value)
         standing = "better than" if improved else "worse than"
         if not difference.clear:
             standing = "not told apart from"
@@ -343,23 +321,4 @@ def explanations(comparison: Comparison) -> Iterator[dict[str, Any]]:
         for score in (score for group in groups for score in group.scores):
             if id(score) not in explained:
                 explained.add(id(score))
-                yield {"benchmark": comparison.title, "method": run.label, **explain(score)}
-
-
-def explain(score: Any) -> dict[str, Any]:
-    """How one answer was read and judged, ready for JSON."""
-    if isinstance(score, CaptionScore):
-        return chair.explain(score)
-    if isinstance(score, amber_captions.CaptionScore):
-        return amber_captions.explain(score)
-    question = score.question
-    return {
-        "id": question.id,
-        "image": question.image,
-        "question": question.text,
-        "group": question.group,
-        "label": question.label,
-        "answer": score.answer,
-        "prediction": score.prediction,
-        "correct": score.correct,
-    }
+                yield {"benchmark": comparison.title, "method": run.label, **comparison.benchmark.explain(score)}

@@ -16,10 +16,10 @@ import numpy as np
 
 from vlmfix.asking.asking import ask_batch
 from vlmfix.engine.attachment import attached, wrapped
-from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair
-from vlmfix.eval.scorers.stats import Estimate
+from vlmfix.eval.scorers.stats import Estimate, ratio
 from vlmfix.hooks.lookback import Detector, Lookback, features, steps_of, token_ends
 from vlmfix.method.heads import picture_id
 
@@ -156,7 +156,7 @@ def auroc(score: np.ndarray, grounded: np.ndarray, weights: np.ndarray) -> np.nd
     positive, negative = w * grounded[order], w * ~grounded[order]
     below = np.cumsum(np.pad(negative, ((0, 0), (1, 0))), axis=1)
     halves = below[:, np.searchsorted(score, score, "left")] + below[:, np.searchsorted(score, score, "right")]
-    return chair.ratio((positive * halves).sum(1) / 2, positive.sum(1) * negative.sum(1))
+    return ratio((positive * halves).sum(1) / 2, positive.sum(1) * negative.sum(1))
 
 
 def aurocs(

@@ -87,13 +87,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def show(comparisons: Sequence[Comparison], as_json: bool, files: Files) -> None:
-    """Write files, then print tables, or JSON."""
+    """Write files, then print tables, or JSON. Of files of answers the notes then go to stderr."""
     with sentences():
         from vlmfix.eval.report import terminal
 
         studies = files.write(comparisons)
     if as_json:
         tables = [comparison.to_json() for comparison in comparisons]
-        sys.stdout.write(json.dumps(tables, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(tables) + "\n")
+        for comparison in comparisons:
+            if any(run.is_file for run in comparison.runs):
+                for note in comparison.notes:
+                    err.print(f"note: {note}", markup=False, soft_wrap=True)
     else:
         terminal.show(out(), studies)

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vlmfix.cli.console import PARSER_HELP, SIMILARITY_HELP, VARIANT_HELP, Json, err, sentences
+from vlmfix.cli.console import PARSER_HELP, SIMILARITY_HELP, VARIANT_HELP, Json, sentences
 from vlmfix.cli.results import CsvFile, ExplainFile, Files, LatexFile, MarkdownFile, show
-
-
-def scoring_of(variant: str | None, parser: str | None, similarity: str | None) -> dict[str, str]:
-    """How answers to each benchmark are judged, where that is told."""
-    from vlmfix.eval.benchmarks.benchmark import BENCHMARKS, YesNo
-
-    asked = {"chair": variant, "amber_captions": similarity}
-    asked |= {name: parser for name, cls in BENCHMARKS.items() if isinstance(cls, type) and issubclass(cls, YesNo)}
-    return {name: how for name, how in asked.items() if how is not None}
 
 
 def score(
@@ -63,52 +52,36 @@ def score(
 
     Published files of captions or answers are scored with --benchmark.
     """
-    asked: dict[str, Any] = {
-        "variant": variant, "truth": truth, "synonyms": synonyms, "key": key, "parser": parser, "source": source,
-        "split": split, "questions": questions, "labels": labels, "similarity": similarity,
-    }  # fmt: skip
     written = Files(page=page, markdown=markdown, csv=as_csv, latex=latex, explain=explain)
-    if benchmark is not None:
-        with sentences():
-            score_files(files, benchmark, asked, baseline, written, as_json)
-        return
     with sentences():
-        from vlmfix.eval.run.results import RECORDS, Run, compare
+        from vlmfix.eval.api import compare
+        from vlmfix.eval.benchmarks.benchmark import FileOptions
 
-        asked |= {"baseline": baseline, "report": page, "variant": None, "parser": None, "similarity": None}
-        if given := [name for name, value in asked.items() if value is not None]:
-            raise ValueError(f"{', '.join(given)}: only with --benchmark, for files that are no runs of `vlmfix eval`")
-        if plain := next((path for path in files if path.is_file() and path.name != RECORDS), None):
-            raise ValueError(
-                f"{plain} is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"
-            )
-        comparisons = compare([Run.read(path) for path in files], scoring=scoring_of(variant, parser, similarity))
+        options = FileOptions(
+            variant=variant,
+            truth=truth,
+            synonyms=synonyms,
+            key=key,
+            parser=parser,
+            source=source,
+            split=split,
+            questions=questions,
+            similarity=similarity,
+            labels=labels,
+        )
+        if benchmark is None and page is not None:
+            raise ValueError("report: only with --benchmark, for files that are no runs of `vlmfix eval`")
+        _check_not_read(written, [*files, baseline, truth, synonyms, questions, labels])
+        comparisons = compare(files, benchmark=benchmark, options=options, baseline=baseline)
     show(comparisons, as_json, written)
 
 
-def score_files(
-    files: Sequence[Path],
-    benchmark: str,
-    asked: dict[str, Any],
-    baseline: Path | None,
-    written: Files,
-    as_json: bool,
-) -> None:
-    """Score and compare other people's answers; print tables, or JSON with the notes on stderr."""
-    from vlmfix.eval import external
-
-    read = [Path(path) for path in (*files, baseline, *asked.values()) if path is not None]
-    for path in written.paths():
-        if path.exists() and any(other.exists() and path.samefile(other) for other in read):
-            raise ValueError(f"{path} is one of the files to read; write elsewhere")
-    comparison = external.compare(files, benchmark, external.Options(**asked), baseline)
-    if not as_json:
-        show([comparison.as_runs()], as_json, written)
-        return
-    written.write([comparison.as_runs()])
-    sys.stdout.write(json.dumps([comparison.to_json()]) + "\n")
-    for note in comparison.notes:
-        err.print(f"note: {note}", markup=False, soft_wrap=True)
+def _check_not_read(written: Files, read: Sequence[str | Path | None]) -> None:
+    """`ValueError` if a file that is to be written is one of those that are read."""
+    sources = [Path(source) for source in read if source is not None and Path(source).exists()]
+    for target in written.paths():
+        if target.exists() and any(target.samefile(source) for source in sources):
+            raise ValueError(f"{target} is one of the files to read; write elsewhere")
 
 
 def report(
