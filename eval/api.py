@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What to evaluate. `None` is the protocol's value, or without a protocol the default that is named here."""
+    """What to evaluate. `None` is the protocol's value, or without a protocol the default that is named here.
+
+    It is kept with the answers, as `task` in `run.json`; `evaluate(Task.from_json(...))` of it goes on with them.
+    """
 
     model: str = "tiny"
     """An embedded model, a Hub id, or a folder."""
@@ -198,6 +201,7 @@ class Setup:
                 progress=progress,
                 command=command,
                 workers=workers or Workers.found(),
+                task=task.to_json(),
             )
         return runs
 

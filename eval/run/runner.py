@@ -66,6 +66,7 @@ def answer_each(
     progress: Progress | None = None,
     command: str | None = None,
     workers: Workers | None = None,
+    task: dict[str, Any] | None = None,
 ) -> list[Run]:
     """Answer every question of a benchmark under each of several methods; what is on disk already is not asked again.
 
@@ -75,6 +76,7 @@ def answer_each(
     are asked one by one, each with a seed of its own, so that they depend on nothing but `seed` and the question.
     Methods that leave the pass over a picture as it is (`leaves_pictures`) take turns within each batch of yes/no
     questions and share that pass; the others follow, one after another. Answers are those of each method alone.
+    `task` is what the user asked for (`vlmfix.eval.api.Task`); it is kept with the run and decides nothing.
 
     Raises:
         ValueError: pictures are missing, or the same method has an unfinished run here that was asked otherwise: the
@@ -117,6 +119,7 @@ def answer_each(
                 "identity": identity,
                 "data": data.spec,
                 "environment": _environment(model, batch_size, command),
+                "task": task,
             }
             by_folder: dict[Path, _Course] = {}
             for i in group:
