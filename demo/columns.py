@@ -68,9 +68,11 @@ class Column:
 
 def monitors(studio: Studio, picture: Image.Image, chosen: Sequence[Intervention]) -> tuple[Intervention, ...]:
     """The monitor that tells doubtful words, for a picture that is not known, where it can be in force."""
-    watched = any(one.name == "lookback" or one.acts_at("decode") for one in chosen)
-    can = "weights" in anatomy(studio.model).stages
-    return () if watched or not can or truth(picture) is not None else (Lookback(),)
+    if truth(picture) is not None or "weights" not in anatomy(studio.model).stages:
+        return ()
+    if any(method.name == "lookback" or method.acts_at("decode") for method in chosen):
+        return ()
+    return (Lookback(),)
 
 
 def stream(
@@ -90,11 +92,11 @@ def stream(
             tokens = Tokens()
             columns.append(Column(spec, tokens, pool.submit(answer, spec, tokens)))
         try:
-            while running := [column.future for column in columns if not column.future.done()]:
+            while not all(column.future.done() for column in columns):
                 yield [column.html(studio.processor) for column in columns], None
-                wait(running, EVERY, FIRST_COMPLETED)
-            made = tuple(c.future.result() for c in columns if c.future.exception() is None)
-            yield [column.html(studio.processor) for column in columns], made
+                wait([column.future for column in columns if not column.future.done()], EVERY, FIRST_COMPLETED)
+            answers = tuple(column.future.result() for column in columns if column.future.exception() is None)
+            yield [column.html(studio.processor) for column in columns], answers
         finally:
             for column in columns:
                 column.tokens.stop = True

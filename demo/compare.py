@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from vlmfix.asking.asking import open_picture
+from vlmfix.asking.pictures import open_picture
 from vlmfix.demo.columns import stream
 from vlmfix.demo.links import COLUMNS, Question
 from vlmfix.demo.settings import METHODS, settings

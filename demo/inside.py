@@ -50,40 +50,50 @@ INTRO = (
 class Opened:
     """An answer that a visitor looks into."""
 
-    found: Inspection
+    inspection: Inspection
     kinds: list[str]
     """Of its words, see `verdicts`."""
 
     def first(self) -> int:
         """The first invented word, else the first that names an object, else the first."""
-        named = (self.kinds.index(kind) for kind in ("invented", "object", "present") if kind in self.kinds)
-        return next(named, 0)
+        for kind in ("invented", "object", "present"):
+            if kind in self.kinds:
+                return self.kinds.index(kind)
+        return 0
 
     def strip(self, word: int, layers: Sequence[int], head: int | None) -> str:
         """The words of the answer, each with its share of attention on the picture."""
-        shares = self.found.after.shares(layers, head)
-        words = [(w.text, float(shares[list(w.steps)].mean())) for w in self.found.words]
-        asked = f"{self.found.spec} on “{self.found.record.prompt}”: share of each word's attention on the picture"
-        return f'<p class="quiet">{escape(asked)}</p>{notes(self.found)}{maps.strip(words, self.kinds, word)}'
+        inspection = self.inspection
+        shares = inspection.after.shares(layers, head)
+        words = [(each.text, float(shares[list(each.steps)].mean())) for each in inspection.words]
+        title = f"{inspection.spec} on “{inspection.record.prompt}”: share of each word's attention on the picture"
+        return f'<p class="quiet">{escape(title)}</p>{notes(inspection)}{maps.strip(words, self.kinds, word)}'
 
 
 class Shelf:
     """Answers that visitors look into, up to so many bytes; those that were put there first go first."""
 
     def __init__(self, most: int = KEPT):
-        self._most, self._kept, self._lock = most, {}, threading.Lock()  # type: ignore[var-annotated]
+        """`most`: bytes."""
+        self._most = most
+        self._kept: dict[str, Opened] = {}
+        self._lock = threading.Lock()
 
-    def put(self, one: Opened) -> str:
-        """Keep it, and give a ticket for it."""
+    def put(self, opened: Opened) -> str:
+        """Keep an answer; returns a ticket for it."""
         ticket = secrets.token_hex(8)
         with self._lock:
-            self._kept[ticket] = one
-            while len(self._kept) > 1 and sum(kept.found.nbytes for kept in self._kept.values()) > self._most:
-                del self._kept[next(iter(self._kept))]
+            self._kept[ticket] = opened
+            while len(self._kept) > 1 and self._nbytes() > self._most:
+                oldest = next(iter(self._kept))
+                del self._kept[oldest]
         return ticket
 
+    def _nbytes(self) -> int:
+        return sum(opened.inspection.nbytes for opened in self._kept.values())
+
     def get(self, ticket: str) -> Opened:
-        """What the ticket stands for. `ValueError` if it is gone."""
+        """The answer that a ticket stands for. `ValueError` if it is gone."""
         with self._lock:
             if ticket in self._kept:
                 return self._kept[ticket]
@@ -114,45 +124,50 @@ def tab(studio: Studio, shared: Shared) -> None:
         """Ask and show; what takes passes of its own comes last."""
         try:
             picture, prompt, method = read_picture(path), read_prompt(prompt), interventions(spec)
-            found = inspect(studio, picture, prompt, method, known)
-            one = Opened(found, verdicts(found, truth(found.record)))
-            at = shelf.put(one), one.first()
-            shown = one.strip(at[1], layers[band], heads[head]), *word_maps(one, at[1], band, head)
-            yield at, *shown, "", carved(found)
-            yield *(gr.skip() for _ in range(4)), vhd_heads(studio, picture, prompt, found.heads), gr.skip()
+            inspection = inspect(studio, picture, prompt, method, known)
+            opened = Opened(inspection, verdicts(inspection, truth(inspection.record)))
+            ticket, word = shelf.put(opened), opened.first()
+            words = opened.strip(word, layers[band], heads[head])
+            yield (ticket, word), words, *word_maps(opened, word, band, head), "", carved(inspection)
+            yield *(gr.skip() for _ in range(4)), vhd_heads(studio, picture, prompt, inspection.heads), gr.skip()
         except (ValueError, TypeError) as error:
             yield None, problem(error), "", "", "", ""
 
-    def word_maps(one: Opened, word: int, band: str, head: str) -> tuple[str, str]:
-        return heat_maps(one.found, word, layers[band], heads[head]), word_heads(one.found, word)
+    def word_maps(opened: Opened, word: int, band: str, head: str) -> tuple[str, str]:
+        inspection = opened.inspection
+        return heat_maps(inspection, word, layers[band], heads[head]), word_heads(inspection, word)
 
-    def choose(at: tuple[str, int] | None, band: str, head: str, event: gr.EventData) -> tuple[Any, ...]:
+    def choose(place: tuple[str, int] | None, band: str, head: str, event: gr.EventData) -> tuple[Any, ...]:
         """Another word; its number comes from the visitor's browser."""
+        ticket, word = place[0] if place else "", getattr(event, "word", None)
         try:
-            one, word = shelf.get(at[0] if at else ""), getattr(event, "word", None)
-            if not isinstance(word, int) or not 0 <= word < len(one.found.words):
+            opened = shelf.get(ticket)
+            if not isinstance(word, int) or not 0 <= word < len(opened.inspection.words):
                 raise ValueError("Choose a word of the answer.")
         except ValueError as error:
-            return at, problem(error), ""
-        return (at[0] if at else "", word), *word_maps(one, word, band, head)
+            return place, problem(error), ""
+        return (ticket, word), *word_maps(opened, word, band, head)
 
-    def narrow(at: tuple[str, int] | None, band: str, head: str) -> tuple[Any, ...]:
+    def narrow(place: tuple[str, int] | None, band: str, head: str) -> tuple[Any, ...]:
         """Other layers or heads."""
-        if at is None:
+        if place is None:
             return gr.skip(), gr.skip(), gr.skip()
+        ticket, word = place
         try:
-            one = shelf.get(at[0])
+            opened = shelf.get(ticket)
         except ValueError as error:
             return gr.skip(), problem(error), ""
-        return one.strip(at[1], layers[band], heads[head]), *word_maps(one, at[1], band, head)
+        return opened.strip(word, layers[band], heads[head]), *word_maps(opened, word, band, head)
 
     def offer(answers: tuple[Answer, ...]) -> Any:
         """Put the methods that were compared first, and take the last of them."""
-        asked = list(dict.fromkeys(one.spec for one in answers))
-        return gr.update(choices=list(dict.fromkeys([*asked, *METHODS])), value=asked[-1]) if asked else gr.skip()
+        compared = list(dict.fromkeys(answer.spec for answer in answers))
+        if not compared:
+            return gr.skip()
+        return gr.update(choices=list(dict.fromkeys([*compared, *METHODS])), value=compared[-1])
 
-    asked, narrowed = [shared.picture, shared.prompt, method, band, head], [place, band, head]
-    button.click(look, asked, [place, strip, drawn, by_head, vhd, refined], api_name="look_inside")
-    strip.click(choose, narrowed, [place, drawn, by_head], api_visibility="private", show_progress="hidden")
-    gr.on([band.change, head.change], narrow, narrowed, [strip, drawn, by_head], api_visibility="private")
+    question, view = [shared.picture, shared.prompt, method, band, head], [place, band, head]
+    button.click(look, question, [place, strip, drawn, by_head, vhd, refined], api_name="look_inside")
+    strip.click(choose, view, [place, drawn, by_head], api_visibility="private", show_progress="hidden")
+    gr.on([band.change, head.change], narrow, view, [strip, drawn, by_head], api_visibility="private")
     shared.answers.change(offer, shared.answers, method, api_visibility="private")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlmfix.asking.asking import ask_batch, spellings
 from vlmfix.demo import maps
 from vlmfix.demo.studio import Shared, Studio, interventions, problem, read_picture, truth
 from vlmfix.eval.benchmarks.pope_building import question_text
@@ -64,24 +62,25 @@ STYLE = """
 def _together() -> tuple[tuple[str, ...], NDArray[Any]]:
     """COCO's objects, and of the pictures of COCO val2014 that show one (row) the share that show another (column)."""
     names = Vocabulary.load().nodes
-    at = {name: i for i, name in enumerate(names)}
+    column_of = {name: i for i, name in enumerate(names)}
     pictures = coco_truth("rohrbach", "val")
     shows = np.zeros((len(pictures), len(names)), dtype=np.float32)
-    for i, objects in enumerate(pictures.values()):
-        shows[i, [at[name] for name in objects]] = 1
-    both = shows.T @ shows
-    return names, both / np.maximum(both.diagonal(), 1)[:, None]
+    for row, objects in enumerate(pictures.values()):
+        shows[row, [column_of[name] for name in objects]] = 1
+    n_with_both = shows.T @ shows
+    return names, n_with_both / np.maximum(n_with_both.diagonal(), 1)[:, None]
 
 
 def beside(shown: frozenset[str]) -> dict[str, float]:
     """How often each object is seen with what is shown: the share of COCO's pictures of a shown object that also show
     this one, averaged over the other shown objects. 0 where nothing else is shown."""
     names, share = _together()
-    found = {}
+    shown_rows = [i for i, name in enumerate(names) if name in shown]
+    shares = {}
     for j, name in enumerate(names):
-        others = [i for i, other in enumerate(names) if other in shown and other != name]
-        found[name] = float(share[others, j].mean()) if others else 0.0
-    return found
+        others = [i for i in shown_rows if i != j]
+        shares[name] = float(share[others, j].mean()) if others else 0.0
+    return shares
 
 
 def p_yes(
@@ -91,22 +90,13 @@ def p_yes(
 
     `ValueError` for methods that decode in a way of their own: they leave the first token's probability as it is.
     """
-    if deciders := [one.name for one in chosen if one.acts_at("decode")]:
-        raise ValueError(
-            f"{deciders[0]} works on whole answers; it leaves the first token's probabilities as they are."
-        )
-    words = {word: spellings(studio.processor, word) for word in ("yes", "no")}
-    found = {}
-    with studio.under(chosen) as twin:
-        for start in range(0, len(names), BATCH):
-            batch = names[start : start + BATCH]
-            asked = [(picture, question_text(name)) for name in batch]
-            for name, record in zip(
-                batch, ask_batch(twin, studio.processor, asked, max_new_tokens=1, first_token=words), strict=True
-            ):
-                said = record.first_token or {}
-                found[name] = 1 / (1 + math.exp(min(said["no"] - said["yes"], 700.0)))
-    return found
+    asker = studio.asker(chosen)
+    probabilities: dict[str, float] = {}
+    for start in range(0, len(names), BATCH):
+        batch = names[start : start + BATCH]
+        questions = [(picture, question_text(name)) for name in batch]
+        probabilities.update(zip(batch, asker.p_yes(questions), strict=True))
+    return probabilities
 
 
 @dataclass(frozen=True)
@@ -122,8 +112,10 @@ class Probe:
     @property
     def there(self) -> frozenset[str]:
         """What is shown: as known, else what the first method says yes to."""
-        first = next((one for one in self.answers.values() if not isinstance(one, str)), {})
-        return frozenset(n for n, p in first.items() if p >= 0.5) if self.known is None else self.known
+        if self.known is not None:
+            return self.known
+        first = next(iter(self._probabilities()), {})
+        return frozenset(name for name, p in first.items() if p >= 0.5)
 
     def wrong(self, name: str, p: float) -> str:
         """`invented`, `missed`, or nothing."""
@@ -133,72 +125,78 @@ class Probe:
 
     def html(self) -> str:
         """Bars of every object, those that are there first, the others by how often they are seen with these."""
-        told = [one for one in self.answers.values() if not isinstance(one, str)]
-        if not told:
+        answered = self._probabilities()
+        if not answered:
             return self._methods()
-        near = beside(self.there)
+        near, there = beside(self.there), self.there
         names = sorted(near, key=lambda name: (-near[name], name))
-        there = [name for name in names if name in self.there]
-        absent = [name for name in names if name not in self.there]
-        said_yes = {name for name in absent if any(one[name] >= 0.5 for one in told)}
-        first = [name for i, name in enumerate(absent) if i < NEAR or name in said_yes]
-        rest = [name for name in absent if name not in first]
-        shown, behind = (
-            (f"In the picture: {len(there)}", f"Not in the picture: {len(absent)}")
-            if self.known is not None
-            else (f"Said to be there: {len(there)}", f"Said to be absent: {len(absent)}")
-        )
+        present = [name for name in names if name in there]
+        absent = [name for name in names if name not in there]
+        first, rest = [], []
+        for i, name in enumerate(absent):
+            someone_says_yes = any(p[name] >= 0.5 for p in answered)
+            (first if i < NEAR or someone_says_yes else rest).append(name)
+        if self.known is not None:
+            above, below = f"In the picture: {len(present)}", f"Not in the picture: {len(absent)}"
+        else:
+            above, below = f"Said to be there: {len(present)}", f"Said to be absent: {len(absent)}"
         percent = "Percent: of COCO's pictures of the objects that are there, the share that also shows this one."
         parts = [
             self._methods(),
-            f'<p class="quiet">{percent}</p><h4>{shown}</h4>',
-            *(self._row(name, near) for name in there),
+            f'<p class="quiet">{percent}</p><h4>{above}</h4>',
+            *(self._row(name, near) for name in present),
+            f"<h4>{below}, most likely beside these first</h4>",
+            *(self._row(name, near) for name in first),
         ]
-        parts += [f"<h4>{behind}, most likely beside these first</h4>", *(self._row(name, near) for name in first)]
         if rest:
             rows = "".join(self._row(name, near) for name in rest)
             parts.append(f"<details><summary>The other {len(rest)}, no from all methods</summary>{rows}</details>")
         return "".join(parts)
 
+    def _probabilities(self) -> list[dict[str, float]]:
+        """P(yes) by object, of each method that has answered."""
+        return [answer for answer in self.answers.values() if not isinstance(answer, str)]
+
     def _methods(self) -> str:
         lines = []
-        for key, colour, (spec, one) in self._keyed():
-            if isinstance(one, str):
-                text = f'<span class="wrong">{escape(one)}</span>' if one else "…"
-            else:
-                kinds = [self.wrong(name, p) for name, p in one.items()]
-                right = f"{kinds.count('')} of {len(one)} right, {kinds.count('invented')} invented, "
-                text = f"yes to {sum(p >= 0.5 for p in one.values())}"
-                text = text if self.known is None else f"{right}{kinds.count('missed')} missed; {text}"
+        for key, colour, spec, answer in self._keyed():
+            text = self._summary(answer)
             lines.append(f'<li><b class="key" style="--c:{colour}">{key}</b> <code>{escape(spec)}</code> {text}</li>')
-        where = (
-            ""
-            if self.known is not None
-            else (
-                "<p class='quiet'>What this picture shows is not known here, so no answer is called right or wrong.</p>"
-            )
-        )
+        unknown = "What this picture shows is not known here, so no answer is called right or wrong."
+        where = f"<p class='quiet'>{unknown}</p>" if self.known is None else ""
         methods = f'<div><ul class="methods">{"".join(lines)}</ul>{where}</div>'
         return f'<div class="head"><img src="{maps.source(self.picture, SMALL)}" alt="The picture">{methods}</div>'
 
+    def _summary(self, answer: dict[str, float] | str) -> str:
+        """A method's answers in a line, or what went wrong; three dots where it has not answered yet."""
+        if isinstance(answer, str):
+            return f'<span class="wrong">{escape(answer)}</span>' if answer else "…"
+        yes = f"yes to {sum(p >= 0.5 for p in answer.values())}"
+        if self.known is None:
+            return yes
+        kinds = [self.wrong(name, p) for name, p in answer.items()]
+        right, invented, missed = (kinds.count(kind) for kind in ("", "invented", "missed"))
+        return f"{right} of {len(answer)} right, {invented} invented, {missed} missed; {yes}"
+
     def _row(self, name: str, near: dict[str, float]) -> str:
         bars = []
-        for key, colour, (spec, one) in self._keyed():
-            if isinstance(one, str):
+        for key, colour, spec, answer in self._keyed():
+            if isinstance(answer, str):
                 continue
-            p, wrong = one[name], self.wrong(name, one[name])
+            p = answer[name]
+            wrong = self.wrong(name, p)
             bars.append(
                 f'<div class="bar" style="--c:{colour};--v:{100 * p:.1f}%" title="{escape(spec)}: {p:.3f} {wrong}">'
                 f'<b class="key">{key}</b><i></i><span{" class=wrong" if wrong else ""}>{p:.2f} {wrong}</span></div>'
             )
-        seen = f"<small>{100 * near[name]:.0f} %</small>"
-        return f'<div class="row"><div>{escape(name)}{seen}</div><div>{"".join(bars)}</div></div>'
+        share = f"<small>{100 * near[name]:.0f} %</small>"
+        return f'<div class="row"><div>{escape(name)}{share}</div><div>{"".join(bars)}</div></div>'
 
-    def _keyed(self) -> Iterator[tuple[str, str, tuple[str, dict[str, float] | str]]]:
-        """Letter, colour, and the answers of each method."""
+    def _keyed(self) -> Iterator[tuple[str, str, str, dict[str, float] | str]]:
+        """Letter, colour, spec and answers of each method."""
         colours = iter(PALETTE)
-        for key, (spec, one) in zip("ABCD", self.answers.items(), strict=False):
-            yield key, UNTOUCHED if spec == "none" else next(colours), (spec, one)
+        for key, (spec, answer) in zip("ABCD", self.answers.items(), strict=False):
+            yield key, UNTOUCHED if spec == "none" else next(colours), spec, answer
 
 
 def probe(studio: Studio, path: str | None, specs: Sequence[str]) -> Iterator[str]:

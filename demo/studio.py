@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from html import escape
@@ -17,9 +17,10 @@ import gradio as gr
 from PIL import Image
 from torch import nn
 
-from vlmfix.asking.asking import Record, ask, open_picture
+from vlmfix.asking.asker import Asker
+from vlmfix.asking.pictures import open_picture
+from vlmfix.asking.record import Record
 from vlmfix.demo.settings import METHODS, interventions, settings
-from vlmfix.engine.attachment import wrapped
 from vlmfix.eval.pictures.data import Data
 from vlmfix.method.intervention import Intervention
 from vlmfix.model.loading import EMBEDDED, load
@@ -54,31 +55,31 @@ class Studio:
         """Whether the model is one of those that know drawn scenes only."""
         return self.name in EMBEDDED
 
-    @contextmanager
-    def under(self, chosen: Sequence[Intervention] = ()) -> Iterator[nn.Module]:
-        """A twin of the model, with the interventions in force: it shares all weights and no hooks, so that nobody
-        else notices. `attached(twin)` and `report(twin)` tell what they saw."""
-        shared = {id(x): x for x in (*self.model.parameters(), *self.model.buffers())}
-        with wrapped(copy.deepcopy(self.model, shared), list(chosen), self.processor) as twin:
-            yield twin
+    def twin(self) -> nn.Module:
+        """A model that shares all weights of this one and no hooks, so that nobody else notices what is put on it."""
+        tensors = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model, tensors)  # what is in this memo already is not copied
+
+    def asker(self, chosen: Sequence[Intervention] = ()) -> Asker:
+        """A twin with some interventions, ready to be asked by one visitor."""
+        return Asker(self.twin(), self.processor, list(chosen))
 
     def ask(
         self, picture: Image.Image, prompt: str, chosen: Sequence[Intervention] = (), streamer: Any = None
     ) -> Record:
         """One answer. `streamer` gets its tokens as they come (`put`, `end`); interventions that decode in their own
         way have none to give before they are done. Raises what `vlmfix.ask` raises."""
-        with self.under(chosen) as twin:
-            return self.ask_twin(twin, picture, prompt, chosen, streamer)
+        return self.ask_with(self.asker(chosen), picture, prompt, streamer)
 
-    def ask_twin(
-        self, twin: nn.Module, picture: Image.Image, prompt: str, chosen: Sequence[Intervention], streamer: Any = None
-    ) -> Record:
-        """As `ask`, with a twin from `under`, to look at it afterwards."""
-        decodes = any(one.acts_at("decode") for one in chosen)
+    def ask_with(self, asker: Asker, picture: Image.Image, prompt: str, streamer: Any = None) -> Record:
+        """As `ask`, with an asker that one can look into afterwards."""
+        active = [intervention for intervention in asker.interventions if intervention is not None]
+        decodes = any(intervention.acts_at("decode") for intervention in active)
         streaming = {} if streamer is None or decodes else {"streamer": streamer}
         with self.sampling if decodes else nullcontext():
-            record = ask(twin, self.processor, picture, prompt, max_new_tokens=MAX_NEW_TOKENS, **streaming)
-        return replace(record, generation={k: v for k, v in record.generation.items() if k != "streamer"})
+            record = asker.ask(picture, prompt, max_new_tokens=MAX_NEW_TOKENS, **streaming)
+        settings = {key: value for key, value in record.generation.items() if key != "streamer"}
+        return replace(record, generation=settings)
 
 
 @dataclass(frozen=True, eq=False)  # a state of the page must be hashable, and pictures are not
@@ -119,13 +120,13 @@ def known_pictures() -> dict[str, Path]:
 @cache
 def _known() -> dict[str, tuple[str, frozenset[str]]]:
     """Hash of the pixels of each embedded picture -> its name, and the objects in it."""
-    found = {}
+    by_pixels = {}
     for name in ("scenes", "photos"):
         data = Data.load(name)
-        truth = data.truth
+        objects = data.truth
         for key, path in data.images.items():
-            found[pixel_hash(open_picture(path))] = path.stem, truth[key]
-    return found
+            by_pixels[pixel_hash(open_picture(path))] = path.stem, objects[key]
+    return by_pixels
 
 
 def pixel_hash(picture: Image.Image) -> str:

@@ -7,7 +7,7 @@ import shlex
 from html import escape
 from typing import Any
 
-from vlmfix.asking.asking import Record
+from vlmfix.asking.record import Record
 from vlmfix.demo.studio import Answer, known_pictures, picture_name, truth
 from vlmfix.eval.scorers.chair import Mention, Vocabulary, mentions
 
@@ -38,18 +38,18 @@ def marked(text: str, objects: frozenset[str]) -> str:
 def shaded(text: str, scores: list[dict[str, Any]]) -> str:
     """Text as safe HTML, with the words that name objects shaded by the share of all words that looked at the picture
     more. `scores`: `per_word` of the monitor `lookback`."""
-    at = {
-        m.start(): one["score"]
-        for m, one in zip(re.finditer(r"\S+", text), scores, strict=False)
-        if one["score"] is not None
-    }
+    score_at: dict[int, float] = {}
+    for word_match, of_word in zip(re.finditer(r"\S+", text), scores, strict=False):
+        if of_word["score"] is not None:
+            score_at[word_match.start()] = of_word["score"]
 
     def mark(mention: Mention, word: str) -> str:
-        own = [score for start, score in at.items() if mention.start <= start < mention.end]
+        own = [score for start, score in score_at.items() if mention.start <= start < mention.end]
         if not own:
             return word
-        doubt = sum(score > min(own) for score in at.values()) / len(at)
-        return f'<span class="doubt" style="--doubt: {doubt:.0%}" title="lookback {min(own):.2f}">{word}</span>'
+        lowest = min(own)
+        doubt = sum(score > lowest for score in score_at.values()) / len(score_at)
+        return f'<span class="doubt" style="--doubt: {doubt:.0%}" title="lookback {lowest:.2f}">{word}</span>'
 
     return _with_marks(text, mark)
 
@@ -68,36 +68,37 @@ def judged(record: Record, objects: frozenset[str]) -> tuple[str, list[str]]:
     Yes or no to "Is there a dog in the image?" is right or wrong as a whole; after any other prompt it is left alone.
     """
     text = escape(record.text)
-    first = re.match(r"(yes|no)\b", record.text, re.IGNORECASE)
-    if first:
+    yes_or_no = re.match(r"(yes|no)\b", record.text, re.IGNORECASE)
+    if yes_or_no:
         question = EXISTS.fullmatch(record.prompt.strip())
-        asked = Vocabulary.load().node_of.get(question[1].lower()) if question else None
-        if asked is None:
+        node = Vocabulary.load().node_of.get(question[1].lower()) if question else None
+        if node is None:
             return text, []
-        if (asked in objects) == (first[1].lower() == "yes"):
+        if (node in objects) == (yes_or_no[1].lower() == "yes"):
             return text, ["Right"]
-        there = "" if asked in objects else "not "
-        return f'<del class="wrong">{text}</del>', [f'<span class="wrong">Wrong: {asked} is {there}there</span>']
+        there = "" if node in objects else "not "
+        return f'<del class="wrong">{text}</del>', [f'<span class="wrong">Wrong: {node} is {there}there</span>']
     named = {mention.node for mention in mentions(record.text)}
     invented = sorted(named - objects)
     missed = sorted(node for node in objects - named if mentions(node))  # CHAIR cannot hear "bus"
-    told = [f'<span class="wrong">Invented: {", ".join(invented)}</span>' if invented else "Nothing invented"]
+    lines = [f'<span class="wrong">Invented: {", ".join(invented)}</span>' if invented else "Nothing invented"]
     if "?" not in record.prompt:
-        told.append(f"Missed: {', '.join(missed)}" if missed else "Nothing missed")
-    return marked(record.text, objects), told
+        lines.append(f"Missed: {', '.join(missed)}" if missed else "Nothing missed")
+    return marked(record.text, objects), lines
 
 
 def notes(record: Record) -> list[str]:
     """What a visitor should know of what the methods did."""
-    found = []
-    for method, did in zip(record.method, record.did, strict=True):
-        if idle := method["facts"].get("idle"):
-            found.append(f"{method['name']} does not act on this model: {idle}.")
-        elif not did.get("acted", True) and method["name"] != "lookback":
-            found.append(f"{method['name']} changed nothing in this answer.")
+    lines = []
+    for method, effects in zip(record.method, record.effects, strict=True):
+        idle = method["facts"].get("idle")
+        if idle:
+            lines.append(f"{method['name']} does not act on this model: {idle}.")
+        elif not effects.get("acted", True) and method["name"] != "lookback":
+            lines.append(f"{method['name']} changed nothing in this answer.")
     if record.finish == "length":
-        found.append(f"Cut after {len(record.token_ids)} tokens.")
-    return found
+        lines.append(f"Cut after {len(record.token_ids)} tokens.")
+    return lines
 
 
 def python(answer: Answer) -> str:
@@ -132,23 +133,24 @@ def running(spec: str, text: str) -> str:
 def done(answer: Answer) -> str:
     """A finished column, as safe HTML."""
     record, objects = answer.record, truth(answer.record)
-    scores = next((d["per_word"] for d in record.did[::-1] if "per_word" in d), None)
+    scores = next((effects["per_word"] for effects in record.effects[::-1] if "per_word" in effects), None)
+    lines: list[str] = []
     if objects is not None:
-        text, told = judged(record, objects)
+        text, lines = judged(record, objects)
     elif scores is not None:
-        text, told = shaded(record.text, scores), []
+        text = shaded(record.text, scores)
     else:
-        text, told = escape(record.text), []
+        text = escape(record.text)
     n = len(record.token_ids)
     cost = f"{record.seconds:.2f} s · {n} token{'s' * (n != 1)} · {record.passes:g} pass{'es' * (record.passes != 1)}"
-    code = "".join(
-        f'<p>{what}</p><button type="button" class="copy">Copy</button><pre>{escape(text)}</pre>'
-        for what, text in (("Python", python(answer)), ("Command line", command(answer)))
-    )
-    lines = [*told, *map(escape, notes(record))]
-    return _page(answer.spec, cost, text or "(no words)", lines) + (
-        f"<details><summary>Copy as code</summary>{code}</details>"
-    )
+    lines = [*lines, *map(escape, notes(record))]
+    code = _code("Python", python(answer)) + _code("Command line", command(answer))
+    page = _page(answer.spec, cost, text or "(no words)", lines)
+    return f"{page}<details><summary>Copy as code</summary>{code}</details>"
+
+
+def _code(language: str, text: str) -> str:
+    return f'<p>{language}</p><button type="button" class="copy">Copy</button><pre>{escape(text)}</pre>'
 
 
 def _page(spec: str, cost: str, text: str, lines: list[str]) -> str:

@@ -3,7 +3,6 @@ method's edit, and as the untouched model has it when it reads the same words.""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -15,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from vlmfix.asking.asking import Answering, Record
+from vlmfix.asking.batch import Batch, model_inputs
+from vlmfix.asking.record import Record
+from vlmfix.asking.words import Written
 from vlmfix.demo.studio import Studio
-from vlmfix.engine.attachment import attached, effects
-from vlmfix.hooks.lookback import steps_of, token_ends
 from vlmfix.hooks.parts import sinks, views
 from vlmfix.hooks.var import VAR
 from vlmfix.method.heads import parse_heads
@@ -45,16 +44,18 @@ class Seen:
 
     def heat(self, steps: Sequence[int], layers: Sequence[int], head: int | None = None) -> Array:
         """(N,) attention behind some tokens, averaged over them, some layers, and all heads or one."""
-        found = self.image[list(steps)][:, self._at(layers)]
-        return (found if head is None else found[:, :, [head]]).mean((0, 1, 2), dtype=np.float32)
+        weights = self.image[list(steps)][:, self._at(layers)]
+        if head is not None:
+            weights = weights[:, :, [head]]
+        return weights.mean((0, 1, 2), dtype=np.float32)
 
     def shares(self, layers: Sequence[int], head: int | None = None) -> Array:
         """(T,) share of each token's attention that lies on the image, over the same layers and heads."""
-        at = self._at(layers)
-        image, total = self.image[:, at].sum(-1, dtype=np.float32), self.total[:, at]
+        places = self._at(layers)
+        on_image, total = self.image[:, places].sum(-1, dtype=np.float32), self.total[:, places]
         if head is not None:
-            image, total = image[..., head], total[..., head]
-        return image.reshape(len(image), -1).sum(1) / total.reshape(len(total), -1).sum(1)
+            on_image, total = on_image[..., head], total[..., head]
+        return on_image.reshape(len(on_image), -1).sum(1) / total.reshape(len(total), -1).sum(1)
 
     def by_head(self, steps: Sequence[int]) -> Array:
         """(A, H) share of the attention behind some tokens that lies on the image."""
@@ -65,6 +66,7 @@ class Seen:
         return self.sinks[self._at(layers)].mean(0) >= 0.5
 
     def _at(self, layers: Sequence[int]) -> list[int]:
+        """Places of decoder layers among those that attend."""
         return [self.layers.index(layer) for layer in layers]
 
 
@@ -112,31 +114,36 @@ class Watch(Intervention):
 
     @staticmethod
     def _note(a: Tensor, site: Site) -> None:
+        """Keep the weights (B, H, R, K) on image tokens, their sum over all keys, and which rows count."""
         memo, image, this_pass = site.memo, site.geometry.image, (site.start, a.shape[-1])
         if site.n_prompt:
-            n = int(image.sum(1).max())
-            memo["columns"] = image.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n]
-        looks = memo.setdefault("looks", {}).setdefault(site.layer, {"pass": this_pass, "parts": []})
-        if site.start == 0 and looks["pass"] != this_pass:  # the prompt once more, longer: there is no cache
-            looks.update({"pass": this_pass, "parts": []})
+            n_image = int(image.sum(1).max())
+            memo["columns"] = image.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n_image]
+        of_layer = memo.setdefault("looks", {}).setdefault(site.layer, {"pass": this_pass, "parts": []})
+        if site.start == 0 and of_layer["pass"] != this_pass:  # the prompt once more, longer: there is no cache
+            of_layer.update({"pass": this_pass, "parts": []})
         columns = memo["columns"].to(a.device)[:, None, None].expand(-1, a.shape[1], a.shape[2], -1)
-        looked = pad(a, (site.first_key, 0)).gather(-1, columns)
-        looks["parts"].append((looked.half().cpu(), a.sum(-1).cpu(), site.rows.cpu()))
+        on_image = pad(a, (site.first_key, 0)).gather(-1, columns)
+        of_layer["parts"].append((on_image.half().cpu(), a.sum(-1).cpu(), site.rows.cpu()))
 
-    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+    def answered(self, memo: dict[str, Any], row: int, run: Batch, tokens: list[int]) -> dict[str, Any]:
         """`seen`: what the answer looked at; `pictures`: what it was given."""
         if "looks" not in memo:
             return {}
-        return {"seen": self.seen(memo, row, slice(len(tokens))), "pictures": run.questions[0][0]}
+        pictures, _ = run.questions[0]
+        return {"seen": self.seen(memo, row, slice(len(tokens))), "pictures": pictures}
 
     def seen(self, memo: dict[str, Any], row: int, part: slice) -> Seen:
         """Of one row of the batch; `part` of the rows that were read predicts its answer."""
         columns = memo["columns"][row].cpu()
         image, total, marked = [], [], []
-        for layer, looks in memo["looks"].items():
-            mine = [(a[row][:, rows[row]], t[row][:, rows[row]]) for a, t, rows in looks["parts"]]
-            image.append(torch.cat([a for a, _ in mine], 1).transpose(0, 1)[part])  # (T, H, N)
-            total.append(torch.cat([t for _, t in mine], 1).transpose(0, 1)[part])
+        for layer, of_layer in memo["looks"].items():
+            image_parts, total_parts = [], []
+            for on_image, on_all, rows in of_layer["parts"]:
+                image_parts.append(on_image[row][:, rows[row]])
+                total_parts.append(on_all[row][:, rows[row]])
+            image.append(torch.cat(image_parts, 1).transpose(0, 1)[part])  # (T, H, N)
+            total.append(torch.cat(total_parts, 1).transpose(0, 1)[part])  # (T, H)
             marked.append(memo["sinks"][layer][row].cpu()[columns] if self.dims else torch.zeros(len(columns)).bool())
         stacked = torch.stack(image, 1), torch.stack(total, 1), torch.stack(marked)
         return Seen(tuple(memo["looks"]), *(x.numpy() for x in stacked))
@@ -157,17 +164,17 @@ class Sinks:
         parts = anatomy(model)
         if parts.n_streams > 1:
             return cls(origin=f"no sinks are told: {parts.text_type} has {parts.n_streams} residual streams a token")
-        found = sinks.resolve(model, parts, sinks.default_tau(parts.hidden_size), processor)
-        if not found.dims:
-            return cls(origin=f"calibration finds no sink dimension: {found.explain()}")
-        return cls(found.dims, found.tau, found.origin)
+        calibrated = sinks.resolve(model, parts, sinks.default_tau(parts.hidden_size), processor)
+        if not calibrated.dims:
+            return cls(origin=f"calibration finds no sink dimension: {calibrated.explain()}")
+        return cls(calibrated.dims, calibrated.tau, calibrated.origin)
 
-    def given(self, method: Sequence[Intervention]) -> Sinks:
+    def unless_named_by(self, method: Sequence[Intervention]) -> Sinks:
         """Those that a method names, else these."""
-        for one in method:
-            dims, tau = getattr(one, "dims", None), getattr(one, "tau", None)
+        for intervention in method:
+            dims, tau = getattr(intervention, "dims", None), getattr(intervention, "tau", None)
             if dims and tau:
-                return Sinks(tuple(dims), tau, f"as {one.name} was told")
+                return Sinks(tuple(dims), tau, f"as {intervention.name} was told")
         return self
 
 
@@ -188,7 +195,7 @@ class Shown:
     @classmethod
     def of(cls, model: Any, processor: Any, picture: Image.Image, prompt: str, first: int = 0) -> Shown:
         """From what the processor makes of the picture."""
-        inputs = Answering.of(model, processor, [([picture], prompt)], {}).inputs
+        inputs = model_inputs(model, processor, [([picture], prompt)])
         ids = torch.tensor(anatomy(model).image_token_ids, device=inputs["input_ids"].device)
         n = int(torch.isin(inputs["input_ids"], ids).sum())
         try:
@@ -201,8 +208,8 @@ class Shown:
         view = self.view
         if view is None:
             raise ValueError(self.gridless)
-        first = self.first + view.first
-        return x[first : first + view.rows * view.columns].reshape(view.rows, view.columns)
+        first, n_cells = self.first + view.first, view.rows * view.columns
+        return x[first : first + n_cells].reshape(view.rows, view.columns)
 
 
 @dataclass(frozen=True)
@@ -244,7 +251,8 @@ class Inspection:
     @property
     def nbytes(self) -> int:
         """Memory that it takes, about."""
-        return sum(seen.image.nbytes for seen in {id(seen): seen for seen in self.looks}.values())
+        distinct = {id(seen): seen for seen in self.looks}
+        return sum(seen.image.nbytes for seen in distinct.values())
 
 
 def inspect(
@@ -255,64 +263,57 @@ def inspect(
     `ValueError` or `TypeError` where the question cannot be asked, or where the method decodes in a way that cannot be
     followed token by token.
     """
-    told = known.given(method)
-    watch = Watch(dims=told.dims or None, tau=told.tau)
-    with studio.under([replace(watch, moment="before"), *method, watch]) as twin:
-        record = studio.ask_twin(twin, picture, prompt, method)
-        heads = _chosen(effects(twin)[1:-1])
-    first, *did, last = record.did
-    if not ("seen" in first and "seen" in last and record.token_ids):
+    sinks_here = known.unless_named_by(method)
+    watch = Watch(dims=sinks_here.dims or None, tau=sinks_here.tau)
+    asker = studio.asker([replace(watch, moment="before"), *method, watch])
+    record = studio.ask_with(asker, picture, prompt)
+    before_edit, *of_methods, after_edit = record.effects
+    if not ("seen" in before_edit and "seen" in after_edit and record.token_ids):
         raise ValueError("Nothing was read: the model has no softmax attention, or it gave no answer.")
-    before, after = first["seen"], last["seen"]
+    before, after = before_edit["seen"], after_edit["seen"]
     if np.array_equal(before.image, after.image):
         after = before
-    untouched = reread(studio, picture, prompt, record.token_ids, watch) if method else None
     model, processor = studio.model, studio.processor
     shown: list[Shown] = []
-    for given in last["pictures"]:
-        shown.append(Shown.of(model, processor, given, prompt, sum(one.n for one in shown)))
+    n_tokens = 0
+    for refined in after_edit["pictures"]:
+        shown.append(Shown.of(model, processor, refined, prompt, n_tokens))
+        n_tokens += shown[-1].n
     return Inspection(
         spec=spec_of(method),
-        record=replace(record, did=did, method=record.method[1:-1]),
+        record=replace(record, effects=of_methods, method=record.method[1:-1]),
         words=words_of(processor, record.token_ids),
         before=before,
         after=after,
-        untouched=untouched,
+        untouched=reread(studio, picture, prompt, record.token_ids, watch) if method else None,
         shown=tuple(shown),
         original=Shown.of(model, processor, picture, prompt),
-        sinks=told,
-        heads=heads,
+        sinks=sinks_here,
+        heads=_chosen_heads(asker.effects()[1:-1]),
     )
 
 
-@torch.inference_mode()
 def reread(studio: Studio, picture: Image.Image, prompt: str, tokens: Sequence[int], watch: Watch) -> Seen:
     """What the untouched model looks at when it reads an answer word for word."""
-    with studio.under([replace(watch, rows="after_last_image")]) as twin:
-        run = Answering.of(twin, studio.processor, [([picture], prompt)], {})
-        twin(**run.after(tokens[:-1]), use_cache=False)
-        memo = attached(twin).last().memos[0]  # type: ignore[union-attr]
+    asker = studio.asker([replace(watch, rows="after_last_image")])
+    inputs = asker.batch([(picture, prompt)]).after(tokens[:-1])
+    _, (memo,) = asker.forward(inputs)
     return watch.seen(memo, 0, slice(-len(tokens), None))
 
 
 def words_of(processor: Any, tokens: Sequence[int]) -> tuple[Word, ...]:
     """The words of an answer and their tokens."""
-
-    def text(some: Sequence[int]) -> str:
-        return processor.decode(some, skip_special_tokens=True).strip()
-
-    ends = token_ends(tokens, text)
-    spans = ((m[0], steps_of(ends, m.start(), m.end())) for m in re.finditer(r"\S+", text(tokens)))
-    return tuple(Word(word, tuple(steps)) for word, steps in spans if steps)
+    words = Written.by(processor, tokens).words()
+    return tuple(Word(word, tuple(steps)) for word, steps in words if steps)
 
 
-def _chosen(reports: Sequence[dict[str, Any]]) -> dict[int, tuple[int, ...]]:
+def _chosen_heads(effects: Sequence[dict[str, Any]]) -> dict[int, tuple[int, ...]]:
     """Heads per layer that methods say they chose, or were told to act on."""
-    found: dict[int, set[int]] = {}
-    for one in reports:
-        for layer, head in parse_heads(one.get("head_list") or "") or ():
-            found.setdefault(layer, set()).add(head)
-        for sample in one["samples"][:1]:
+    chosen: dict[int, set[int]] = {}
+    for effect in effects:
+        for layer, head in parse_heads(effect.get("head_list") or "") or ():
+            chosen.setdefault(layer, set()).add(head)
+        for sample in effect["samples"][:1]:
             for layer, facts in sample.get("layers", {}).items():
-                found.setdefault(int(layer), set()).update(facts.get("heads", ()))
-    return {layer: tuple(sorted(heads)) for layer, heads in sorted(found.items()) if heads}
+                chosen.setdefault(int(layer), set()).update(facts.get("heads", ()))
+    return {layer: tuple(sorted(heads)) for layer, heads in sorted(chosen.items()) if heads}

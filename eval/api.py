@@ -33,7 +33,8 @@ from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import as_interventions, parse, spec_of, split_methods, with_accelerator
 
 if TYPE_CHECKING:
-    from vlmfix.eval.run.runner import Progress, Workers
+    from vlmfix.eval.run.progress import Progress
+    from vlmfix.eval.run.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class Setup:
         workers: Workers | None = None,
     ) -> list[Run]:
         """Ask all questions under all methods; what is on disk already is not asked again. See `evaluate`."""
-        from vlmfix.eval.run.runner import Workers, answer_each
+        from vlmfix.eval.run.runner import answer_each
+        from vlmfix.eval.run.workers import Workers
 
         task = self.task
         model, processor = loaded or _load(task)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vlmfix.method.intervention import Intervention
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ class Beam(Intervention):
         if self.n < 1:
             raise ValueError(f"n: expected 1 beam or more, got {self.n!r}")
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The model's own beam search."""
         return run.generate(num_beams=self.n), [{"acted": True}] * len(run.questions)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from vlmfix.asking.asking import Look, Looked, Picture
+    from vlmfix.asking.look import Look, Looked
+    from vlmfix.asking.pictures import Picture
     from vlmfix.model.anatomy import Anatomy
 
 PAPER: dict[str, Any] = {
@@ -303,9 +304,9 @@ class CARVE(Intervention):
 
 
 def redraw(did: dict[str, Any], picture: Picture) -> Image:
-    """The refined picture of a record: `did` is CARVE's part of `Record.did`, `picture` what was asked about (an image
-    or a path). The picture itself where CARVE did not act."""
-    from vlmfix.asking.asking import open_picture
+    """The refined picture of a record: `did` is CARVE's part of `Record.effects`, `picture` what was asked about (an
+    image or a path). The picture itself where CARVE did not act."""
+    from vlmfix.asking.pictures import open_picture
     from vlmfix.hooks.parts import regions
 
     whole = open_picture(picture)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmfix.hooks.lookback import Lookback
-from vlmfix.hooks.rerank import check_sampling, one_by_one, own_index, proposals, round_seed
+from vlmfix.hooks.rerank import check_sampling, one_by_one, proposals, round_seed
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
     from vlmfix.method.intervention import Intervention
 
 
@@ -53,16 +53,13 @@ class Chunks(Lookback):
         """Sampling without a choice."""
         return (replace(self, k=1),)
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """One question after the other."""
         return one_by_one(run, self._answer)
 
-    def _answer(self, run: Answering) -> tuple[list[int], dict[str, Any]]:
+    def _answer(self, run: Batch) -> tuple[list[int], dict[str, Any]]:
         """Tokens of one answer, and what to record of it. The last chunk is shorter where the limit is no multiple."""
-        index, sampling = (
-            own_index(run, self),
-            {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k},
-        )
+        index, sampling = run.index(self), {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         accepted: list[int] = []
         rounds: list[dict[str, Any]] = []
         while run.end(accepted) is None and (left := run.settings["max_new_tokens"] - len(accepted)) > 0:

@@ -12,8 +12,6 @@ attention to the text written so far (arXiv 2511.11502). It only reads: logits s
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import isnan
 from pathlib import Path
@@ -27,7 +25,7 @@ from vlmfix.method.site import Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
     from vlmfix.model.anatomy import Anatomy
     from vlmfix.model.geometry import Geometry
 
@@ -269,7 +267,7 @@ class Lookback(Intervention):
         r = self.ratios(memo)
         return [{"acted": not isnan(s), "score": _number(s)} for s in self._span(r).tolist()] if len(r) else []
 
-    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+    def answered(self, memo: dict[str, Any], row: int, run: Batch, tokens: list[int]) -> dict[str, Any]:
         """`per_token`: the score of each token; `per_word`: of each word, with the `steps` of its tokens; `score`."""
         r = self.ratios(memo)
         if not len(r):
@@ -277,14 +275,10 @@ class Lookback(Intervention):
         if row >= len(r) or not tokens:
             return {"preset": self.preset, "per_token": [], "per_word": [], "score": None}
         r = r[row, : len(tokens)]
-        ends = token_ends(tokens, run.text)
-        found = re.finditer(r"\S+", run.text(tokens))
-        spans = [(m[0], steps_of(ends, m.start(), m.end())) for m in found]
-        words = [
-            {"word": word, "steps": steps, "score": _number(float(self.score(r[steps])))}
-            for word, steps in spans
-            if steps and steps[-1] < len(r)
-        ]
+        words = []
+        for word, steps in run.written(tokens).words():
+            if steps and steps[-1] < len(r):
+                words.append({"word": word, "steps": steps, "score": _number(float(self.score(r[steps])))})
         per_token = [_number(x) for x in self.score(r[:, None]).tolist()]
         per_token += [None] * (len(tokens) - len(per_token))
         return {
@@ -304,18 +298,6 @@ def features(r: Tensor) -> Tensor:
     all are NaN where there was nothing to compare."""
     v = r.nanmean(-3).flatten(-2)
     return v.where(v.isnan().all(-1, keepdim=True), v.nan_to_num(0.0))
-
-
-def token_ends(tokens: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[int]:
-    """Length of the text up to and with each token."""
-    return [len(text(tokens[: k + 1])) for k in range(len(tokens))]
-
-
-def steps_of(ends: Sequence[int], start: int, end: int) -> list[int]:
-    """Tokens that wrote the characters `start .. end` of a text, by `token_ends`. `ValueError` outside the text."""
-    if not 0 <= start < end <= (ends[-1] if ends else 0):
-        raise ValueError(f"span: expected characters within 0..{ends[-1] if ends else 0}, got {start}..{end}")
-    return [k for k, e in enumerate(ends) if e > start and (ends[k - 1] if k else 0) < end]
 
 
 def _number(x: float) -> float | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vlmfix.hooks.lookback import Detector, Lookback, steps_of, token_ends
+from vlmfix.hooks.lookback import Detector, Lookback
 from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.settings import did_you_mean
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
     from vlmfix.model.anatomy import Anatomy
 
 VERIFIERS = ("self", "lookback", "oracle")
@@ -55,13 +55,11 @@ class Candidate:
 
 
 def proposals(
-    run: Answering, accepted: Sequence[int], n: int, length: int, seed: int, stop: Any = None, **sampling: Any
+    run: Batch, accepted: Sequence[int], n: int, length: int, seed: int, stop: Any = None, **sampling: Any
 ) -> list[Candidate]:
     """`n` continuations of an answer to one question, of up to `length` tokens; greedy without `sampling`."""
     import torch
     from transformers import StoppingCriteriaList
-
-    from vlmfix.engine.attachment import attached
 
     inputs, device = run.after(accepted), run.model.device
     start = inputs["input_ids"].shape[1]
@@ -85,13 +83,13 @@ def proposals(
         )
     new = out.sequences[:, start:]
     logp = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, new[..., None])[..., 0]  # (n, T)
-    generation, found = attached(run.model).last(), []  # type: ignore[union-attr]
+    generation, found = run.last_generation, []
     for row, (tokens, values) in enumerate(zip(new.tolist(), logp.tolist(), strict=True)):
         found.append(Candidate(tokens, values, (generation, row)).cut(run.end(tokens)))
     return found
 
 
-def round_seed(run: Answering, n: int) -> int:
+def round_seed(run: Batch, n: int) -> int:
     """Seed of round `n`: belongs to the question, so that neither its batch nor what was asked before matters."""
     (images, prompt), h = run.questions[0], hashlib.sha256()
     for image in images:
@@ -220,7 +218,7 @@ class Rerank(Lookback):
             found = replace(found, hi=at)  # type: ignore[call-arg]
         return found, facts
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """One question after the other."""
         for _, prompt in run.questions:
             if _YES_NO.match(prompt.strip()):
@@ -230,7 +228,7 @@ class Rerank(Lookback):
                 )
         return one_by_one(run, self._answer)
 
-    def _answer(self, run: Answering) -> tuple[list[int], dict[str, Any]]:
+    def _answer(self, run: Batch) -> tuple[list[int], dict[str, Any]]:
         """Tokens of one answer, and what to record of it."""
         accepted: list[int] = []
         rounds: list[dict[str, Any]] = []
@@ -260,7 +258,7 @@ class Rerank(Lookback):
         return accepted, {"acted": acted, **counts, "rounds": rounds}
 
     def _round(
-        self, run: Answering, accepted: list[int], index: int, earlier: set[str]
+        self, run: Batch, accepted: list[int], index: int, earlier: set[str]
     ) -> tuple[list[Candidate], list[dict[str, Any]]]:
         """Next sentences, and what there is to say of each."""
         import torch
@@ -280,7 +278,7 @@ class Rerank(Lookback):
             pairs += judged(self.n - len(pairs), temperature=self.temperature, top_p=self.top_p, top_k=0)
         return [c for c, _ in pairs], [facts for _, facts in pairs]
 
-    def _judge(self, run: Answering, accepted: list[int], one: Candidate, earlier: set[str]) -> dict[str, Any]:
+    def _judge(self, run: Batch, accepted: list[int], one: Candidate, earlier: set[str]) -> dict[str, Any]:
         sentence = run.text(one.tokens)
         verdicts = self._verify(run, accepted, sentence, one)
         repeat = sentence in earlier  # else text that loops would always be clean
@@ -304,19 +302,18 @@ class Rerank(Lookback):
         everyone = range(len(facts))
         return min(everyone, key=lambda i: (facts[i]["repeat"], count(i, "absent"), -candidates[i].likelihood))
 
-    def _verify(self, run: Answering, accepted: list[int], sentence: str, one: Candidate) -> list[Verdict]:
+    def _verify(self, run: Batch, accepted: list[int], sentence: str, one: Candidate) -> list[Verdict]:
         """Verdicts on the objects that a sentence names."""
-        from vlmfix.engine.attachment import attached
         from vlmfix.eval.scorers import chair
 
         first = {m.node: m for m in reversed(chair.mentions(sentence))}
-        index, (images, prompt) = own_index(run, self), run.questions[0]
+        images, prompt = run.questions[0]
         if self.verifier == "lookback":
             generation, row = one.source
-            r, ends = self.ratios(generation.memos[index])[row], token_ends(one.tokens, run.text)
-            at = {o: len(accepted) + steps_of(ends, m.start, m.end)[0] for o, m in first.items()}
+            r, written = self.ratios(generation.memos[run.index(self)])[row], run.written(one.tokens)
+            at = {o: len(accepted) + written.tokens_of(m.start, m.end)[0] for o, m in first.items()}
             return [self._verdict(o, float(self.score(r[step : step + 1]))) for o, step in at.items()]
-        kept: dict[Any, Any] = attached(run.model).kept[index]  # type: ignore[union-attr]
+        kept = run.kept(self)
         known: dict[str, Verdict] = kept.setdefault(tuple(_sha(image) for image in images), {})
         new = [o for o in first if o not in known]
         if new and self.verifier == "self":
@@ -349,7 +346,7 @@ class Rerank(Lookback):
 
     def _objects(self, images: Sequence[Image], kept: dict[Any, Any]) -> frozenset[str]:
         """Annotated objects in any of the pictures."""
-        from vlmfix.asking.asking import open_picture
+        from vlmfix.asking.pictures import open_picture
         from vlmfix.eval.pictures.data import Data
 
         if "oracle" not in kept:
@@ -363,27 +360,18 @@ class Rerank(Lookback):
 
 
 def one_by_one(
-    run: Answering, answer: Callable[[Answering], tuple[list[int], dict[str, Any]]]
+    run: Batch, answer: Callable[[Batch], tuple[list[int], dict[str, Any]]]
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """What a `decode` stage returns, question by question, each as a batch of its own."""
-    from vlmfix.asking.asking import Answering
-
     answers, said = [], []
-    for i, question in enumerate(run.questions):
-        single = Answering.of(run.model, run.processor, [question], run.settings, run.seed)
+    for i in range(len(run.questions)):
+        single = run.single(i)
         tokens, facts = answer(single)
         if single.sources:  # none where not even one sentence was accepted
             run.sources[i] = single.sources[0]
         answers.append(tokens)
         said.append(facts)
     return answers, said
-
-
-def own_index(run: Answering, one: Intervention) -> int:
-    """Place of an intervention among those that the model is wrapped with."""
-    from vlmfix.engine.attachment import attached
-
-    return next(i for i, each in attached(run.model).active() if each is one)  # type: ignore[union-attr]
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
@@ -394,41 +382,21 @@ def check_sampling(temperature: float, top_p: float) -> None:
         raise ValueError(f"top_p: expected a number in 0..1, above 0, got {top_p!r}")
 
 
-def end_token(run: Answering) -> list[int]:
+def end_token(run: Batch) -> list[int]:
     """The model's end token, for answers that a method ends."""
     end = run.model.generation_config.eos_token_id
     return [] if end is None else [end[0] if isinstance(end, list) else end]
 
 
-def says_yes(run: Answering, objects: Sequence[str]) -> list[float]:
+def says_yes(run: Batch, objects: Sequence[str]) -> list[float]:
     """P(yes) / (P(yes) + P(no)) of the untouched model's first token, on POPE's question for each object."""
-    import torch
-
-    from vlmfix.asking.asking import Answering
-    from vlmfix.engine.attachment import attached
     from vlmfix.eval.benchmarks.pope_building import question_text
 
     images, _ = run.questions[0]
-    asked = Answering.of(run.model, run.processor, [(images, question_text(o)) for o in objects], {})
-    with attached(run.model).only(()):  # type: ignore[union-attr]
-        out = run.model.generate(
-            **asked.inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=1,
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-    p = out.logits[0].float().softmax(-1)
-    yes, no = (p[:, _spellings(run.processor, word)].sum(-1) for word in ("yes", "no"))
-    return torch.nan_to_num(yes / (yes + no), nan=0.5).tolist()
-
-
-def _spellings(processor: Any, word: str) -> list[int]:
-    """Tokens that read as a word, whatever its case and white space."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    forms = [space + form for space in ("", " ") for form in (word, word.capitalize(), word.upper())]
-    ids = {i for form in forms for i in tokenizer(form, add_special_tokens=False)["input_ids"]}
-    found = sorted(i for i in ids if tokenizer.decode([i]).strip().lower() == word)
-    if not found:
-        raise ValueError(f"the tokenizer has no token for {word!r}, so the model cannot verify itself; name a verifier")
-    return found
+    try:
+        return run.untouched_p_yes([(images, question_text(o)) for o in objects])
+    except ValueError as error:
+        raise ValueError(f"{error}; the model cannot verify itself: name a verifier") from None
 
 
 def _cut(one: Candidate, raw: Callable[[Sequence[int]], str]) -> Candidate:

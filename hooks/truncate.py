@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vlmfix.method.intervention import Intervention
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Answering
+    from vlmfix.asking.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Truncate(Intervention):
         if self.words < 1:
             raise ValueError(f"words: expected 1 or more, got {self.words!r}")
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The longest beginning of each answer that has no more words."""
         from bisect import bisect_right
 

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 import vlmfix
-from vlmfix.asking.asking import Answering, open_picture
+from vlmfix.asking.batch import model_inputs
+from vlmfix.asking.pictures import open_picture
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.benchmarks.pope_building import question_text
 from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.run.progress import PlainProgress
 from vlmfix.eval.run.results import compare
-from vlmfix.eval.run.runner import PlainProgress, answer_all
+from vlmfix.eval.run.runner import answer_all
 from vlmfix.eval.scorers import chair
 from vlmfix.organism import captions
 from vlmfix.organism.scenes import CLASSES, Painter, conditional, frequency, object_sets, write
@@ -115,9 +117,9 @@ def attention_shares(model: Any, processor: Any, pictures: Sequence[Path], promp
     sums: dict[str, Any] = dict.fromkeys(("first", "image", "largest_image", "massive_first", "massive_image"), 0.0)
     try:
         for picture in pictures:
-            answering = Answering.of(model, processor, [([open_picture(picture)], prompt)], {})
-            out = model(**answering.inputs, output_attentions=True, output_hidden_states=True)
-            image = answering.inputs["input_ids"][0] == model.config.image_token_id
+            inputs = model_inputs(model, processor, [([open_picture(picture)], prompt)])
+            out = model(**inputs, output_attentions=True, output_hidden_states=True)
+            image = inputs["input_ids"][0] == model.config.image_token_id
             rows = torch.stack([a[0, :, -1].float().mean(0) for a in out.attentions])  # (layers, keys)
             states = torch.stack(out.hidden_states)[1:-1, 0].float().abs()
             median = states.flatten(1).median(1).values

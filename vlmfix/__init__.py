@@ -8,24 +8,38 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlmfix.asking.asking import Record, ask, ask_batch
+    from vlmfix.asking.asker import Asker, ask, ask_batch
+    from vlmfix.asking.record import Record
     from vlmfix.engine.attachment import effects, unwrap, wrap
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
     from vlmfix.model.loading import load
 
 _HOMES = {
+    "Asker": "asking.asker",
     "Intervention": "method.intervention",
-    "Record": "asking.asking",
+    "Record": "asking.record",
     "Site": "method.site",
     "effects": "engine.attachment",
-    "ask": "asking.asking",
-    "ask_batch": "asking.asking",
+    "ask": "asking.asker",
+    "ask_batch": "asking.asker",
     "load": "model.loading",
     "unwrap": "engine.attachment",
     "wrap": "engine.attachment",
 }
-__all__ = ["Intervention", "Record", "Site", "__version__", "ask", "ask_batch", "effects", "load", "unwrap", "wrap"]
+__all__ = [
+    "Asker",
+    "Intervention",
+    "Record",
+    "Site",
+    "__version__",
+    "ask",
+    "ask_batch",
+    "effects",
+    "load",
+    "unwrap",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -81,9 +81,14 @@ class Figure:
 
     def is_better(self, change: float | None) -> bool | None:
         """Whether a change is for the better; None where neither way is, or nothing changed."""
-        if not change or self.better is None:
-            return None
-        return change < 0 if self.better == "less" else change > 0
+        return is_better(self.better, change)
+
+
+def is_better(direction: Literal["less", "more"] | None, change: float | None) -> bool | None:
+    """Whether a change is for the better; None where neither direction is, or nothing changed."""
+    if not change or direction is None:
+        return None
+    return change < 0 if direction == "less" else change > 0
 
 
 @dataclass(frozen=True)

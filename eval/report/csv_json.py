@@ -57,7 +57,7 @@ def _as_json(study: Study) -> dict[str, Any]:
     return {
         **study.comparison.to_json(),
         "methods": study.names,
-        "verdicts": [{**asdict(verdict), "real": verdict.real} for verdict in study.verdicts],
+        "verdicts": [{**asdict(verdict), "real": verdict.real, "better": verdict.better} for verdict in study.verdicts],
         "against_controls": [asdict(selection) for selection in study.against_controls],
         "words": [*words.summary(study), words.resolution(study)],
         "flags": words.warnings(study),

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from vlmfix.eval.benchmarks.benchmark import Figure, Group
+from vlmfix.eval.benchmarks.benchmark import Figure, Group, is_better
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.controls import control_labels
 from vlmfix.eval.run.results import HEADER, Comparison, Row, Run
@@ -58,8 +58,8 @@ class Verdict:
     """Adjusted for the number of methods that have this figure."""
     methods: int
     """How many these are."""
-    better: bool | None
-    """Whether the change is for the better; `None` where more is neither good nor bad, or nothing changed."""
+    direction: Literal["less", "more"] | None
+    """Which way is better; `None` where neither is."""
     discordant: Discordant | None = None
     """Where p is McNemar's."""
 
@@ -67,6 +67,11 @@ class Verdict:
     def real(self) -> bool:
         """Whether the interval excludes 0 and the adjusted p is below .05."""
         return is_real(self.difference, self.p_holm)
+
+    @property
+    def better(self) -> bool | None:
+        """Whether the change is for the better; `None` where more is neither good nor bad, or nothing changed."""
+        return is_better(self.direction, self.difference.value)
 
 
 @dataclass(frozen=True)
@@ -279,7 +284,7 @@ def judge(
             p=p,
             p_holm=p_holm,
             methods=family,
-            better=figure.is_better(difference.value),
+            direction=figure.better,
             discordant=discordant.get(method),
         )
         for (method, difference), p, p_holm in zip(tested.items(), p_values, adjusted, strict=True)

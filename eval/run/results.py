@@ -377,7 +377,7 @@ def _notes(run: Run, bench: Benchmark, n_items: int) -> list[str]:
         notes.append(f"{run.label}: {n_cut} of {len(run.records)} answers were cut at {budget} tokens")
     for place, method in enumerate(run.header["identity"]["method"]):
         idle = method["facts"].get("idle")
-        effects = [record["did"][place] for record in run.records if len(record.get("did", [])) > place]
+        effects = [record["effects"][place] for record in run.records if len(record.get("effects", [])) > place]
         n_acted = sum(bool(effect["acted"]) for effect in effects)
         if idle:
             notes.append(f"{run.label}: {method['name']} did not act on this model, {idle}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
-from vlmfix.asking.asking import Answering, open_picture
+from vlmfix.asking.batch import Batch, model_inputs
+from vlmfix.asking.pictures import open_picture
+from vlmfix.asking.words import Written
 from vlmfix.eval.benchmarks.benchmark import Item
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair
@@ -58,7 +59,7 @@ def describe(
     found = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        run = Answering.of(model, processor, _questions(batch), {"max_new_tokens": max_new_tokens})
+        run = Batch.of(model, processor, _questions(batch), {"max_new_tokens": max_new_tokens})
         for item, tokens in zip(batch, run.generate(), strict=True):
             key = chair.image_key(item.id)
             found.append(Caption(key, item, tuple(tokens), namings(processor, tokens, data.truth[key])))
@@ -68,11 +69,12 @@ def describe(
 
 def namings(processor: Any, tokens: Sequence[int], truth: frozenset[str]) -> tuple[Naming, ...]:
     """Objects that a caption's tokens name, each naming once, with the first token of the word."""
-    said = [processor.decode(tokens[: i + 1], skip_special_tokens=True) for i in range(len(tokens))]
-    ends = np.maximum.accumulate([len(text) for text in said]).tolist() if said else []
-    return tuple(
-        Naming(m.node, bisect_right(ends, m.start), m.node in truth) for m in chair.mentions(said[-1] if said else "")
-    )
+    written = Written.by(processor, tokens)
+    named = []
+    for mention in chair.mentions(written.text):
+        first_token = written.tokens_of(mention.start, mention.end)[0]
+        named.append(Naming(mention.node, first_token, mention.node in truth))
+    return tuple(named)
 
 
 def told(model: Any, processor: Any, captions: Sequence[Caption]) -> tuple[dict[str, Any], int]:
@@ -81,7 +83,7 @@ def told(model: Any, processor: Any, captions: Sequence[Caption]) -> tuple[dict[
     Prompts are padded on the left, captions on the right. The token at column n + i of a caption is predicted at
     column n + i - 1.
     """
-    run = Answering.of(model, processor, _questions([c.item for c in captions]), {})
+    run = Batch.of(model, processor, _questions([c.item for c in captions]), {})
     inputs, n = dict(run.inputs), run.inputs["input_ids"].shape[1]
     longest = max(len(c.tokens) for c in captions)
     ids = inputs["input_ids"].new_zeros(len(captions), longest)
@@ -156,7 +158,7 @@ class Annotations:
 def grid(model: Any, processor: Any, item: Item) -> tuple[View, int, tuple[int, int]]:
     """The grid of image tokens over an item's picture, the number of its image tokens, and its size in pixels."""
     (picture,), _ = question = _questions([item])[0]
-    inputs = Answering.of(model, processor, [question], {}).inputs
+    inputs = model_inputs(model, processor, [question])
     ids = inputs["input_ids"]
     n = sum(int((ids == token).sum()) for token in anatomy(model).image_token_ids)
     return view(model.config, processor, inputs, picture.size, n), n, picture.size

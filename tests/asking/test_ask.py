@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import pipeline
 
 import vlmfix
-from vlmfix.asking.asking import Record, open_picture
+from vlmfix.asking.pictures import open_picture
+from vlmfix.asking.record import Record
 
 SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
 DESCRIBE = "Please describe this image in detail."
@@ -31,7 +32,7 @@ def test_record_goes_through_json(tiny):
     record = vlmfix.ask(*tiny, SCENES / "test_0001.png", DESCRIBE)
     again = Record.from_json(record.to_json())
     assert again == record and "\n" not in record.to_json()
-    assert record.method[0]["layers"] == [1, 3, 4, 5] and record.did == [{"acted": True}]
+    assert record.method[0]["layers"] == [1, 3, 4, 5] and record.effects == [{"acted": True}]
     assert record.finish == "stop" and record.token_ids[-1] == 2 and record.model == "tiny"
     for broken in ("[]", '{"text": "a"}', json.dumps({**json.loads(record.to_json()), "extra": 1})):
         with pytest.raises(ValueError, match="not a record"):

@@ -49,11 +49,11 @@ def test_bites_and_comes_off(tiny, method):
     before = footprint(model)
     vlmfix.wrap(model, one)
     records = [vlmfix.ask(model, processor, p, prompt, max_new_tokens=48) for p in PICTURES]
-    assert any(r.did[0]["acted"] for r in records)
-    assert records[1].did[0]["acted"] is not False and records[1].method[0]["name"] == method
+    assert any(r.effects[0]["acted"] for r in records)
+    assert records[1].effects[0]["acted"] is not False and records[1].method[0]["name"] == method
     again = [vlmfix.ask(model, processor, p, prompt, max_new_tokens=48) for p in PICTURES]
     assert [plain(r) for r in again] == [plain(r) for r in records], "nothing leaks from one picture to the next"
-    assert json.loads(records[1].to_json())["did"] == records[1].did, "JSON all through"
+    assert json.loads(records[1].to_json())["effects"] == records[1].effects, "JSON all through"
     vlmfix.unwrap(model)
     assert footprint(model) == before
     assert plain(vlmfix.ask(model, processor, PICTURES[1], prompt, max_new_tokens=48)) == plain(said)
@@ -86,7 +86,9 @@ def test_comes_off_after_an_exception_and_plain_generate_warns(tiny, method, mon
             vlmfix.ask(model, processor, PICTURES[0], prompt)
     assert footprint(model) == before and type(model).forward is forward
     inputs = processor(
-        text="USER: <image>\nhi ASSISTANT:", images=vlmfix.asking.asking.open_picture(PICTURES[0]), return_tensors="pt"
+        text="USER: <image>\nhi ASSISTANT:",
+        images=vlmfix.asking.pictures.open_picture(PICTURES[0]),
+        return_tensors="pt",
     )
     want = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     with one(model), pytest.warns(UserWarning, match=f"{method} acts in vlmfix.ask only"):
@@ -112,11 +114,11 @@ def test_truncation_cuts_words_and_no_more(tiny):
     for words in (1, 5, 12):
         with Truncate(words=words)(model):
             cut = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE)
-        assert len(cut.text.split()) == words and whole.text.startswith(cut.text) and cut.did == [{"acted": True}]
+        assert len(cut.text.split()) == words and whole.text.startswith(cut.text) and cut.effects == [{"acted": True}]
         assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
     with Truncate(words=999)(model):
         same = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE)
-    assert same.token_ids == whole.token_ids and same.did == [{"acted": False}]
+    assert same.token_ids == whole.token_ids and same.effects == [{"acted": False}]
 
 
 def test_beam_is_beam_search_and_composes(tiny):
@@ -169,7 +171,7 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
             return o
 
     questions = [(PICTURES[0], DESCRIBE), (PICTURES[1], DESCRIBE)]
-    turned = [[vlmfix.asking.asking.open_picture(p).rotate(180)] for p, _ in questions]
+    turned = [[vlmfix.asking.pictures.open_picture(p).rotate(180)] for p, _ in questions]
     want = [vlmfix.ask(model, processor, p, DESCRIBE + " Please.", max_new_tokens=4) for p in turned]
     with vlmfix.engine.attachment.wrapped(model, [Peek(), Count()]):
         got = vlmfix.ask_batch(model, processor, questions, max_new_tokens=4)
@@ -177,7 +179,7 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
     assert [r.text for r in got] == [r.text for r in want], "edits of the looks do not reach the answer"
     n = len(model.get_decoder().layers)
     assert len(seen) == 4 * n and kept == {"n": 2}
-    assert all(r.did[0]["rows"] > 3 * n and r.did[1] == {"acted": False} for r in got)
+    assert all(r.effects[0]["rows"] > 3 * n and r.effects[1] == {"acted": False} for r in got)
     assert [(r.image, r.prompt) for r in got] == [([p], prompt) for p, prompt in questions], "as it was asked"
     assert got[0].passes == 3 + 4
 

@@ -8,13 +8,16 @@ import torch
 
 import vlmfix
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt, plant_sinks
-from vlmfix.asking.asking import Answering, ask_batch, spellings
-from vlmfix.asking.prefix import Sharing, can_share
+from vlmfix.asking.asker import Asker, ask_batch
+from vlmfix.asking.batch import Batch
+from vlmfix.asking.prefix import ContinuedBatch
+from vlmfix.asking.words import spellings
 from vlmfix.engine.attachment import Attachment, attached, effects, in_force, wrapped
 from vlmfix.eval.benchmarks.benchmark import Item, benchmark
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.run import runner
-from vlmfix.eval.run.runner import Workers, _end_of_batch, _share, answer_all, answer_each
+from vlmfix.eval.run.batches import end_of_batch, share_of
+from vlmfix.eval.run.runner import answer_all, answer_each
+from vlmfix.eval.run.workers import Workers
 from vlmfix.hooks import PAI, REGISTRY, VAR, VHR, ZeroTuning
 from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.registry import method_class, parse
@@ -73,14 +76,14 @@ def test_sharing_changes_no_logits_and_no_report(architecture, method):
         prefix = padded(pictures)
         given, picture = going_on(prefix, SUFFIXES)
         logits = []
-        run = Sharing(
+        run = ContinuedBatch(
             model,
             None,
             [],
             given,
             {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [58, 59, 60, 61]},
-            prefix=prefix,
-            picture=picture,
+            prefix_inputs=prefix,
+            prefix_row=picture,
         )
         note = lambda _, scores: (logits.append(scores.clone()), scores)[1]  # noqa: E731
         run = replace(run, settings={**run.settings, "logits_processor": [note]})
@@ -112,18 +115,17 @@ def _rounded(found):
 def test_methods_that_look_at_the_whole_prompt_do_not_share():
     model, processor = vlmfix.load("tiny")
     greedy = {"do_sample": False, "max_new_tokens": 4}
-    assert can_share(model, greedy) and not can_share(model, {**greedy, "do_sample": True})
-    assert not can_share(model, {**greedy, "num_beams": 2}) and not can_share(model, {**greedy, "use_cache": False})
+    plain = Asker(model, processor)
+    assert plain.can_share(greedy) and not plain.can_share({**greedy, "do_sample": True})
+    assert not plain.can_share({**greedy, "num_beams": 2}) and not plain.can_share({**greedy, "use_cache": False})
     sharing = {"pai", "var", "zerotuning"}
     for name in REGISTRY:
         one = method_class(name)()
         assert not (one.traits.shares_pictures and (one.traits.whole_prompt or one.acts_at("begin"))), name
         if name != "var":  # which is idle on this model
-            with wrapped(model, name, processor):
-                assert can_share(model, greedy) == (name in sharing), name
+            assert Asker(model, processor, name).can_share(greedy) == (name in sharing), name
     for spec, shares in (("vhr", False), ("vhr:head_list=L1H2", True), ("pai:gamma=1.1", False), ("pai+vhr", False)):
-        with wrapped(model, spec, processor):
-            assert can_share(model, greedy) == shares, spec
+        assert Asker(model, processor, spec).can_share(greedy) == shares, spec
 
 
 @pytest.mark.filterwarnings("ignore:var will not act")
@@ -140,23 +142,23 @@ def test_records_are_those_of_the_plain_path(method):
         )
     assert len(asked) > len({item.image for item in items}) > 1
     assert sum(r.tokens for r in shared) < sum(r.tokens for r in plain) / 2
-    free = ("seconds", "passes", "tokens", "did", "first_token")
+    free = ("seconds", "passes", "tokens", "effects", "first_token")
     for one, other in zip(shared, plain, strict=True):
         assert {k: v for k, v in vars(one).items() if k not in free} == {
             k: v for k, v in vars(other).items() if k not in free
         }
-        assert _rounded(one.did[0]) == other.did[0] if one.did else not other.did
+        assert _rounded(one.effects[0]) == other.effects[0] if one.effects else not other.effects
         assert one.first_token == pytest.approx(other.first_token, abs=1e-3)
 
 
 def test_pictures_stay_together_between_processes_and_batches():
     items = [Item(str(i), f"picture{i % 3}", "?") for i in range(9)]
-    whole = _share(items, Workers())
+    whole = share_of(items, Workers())
     assert [item.image[-1] for item in whole] == list("000111222") and {i.id for i in whole} == {i.id for i in items}
-    parts = [[item.image[-1] for item in _share(items, Workers(rank, 2))] for rank in range(2)]
+    parts = [[item.image[-1] for item in share_of(items, Workers(rank, 2))] for rank in range(2)]
     assert parts == [list("000222"), list("111")]
-    assert _end_of_batch(whole, 0, 4) == 3 and _end_of_batch(whole, 0, 6) == 6 and _end_of_batch(whole, 3, 100) == 9
-    assert _end_of_batch(whole, 0, 2) == 2, "a picture with more questions than a batch holds"
+    assert end_of_batch(whole, 0, 4) == 3 and end_of_batch(whole, 0, 6) == 6 and end_of_batch(whole, 3, 100) == 9
+    assert end_of_batch(whole, 0, 2) == 2, "a picture with more questions than a batch holds"
 
 
 def test_a_model_that_cannot_share_is_found_out(tmp_path, monkeypatch):
@@ -167,9 +169,11 @@ def test_a_model_that_cannot_share_is_found_out(tmp_path, monkeypatch):
 
     def broken(self, *args, **kwargs):
         wrong.append(1)
-        return [[7] for _ in Answering.generate(self, {**self.prefix}, **kwargs) for _ in range(9)][: len(self.picture)]
+        return [[7] for _ in Batch.generate(self, {**self.prefix_inputs}, **kwargs) for _ in range(9)][
+            : len(self.prefix_row)
+        ]
 
-    monkeypatch.setattr(Sharing, "generate", broken)
+    monkeypatch.setattr(ContinuedBatch, "generate", broken)
     with pytest.warns(UserWarning, match="cannot share the pass"):
         run = answer_all(model, processor, (), pope, data, tmp_path / "bad", batch_size=16)
     assert len(wrong) == 1 and [r["text"] for r in run.records] == [r["text"] for r in good.records]
@@ -218,10 +222,10 @@ def test_methods_go_on_from_one_pass_that_is_the_untouched_models(architecture):
         asked.append((g, pictures[g]["input_ids"][0, before[g]["input_ids"].shape[1] :].tolist() + more))
     prefix = padded(before)
     given, picture = going_on(prefix, asked)
-    run = Sharing(model, None, [], given, settings, prefix=prefix, picture=picture)
+    run = ContinuedBatch(model, None, [], given, settings, prefix_inputs=prefix, prefix_row=picture)
     with in_force(model, Attachment.joint(methods[1:])):
-        seen = run.look()
-    untouched = run.look().cache
+        seen = run.make_prefix()
+    untouched = run.make_prefix().cache
     for mine, plain in zip(seen.cache.layers, untouched.layers, strict=True):
         assert torch.equal(mine.keys, plain.keys) and torch.equal(mine.values, plain.values)
     firsts = []
@@ -229,7 +233,7 @@ def test_methods_go_on_from_one_pass_that_is_the_untouched_models(architecture):
         with in_force(model, method):
             logits = []
             note = lambda _, scores: (logits.append(scores.clone()), scores)[1]  # noqa: B023, E731
-            tokens = replace(run, settings={**settings, "logits_processor": [note]}, seen=seen).generate()
+            tokens = replace(run, settings={**settings, "logits_processor": [note]}, prefix=seen).generate()
             firsts.append(logits[0])
             told = effects(model)
             for b, (g, more) in enumerate(SUFFIXES):
@@ -243,7 +247,7 @@ TOGETHER = {
     "tiny-sinks": "none var:dims=67/80,tau=4,rho=0 zerotuning:gamma=8 pai:alpha=2 none var:dims=67,tau=2,rho=0",
     "organism-qwen": "none var var:dims=22,tau=3,rho=0 pai:alpha=2",
 }
-FREE = ("seconds", "tokens", "did", "first_token", "batch_size")
+FREE = ("seconds", "tokens", "effects", "first_token", "batch_size")
 
 
 def in_turns(loaded, specs, out, **how):
@@ -260,9 +264,13 @@ def test_methods_asked_together_answer_as_alone(tmp_path, monkeypatch, name):
     path = in_turns(loaded, ["pai:alpha=2"], tmp_path / "together")[0].folder / "records.jsonl"
     kept = path.read_text().splitlines(keepends=True)[5:17]
     path.write_text("".join(kept))
-    asked, told, ask = [], [], runner.ask_batch
-    note = lambda *given, share, **how: asked.append((share, len(given[2]))) or ask(*given, share=share, **how)  # noqa: E731
-    monkeypatch.setattr(runner, "ask_batch", note)
+    asked, told, answer = [], [], Asker._answer
+
+    def note(self, questions, *settings):
+        asked.append((settings[-1], len(questions)))
+        return answer(self, questions, *settings)
+
+    monkeypatch.setattr(Asker, "_answer", note)
     runs = in_turns(loaded, specs, tmp_path / "together", progress=lambda *said: told.append(said))
     for one, other in zip(runs, alone, strict=True):
         assert one.folder.name == other.folder.name
@@ -270,13 +278,13 @@ def test_methods_asked_together_answer_as_alone(tmp_path, monkeypatch, name):
         for mine, theirs in zip(one.records, other.records, strict=True):
             for key in set(theirs) - set(FREE):
                 assert mine[key] == (pytest.approx(theirs[key], abs=0.5) if key == "passes" else theirs[key]), key
-            assert mine["did"] == _rounded(theirs["did"])
+            assert mine["effects"] == _rounded(theirs["effects"])
             assert mine["first_token"] == pytest.approx(theirs["first_token"], abs=1e-3)
         done = [said[1] for said in told if said[0] == f"pope {one.header['label']}"]
         assert done == sorted(done) and done[-1] == len(one.records)
-    assert all(run.records[0]["did"][0]["acted"] for run, spec in zip(runs, specs, strict=True) if ":" in spec)
+    assert all(run.records[0]["effects"][0]["acted"] for run, spec in zip(runs, specs, strict=True) if ":" in spec)
     assert set(kept) < set(path.read_text().splitlines(keepends=True))
-    shared = [(share.seen, k) for share, k in asked if isinstance(share, Sharing)]
+    shared = [(prefixed.prefix, k) for prefixed, k in asked if prefixed is not None]
     n, n_methods = len(runs[0].records), len({spec for spec in specs if "zerotuning" not in spec})
     assert sum(k for _, k in shared) == n * n_methods - len(kept)
     assert len(shared) > 2 * len({id(seen) for seen, _ in shared})
@@ -286,16 +294,16 @@ def test_methods_that_cannot_go_together_are_found_out(tmp_path, monkeypatch):
     """An answer from a shared pass differs: all are asked plainly."""
     loaded, specs = vlmfix.load("tiny"), ["none", "pai"]
     good = [in_turns(loaded, [spec], tmp_path / "good")[0] for spec in specs]
-    ask, wrong = runner.ask_batch, []
+    answer, wrong = Asker._answer, []
 
-    def broken(*given, share, **how):
-        records = ask(*given, share=share, **how)
-        if isinstance(share, Sharing) and records[0].method:
+    def broken(self, questions, settings, seed, first_token, share, prefixed):
+        records = answer(self, questions, settings, seed, first_token, share, prefixed)
+        if prefixed is not None and records[0].method:
             wrong.append(1)
             records[-1] = replace(records[-1], text="?", token_ids=[7])
         return records
 
-    monkeypatch.setattr(runner, "ask_batch", broken)
+    monkeypatch.setattr(Asker, "_answer", broken)
     with pytest.warns(UserWarning, match="cannot share the pass"):
         runs = in_turns(loaded, specs, tmp_path / "bad")
     assert wrong == [1]
@@ -304,13 +312,13 @@ def test_methods_that_cannot_go_together_are_found_out(tmp_path, monkeypatch):
 
 def test_the_pass_that_methods_share_ends_with_the_picture(monkeypatch, tmp_path):
     """Some edit rows of the common words after it; a method alone shares these words, too."""
-    loaded, ends, look = vlmfix.load("tiny-sinks"), [], Sharing.look
+    loaded, ends, look = vlmfix.load("tiny-sinks"), [], ContinuedBatch.make_prefix
 
     def noted(self):
-        ends.append(set(self.prefix["input_ids"][:, -1].tolist()) == {loaded[0].config.image_token_id})
+        ends.append(set(self.prefix_inputs["input_ids"][:, -1].tolist()) == {loaded[0].config.image_token_id})
         return look(self)
 
-    monkeypatch.setattr(Sharing, "look", noted)
+    monkeypatch.setattr(ContinuedBatch, "make_prefix", noted)
     together = in_turns(loaded, ["none", "var:dims=67/80,tau=4,rho=0"], tmp_path / "together")
     n = len(ends)
     alone = in_turns(loaded, ["none"], tmp_path / "alone")
@@ -336,16 +344,16 @@ def test_a_wrapped_model_is_asked_without_and_stays_wrapped(monkeypatch, tmp_pat
 
 
 def test_a_batch_too_large_for_one_of_the_methods_is_halved_for_all(tmp_path, monkeypatch):
-    loaded, specs, ask, sizes = vlmfix.load("tiny"), ["none", "pai"], runner.ask_batch, []
+    loaded, specs, answer, sizes = vlmfix.load("tiny"), ["none", "pai"], Asker._answer, []
     good = [in_turns(loaded, [spec], tmp_path / "good")[0] for spec in specs]
 
-    def small_memory(model, processor, questions, **how):
-        if attached(model) is not None and len(questions) > 8:
+    def small_memory(self, questions, *settings):
+        if self.methods and len(questions) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         sizes.append(len(questions))
-        return ask(model, processor, questions, **how)
+        return answer(self, questions, *settings)
 
-    monkeypatch.setattr(runner, "ask_batch", small_memory)
+    monkeypatch.setattr(Asker, "_answer", small_memory)
     with pytest.warns(UserWarning, match="going on with"):
         runs = in_turns(loaded, specs, tmp_path / "small")
     assert sizes[0] > 8 >= max(sizes[1:])

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.contract.test_contract import INTERVENTIONS
 from vlmfix.engine.attachment import wrapped
-from vlmfix.eval import bench
+from vlmfix.eval.bench import shapes
+from vlmfix.eval.bench.naive import naively
 from vlmfix.hooks import VHR
 
 LAYERS, IMAGE, TEXT = 4, 64, 20
@@ -36,13 +37,13 @@ class Ledger(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def model():
-    return bench.build("tiny", LAYERS, torch.bfloat16, "cpu")
+    return shapes.build("tiny", LAYERS, torch.bfloat16, "cpu")
 
 
 @torch.no_grad()
 def passes(model, method, mode):
     """What `mode` sees of a prefill and of one new token."""
-    found, prompt = [], bench.prompt(model, "tiny", 1, TEXT)
+    found, prompt = [], shapes.build_prompt(model, "tiny", 1, TEXT)
     with wrapped(model, method):
         with mode() as seen:
             out = model(**prompt, use_cache=True)
@@ -73,7 +74,7 @@ def test_no_queries_x_keys_and_no_float32_copy_of_a_cache(model, method, monkeyp
 def test_the_ledger_sees_what_it_must_not_see(model, monkeypatch):
     """The naive edit makes both."""
     method = [SINGLE_PASS["var"]]
-    monkeypatch.setattr("tests.contract.test_costs.wrapped", bench.naively)
+    monkeypatch.setattr("tests.contract.test_costs.wrapped", naively)
     prefill, token = passes(model, method, Ledger)
     n = IMAGE + TEXT
     assert any(shape[-2:] == (n, n) and len(shape) > 2 for _, shape, _ in prefill.made)
@@ -103,12 +104,12 @@ class Flops(FlopCounterMode):
 def test_arithmetic(method, prefill, token):
     """Products only, as counted by torch, at a width where they tell: 1,024 with 2 layers. VHR adds a pass over the
     text tokens in proportion to their number, 20 of 84."""
-    shape = bench.SHAPES["tiny"]
+    shape = shapes.SHAPES["tiny"]
     text = {**shape.text, "hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8}
-    wide = bench.Shape(shape.model_type, {**text, "num_key_value_heads": 8}, IMAGE)
+    wide = shapes.Shape(shape.model_type, {**text, "num_key_value_heads": 8}, IMAGE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bench.SHAPES, "tiny", wide)
-        model = bench.build("tiny", 2, torch.bfloat16, "cpu")
+        patch.setitem(shapes.SHAPES, "tiny", wide)
+        model = shapes.build("tiny", 2, torch.bfloat16, "cpu")
         one = VHR(layers=(0, 1)) if method == "vhr" else SINGLE_PASS.get(method)
         one = VHR(head_list="L0H2/L1H0") if method == "heads" else one
         plain, ours = ([mode.get_total_flops() for mode in passes(model, m, Flops)] for m in ([], [one]))

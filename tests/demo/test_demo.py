@@ -19,7 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import zoo
-from vlmfix.asking.asking import Record, ask
+from vlmfix.asking.asker import ask
+from vlmfix.asking.record import Record
 from vlmfix.cli import app as cli
 from vlmfix.demo import app, columns, compare, settings, studio, verdicts
 from vlmfix.demo.links import Question
@@ -144,7 +145,8 @@ def test_columns_do_not_disturb_each_other_or_the_model(tiny, scene):
 def test_a_twin_shares_the_weights_and_no_hooks(tiny):
     hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]  # noqa: E731
     before = hooks()
-    with tiny.under(parse("vhr")) as twin:
+    asker = tiny.asker(parse("vhr"))
+    with asker.applied() as twin:
         own = {id(x) for x in (*tiny.model.parameters(), *tiny.model.buffers())}
         assert {id(x) for x in (*twin.parameters(), *twin.buffers())} == own
         assert attached(twin) is not None and attached(tiny.model) is None
@@ -155,7 +157,8 @@ def test_a_twin_shares_the_weights_and_no_hooks(tiny):
 def test_twins_of_other_architectures_compute_the_same(model_type):
     model = zoo.tiny(model_type)
     inputs = zoo.prompt(model, ["tttIttt"])
-    with torch.inference_mode(), studio.Studio(model, None).under() as twin:
+    twin = studio.Studio(model, None).twin()
+    with torch.inference_mode():
         assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
         own = {x.data_ptr() for x in (*model.parameters(), *model.buffers())}
         assert all(x.data_ptr() in own for x in twin.state_dict().values())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt
-from vlmfix.asking.asking import Answering
+from vlmfix.asking.batch import Batch
 from vlmfix.demo import inside, looks, maps
 from vlmfix.demo.studio import Answer, Shared, Studio, known_pictures
 from vlmfix.demo.watch import Seen, Shown, Sinks, Watch, inspect, words_of
@@ -52,18 +52,18 @@ def test_looking_changes_no_answer(studio, looked):
         found = looked(spec)
         assert found.record.token_ids == plain.token_ids
         assert found.record.method == plain.method
-        assert found.record.did == plain.did
+        assert found.record.effects == plain.effects
         assert found.spec == spec
 
 
 def test_it_is_the_attention_that_the_model_itself_computes(studio, looked):
     found = looked("none")
-    with studio.under() as twin:
-        twin.set_attn_implementation("eager")
-        run = Answering.of(twin, studio.processor, [([Image.open(SCENE).convert("RGB")], DESCRIBE)], {})
-        inputs = run.after(found.record.token_ids[:-1])
-        with torch.inference_mode():
-            layers = twin(**inputs, use_cache=False, output_attentions=True).attentions
+    twin = studio.twin()
+    twin.set_attn_implementation("eager")
+    run = Batch.of(twin, studio.processor, [([Image.open(SCENE).convert("RGB")], DESCRIBE)], {})
+    inputs = run.after(found.record.token_ids[:-1])
+    with torch.inference_mode():
+        layers = twin(**inputs, use_cache=False, output_attentions=True).attentions
     image = (inputs["input_ids"] == twin.config.image_token_id)[0]
     n = len(found.record.token_ids)
     wanted = torch.stack([a[0, :, -n:][..., image] for a in layers]).permute(2, 0, 1, 3).numpy()
@@ -347,7 +347,7 @@ def test_the_shelf_is_bounded(handlers, looked):
     one = inside.Opened(looked("pai"), [])
     assert looked("pai").nbytes == 3 * looked("pai").before.image.nbytes
     assert looked("vhr").nbytes == 2 * looked("vhr").before.image.nbytes
-    shelf = inside.Shelf(2 * one.found.nbytes)
+    shelf = inside.Shelf(2 * one.inspection.nbytes)
     first, second, third = (shelf.put(one) for _ in range(3))
     assert shelf.get(second) is shelf.get(third) is one
     with pytest.raises(ValueError, match="no longer kept; look inside again"):

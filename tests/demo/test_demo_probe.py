@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmfix.asking.asking import ask_batch, spellings
+from vlmfix.asking.asker import ask_batch
+from vlmfix.asking.words import spellings
 from vlmfix.demo import probe
 from vlmfix.demo.studio import Shared, Studio, known_pictures, truth
 from vlmfix.eval.scorers.chair import coco_truth

@@ -8,24 +8,25 @@ from typer.testing import CliRunner
 
 from vlmfix.cli import app
 from vlmfix.engine.attachment import effects, wrapped
-from vlmfix.eval import bench
+from vlmfix.eval.bench import compare, shapes, timing
+from vlmfix.eval.bench.naive import naively
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = bench.build("tiny", None, torch.float32, "cpu")
-    return model, bench.prompt(model, "tiny", 2, 20)
+    model = shapes.build("tiny", None, torch.float32, "cpu")
+    return model, shapes.build_prompt(model, "tiny", 2, 20)
 
 
 def test_the_naive_reference_gives_the_same_answers(tiny):
     model, prompt = tiny
     settings = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
     plain = model.generate(**prompt, **settings).logits
-    for method in bench.find_methods(["var", "pai", "zerotuning", "act:alpha=1.1,beta=0"]):
+    for method in compare.find_methods(["var", "pai", "zerotuning", "act:alpha=1.1,beta=0"]):
         with wrapped(model, list(method)):
             ours = model.generate(**prompt, **settings).logits
             shares = effects(model)[0]["samples"][0]
-        with bench.naively(model, method):
+        with naively(model, method):
             naive = model.generate(**prompt, **settings).logits
         torch.testing.assert_close(torch.stack(naive), torch.stack(ours), rtol=1e-3, atol=1e-4)
         assert not torch.allclose(ours[0], plain[0], atol=1e-4), method
@@ -36,19 +37,19 @@ def test_the_naive_reference_gives_the_same_answers(tiny):
 
 def test_a_naive_edit_beside_a_second_stream(tiny):
     model, prompt = tiny
-    (method,) = bench.find_methods(["pai:gamma=1.1,skip_first=0"])
+    (method,) = compare.find_methods(["pai:gamma=1.1,skip_first=0"])
     settings = {"do_sample": False, "max_new_tokens": 3, "output_scores": True, "return_dict_in_generate": True}
     with wrapped(model, list(method)):
         ours = model.generate(**prompt, **settings).scores
-    with bench.naively(model, method):
+    with naively(model, method):
         naive = model.generate(**prompt, **settings).scores
     torch.testing.assert_close(torch.stack(naive), torch.stack(ours), rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_compared_and_what_stays(tiny, monkeypatch):
     model, prompt = tiny
-    methods = bench.find_methods(["none", "var", "vhr"])
-    rows = bench.compare(model, prompt, methods, new_tokens=2, rounds=2)
+    methods = compare.find_methods(["none", "var", "vhr"])
+    rows = compare.compare(model, prompt, methods, new_tokens=2, rounds=2)
     assert [row["variant"] for row in rows] == ["none", "none again", "var", "naive var", "vhr"]
     for row in rows:
         for key in ("prefill", "token"):
@@ -57,27 +58,27 @@ def test_what_is_compared_and_what_stays(tiny, monkeypatch):
     assert rows[0]["prefill"]["ratio"] == rows[0]["token"]["ratio"] == 1
     monkeypatch.setattr("vlmfix.engine.attachment.Attachment.detach", lambda self: None)
     with pytest.raises(RuntimeError, match="not what it was before"):
-        bench.compare(model, prompt, bench.find_methods(["vhr"]), new_tokens=1, rounds=1)
+        compare.compare(model, prompt, compare.find_methods(["vhr"]), new_tokens=1, rounds=1)
 
 
 def test_vcd_has_a_second_stream_though_the_prompt_has_no_pixels(tiny):
     model, prompt = tiny
-    (method,) = bench.find_methods(["vcd:alpha=2.0"])
+    (method,) = compare.find_methods(["vcd:alpha=2.0"])
     rows = []
     handle = model.get_decoder().register_forward_pre_hook(
         lambda _, __, given: rows.append(len(given["inputs_embeds"])), with_kwargs=True
     )
     with wrapped(model, list(method)):
-        bench.measure(model, prompt, 2)
+        timing.measure(model, prompt, 2)
         assert effects(model)[0]["alpha"] == 2 and all(s["acted"] for s in effects(model)[0]["samples"])
     handle.remove()
     assert rows == [2, 2, 4, 4], "both prompts, then two tokens of both at once"
 
 
 def test_ratios_are_taken_within_rounds():
-    found = bench.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0])
+    found = timing.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0])
     assert found["ratio"] == 2 and found["interval"] == [2, 2]
-    assert bench.ratio([1.0, 3.0], [1.0, 1.0])["interval"] == [1, 3]
+    assert timing.ratio([1.0, 3.0], [1.0, 1.0])["interval"] == [1, 3]
 
 
 def test_the_command(monkeypatch):

@@ -19,15 +19,17 @@ from PIL import Image
 from rich.console import Console
 
 import vlmfix
-from vlmfix.asking.asking import chat, spellings
+from vlmfix.asking.batch import chat
+from vlmfix.asking.words import spellings
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.report import html, markdown, tables, terminal, words
 from vlmfix.eval.report.csv_json import to_csv, to_json
 from vlmfix.eval.report.study import study
 from vlmfix.eval.run.controls import controls_of
+from vlmfix.eval.run.progress import PlainProgress
 from vlmfix.eval.run.results import BrokenFile, Run, compare
-from vlmfix.eval.run.runner import PlainProgress, answer_all
+from vlmfix.eval.run.runner import answer_all
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.heads import HeadList, picture_id
 from vlmfix.method.registry import parse, spec_of
@@ -72,7 +74,7 @@ def test_records_hold_what_it_takes_to_ask_again(tiny, runs):
         record["token_ids"],
         record["image_sha256"],
     )
-    assert record["did"][0]["acted"] and record["finish"] == "stop"
+    assert record["effects"][0]["acted"] and record["finish"] == "stop"
     assert {"model", "dtype", "weights_digest", "data_digest", "max_new_tokens", "seed", "vlmfix"} <= set(
         run.header["identity"]
     )
@@ -97,7 +99,7 @@ def test_heads_are_not_judged_by_the_pictures_they_were_chosen_on(tiny, tmp_path
     HeadList("tiny", "visual", scores, data={"ids": ["0" * 16]}).select(top=2).save(path)
     run = answer_all(*tiny, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
     assert run.header["identity"]["method"][0]["facts"]["head_list"]["tool"] == "visual"
-    assert all(record["did"] == [{"acted": True}] for record in run.records)
+    assert all(record["effects"] == [{"acted": True}] for record in run.records)
 
 
 def test_no_question_is_asked_twice(runs):
@@ -112,7 +114,7 @@ def test_a_finished_run_is_not_asked_again(tiny, runs, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished run asks nothing")
 
-    monkeypatch.setattr("vlmfix.eval.run.runner.ask_batch", refuse)
+    monkeypatch.setattr("vlmfix.eval.run.sharing.ask_in_turns", refuse)
     out = runs[0].folder.parents[2]
     again = answer_all(*tiny, (), benchmark("chair"), Data.load(limit=24), out)
     assert again.folder == runs[0].folder and again.records == runs[0].records

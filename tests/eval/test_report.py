@@ -65,7 +65,7 @@ def write(folder, label, texts, bench="chair", **identity):
     environment = {"command": "vlmfix eval", "started": "2026-01-02T03:04:05+00:00"}
     header = {"label": label, "fingerprint": "00c0ffee", "identity": found, "environment": environment}
     (folder / "run.json").write_text(json.dumps(header))
-    records = [{"id": key, "text": text, "did": [{"acted": True}], "finish": "stop"} for key, text in texts.items()]
+    records = [{"id": key, "text": text, "effects": [{"acted": True}], "finish": "stop"} for key, text in texts.items()]
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import vlmfix
+from vlmfix.asking.asker import ask_in_turns
 from vlmfix.eval.benchmarks.benchmark import Item, benchmark
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.run import runner
+from vlmfix.eval.run import batches, folders, runner, sharing
+from vlmfix.eval.run.workers import Workers
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
@@ -97,14 +99,14 @@ def test_accelerate_goes_on_when_a_process_dies(alone, tmp_path):
 def test_a_process_that_finds_the_run_begun_this_moment_joins_it(monkeypatch, tmp_path):
     """Between its look for the header and its look for other runs, another process may have written the header."""
     model, processor = vlmfix.load("tiny")
-    refuse, header = runner._refuse_other, runner._write
+    refuse, header = folders.refuse_other, folders.write
 
     def late(parent, mine):
         (parent / "written-meanwhile").mkdir(parents=True)
-        header(parent / "written-meanwhile" / runner.HEADER, json.dumps(mine))
+        header(parent / "written-meanwhile" / folders.HEADER, json.dumps(mine))
         refuse(parent, mine)
 
-    monkeypatch.setattr(runner, "_refuse_other", late)
+    monkeypatch.setattr(folders, "refuse_other", late)
     run = runner.answer_all(model, processor, (), benchmark("chair"), Data.load(limit=2), tmp_path, max_new_tokens=2)
     assert len(run.records) == 2
 
@@ -113,13 +115,13 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch, tmp_path):
     model, processor = vlmfix.load("tiny")
     asked = []
 
-    def small_memory(model, processor, questions, **settings):
+    def small_memory(askers, questions, **settings):
         asked.append(len(questions))
         if len(questions) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return vlmfix.ask_batch(model, processor, questions, **settings)
+        return ask_in_turns(askers, questions, **settings)
 
-    monkeypatch.setattr(runner, "ask_batch", small_memory)
+    monkeypatch.setattr(sharing, "ask_in_turns", small_memory)
     with pytest.warns(UserWarning, match="out of memory with 8 questions at once; going on with 4"):
         run = runner.answer_all(model, processor, (), benchmark("chair"), Data.load(limit=10), tmp_path, batch_size=8)
     assert asked == [8, 4, 2, 2, 2, 2, 2] and [r["id"] for r in run.records] == [str(i) for i in range(1, 11)]
@@ -129,24 +131,24 @@ def test_large_pictures_and_long_prompts_are_asked_first_and_records_keep_their_
     model, processor = vlmfix.load("tiny")
     data, asked = Data.load("photos"), []
 
-    def noted(model, processor, questions, **settings):
+    def noted(askers, questions, **settings):
         asked.extend((picture.width * picture.height, len(prompt)) for picture, prompt in questions)
-        return vlmfix.ask_batch(model, processor, questions, **settings)
+        return ask_in_turns(askers, questions, **settings)
 
-    monkeypatch.setattr(runner, "ask_batch", noted)
+    monkeypatch.setattr(sharing, "ask_in_turns", noted)
     run = runner.answer_all(model, processor, (), benchmark("chair"), data, tmp_path, batch_size=3, max_new_tokens=2)
     assert asked == sorted(asked, reverse=True) and len(set(asked)) > 3
     assert [r["id"] for r in run.records] == [str(key) for key in data.images]
     same_size = [
         Item(str(k), str(next(iter(data.images.values()))), prompt) for k, prompt in enumerate(("a?", "a long one?"))
     ]
-    assert runner._share(same_size, runner.Workers()) == same_size, "questions about one picture stay as they are"
+    assert batches.share_of(same_size, Workers()) == same_size, "questions about one picture stay as they are"
 
 
 def test_other_errors_are_not_hidden(monkeypatch, tmp_path):
     def broken(*_, **__):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(runner, "ask_batch", broken)
+    monkeypatch.setattr(sharing, "ask_in_turns", broken)
     with pytest.raises(RuntimeError, match="something else"):
         runner.answer_all(*vlmfix.load("tiny"), (), benchmark("chair"), Data.load(limit=2), tmp_path)

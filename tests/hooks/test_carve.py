@@ -30,7 +30,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import vlmfix
 from tests import models, vectors
-from vlmfix.asking.asking import Look, Looked
+from vlmfix.asking.look import Look, Looked
 from vlmfix.engine.attachment import attached
 from vlmfix.hooks import CARVE
 from vlmfix.hooks.carve import ONE_WORD, redraw, unpack
@@ -537,7 +537,7 @@ def test_looks_read_what_eager_attention_shows(family, monkeypatch):
         assert got.shape == cached.shape and got.shape[0] == 4
         np.testing.assert_allclose(got, cached, atol=1e-5)
         np.testing.assert_allclose(got, uncached, atol=1e-5)
-    (did,) = record.did
+    (did,) = record.effects
     assert did["acted"] and did["T_Q"] == did["T_G"] == 4
     refined = redraw(did, picture)
     twice = vlmfix.ask(model, stub, [picture, refined], QUESTION, max_new_tokens=3)
@@ -561,7 +561,7 @@ def tiny():
 
 
 def said(record):
-    return record.text, record.token_ids, record.did
+    return record.text, record.token_ids, record.effects
 
 
 def test_photos_end_to_end(tiny):
@@ -570,7 +570,7 @@ def test_photos_end_to_end(tiny):
     with CARVE()(model):
         for path in PHOTOS:
             record = vlmfix.ask(model, processor, path, QUESTION)
-            (did,) = json.loads(record.to_json())["did"]
+            (did,) = json.loads(record.to_json())["effects"]
             picture = Image.open(path).convert("RGB")
             x0, y0, x1, y1 = did["covers"]
             assert x1 - x0 == y1 - y0 == min(picture.size), "the centre of the photo is what the model saw"
@@ -637,7 +637,7 @@ def test_settings_reach_the_maths(tiny, monkeypatch, rule):
     monkeypatch.setattr(regions, "fuse", lambda *a: seen.append(a) or fuse(*a))
     monkeypatch.setattr(regions, "select", lambda *a: seen.append(a) or select(*a))
     with CARVE(steps="end", lam=0.02, layers=(1, 3), p=0.3, K=4, regions=rule, score="size")(model):
-        (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).did
+        (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).effects
     (q, g, *how), (_, _, *which) = seen
     assert how == [0.02, "end", (True, True), (1, 3)] and which == [0.3, 4, rule, "size"]
     assert (len(q), len(g)) == (did["T_Q"], did["T_G"]) and len(q) > 1 < len(g), "both looks end with an end token"
@@ -651,7 +651,7 @@ def test_thin_boxes_of_pictures(tiny, geometry, monkeypatch):
     exact, enlarged = [], regions.enlarged
     monkeypatch.setattr(regions, "enlarged", lambda *a: exact.append(a[2]) or enlarged(*a))
     with CARVE(p=1e-5, K=1, geometry=geometry)(model):
-        (did,) = vlmfix.ask(model, processor, PHOTOS[0], QUESTION).did
+        (did,) = vlmfix.ask(model, processor, PHOTOS[0], QUESTION).effects
     x0, y0, x1, y1 = did["box"]
     width, height = Image.open(PHOTOS[0]).size
     wide = x1 - x0 >= width / 16 and y1 - y0 >= height / 16
@@ -662,23 +662,23 @@ def test_the_looks_leave_no_trace_and_others_act_in_the_answer_alone(tiny):
     model, processor = tiny
     with CARVE(final="refined")(model):
         carved = vlmfix.ask(model, processor, SCENE, QUESTION)
-    refined = redraw(carved.did[0], SCENE)
+    refined = redraw(carved.effects[0], SCENE)
     with vlmfix.engine.attachment.wrapped(model, "vhr"):
         want = vlmfix.ask(model, processor, refined, QUESTION, num_beams=2, max_new_tokens=12)
     with vlmfix.engine.attachment.wrapped(model, [CARVE(final="refined"), *vlmfix.method.registry.parse("vhr")]):
         got = vlmfix.ask(model, processor, SCENE, QUESTION, num_beams=2, max_new_tokens=12)
-    assert got.token_ids == want.token_ids and got.did[0] == carved.did[0]
+    assert got.token_ids == want.token_ids and got.effects[0] == carved.effects[0]
 
 
 def test_looks_are_greedy_whatever_the_models_settings(tiny):
     model, processor = tiny
     before = model.generation_config.num_beams
     with CARVE()(model):
-        want = vlmfix.ask(model, processor, SCENE, QUESTION).did
+        want = vlmfix.ask(model, processor, SCENE, QUESTION).effects
     try:
         model.generation_config.num_beams = 3
         with CARVE()(model):
-            assert vlmfix.ask(model, processor, SCENE, QUESTION, do_sample=True, seed=1).did == want
+            assert vlmfix.ask(model, processor, SCENE, QUESTION, do_sample=True, seed=1).effects == want
     finally:
         model.generation_config.num_beams = before
 
@@ -689,7 +689,7 @@ def test_random_place_keeps_size_and_shape(tiny):
     facts = []
     for one in (CARVE(), control):
         with one(model):
-            facts.append([vlmfix.ask(model, processor, path, QUESTION).did[0] for path in PHOTOS])
+            facts.append([vlmfix.ask(model, processor, path, QUESTION).effects[0] for path in PHOTOS])
     boxes = []
     for a, b in zip(*facts, strict=True):
         assert [b["size"], b["area"]] == [a["size"], a["area"]] and b["heat"] == a["heat"]
@@ -701,7 +701,7 @@ def test_random_place_keeps_size_and_shape(tiny):
         )
         boxes.append(a["box"] != b["box"])
     with control(model):
-        assert [vlmfix.ask(model, processor, path, QUESTION).did[0] for path in PHOTOS] == facts[1], (
+        assert [vlmfix.ask(model, processor, path, QUESTION).effects[0] for path in PHOTOS] == facts[1], (
             "the same each time"
         )
     assert any(boxes)
@@ -720,14 +720,14 @@ def test_vicrop(tiny):
         settings = records[0].method[0]
     assert settings["layers"] == [3] and settings["side"] == 96, "14 of 32 layers; the side of the model's input"
     for path, record in zip(PHOTOS, records, strict=True):
-        (did,) = record.did
+        (did,) = record.effects
         x0, y0, x1, y1 = did["box"]
         whole = Image.open(path).convert("RGB")
         assert record.passes == 2 + len(record.token_ids) and did["mask"] is None and did["T_Q"] == did["T_G"] == 1
         assert x1 - x0 == y1 - y0 in {round(96 * r) for r in regions.RATIOS}
         assert np.array_equal(np.asarray(redraw(did, path)), np.asarray(whole.crop((x0, y0, x1, y1))))
     with method(model):
-        (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).did
+        (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).effects
     assert not did["acted"] and redraw(did, SCENE).size == (96, 96), "no window is smaller than the picture"
 
 
@@ -743,10 +743,10 @@ def test_official_variant(tiny):
     )
     with pytest.warns(UserWarning, match=r"layers \[20, 21, 22, 23, 24, 25\], and this model has 6"):
         vlmfix.wrap(model, method)
-    assert vlmfix.ask(model, processor, SCENE, QUESTION).did == [{"acted": False}]
+    assert vlmfix.ask(model, processor, SCENE, QUESTION).effects == [{"acted": False}]
     with replace(method, layers=(4, 5, 9))(model):
         record = vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
-    (did,) = record.did
+    (did,) = record.effects
     assert record.method[0]["layers"] == [4, 5] and record.prompt == QUESTION
     assert did["question"] == QUESTION + " Answer the question using a single word or phrase."
     assert did["covers"] == [0, 0, *Image.open(PHOTOS[0]).size]
@@ -755,7 +755,7 @@ def test_official_variant(tiny):
     assert vlmfix.ask(model, processor, plain, did["question"]).token_ids == record.token_ids
     with replace(method, layers=(4, 5))(model):
         again = vlmfix.ask(model, processor, PHOTOS[0], did["question"])
-    assert "question" not in again.did[0] and again.token_ids == record.token_ids
+    assert "question" not in again.effects[0] and again.token_ids == record.token_ids
 
 
 def test_nothing_to_cut_asks_with_the_picture_alone(tiny):
@@ -763,11 +763,11 @@ def test_nothing_to_cut_asks_with_the_picture_alone(tiny):
     plain = vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
     with CARVE(p=1.0)(model):
         record = vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
-    assert record.token_ids == plain.token_ids and not record.did[0]["acted"]
+    assert record.token_ids == plain.token_ids and not record.effects[0]["acted"]
     same = CARVE(general=QUESTION, lam=0.0, captions=True)
     with same(model):
         record = vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
-    assert record.token_ids == plain.token_ids and not record.did[0]["acted"], "equal looks, lam 0: S is constant"
+    assert record.token_ids == plain.token_ids and not record.effects[0]["acted"], "equal looks, lam 0: S is constant"
 
 
 def test_what_is_refused(tiny):
@@ -788,7 +788,7 @@ def test_what_is_refused(tiny):
     with pytest.raises(ValueError, match="one image per question; got 2"):
         vlmfix.ask(model, processor, [SCENE, SCENE], QUESTION)
     vlmfix.wrap(model, CARVE(captions=True))
-    assert vlmfix.ask(model, processor, SCENE, "Describe the image.", max_new_tokens=4).did[0]["acted"]
+    assert vlmfix.ask(model, processor, SCENE, "Describe the image.", max_new_tokens=4).effects[0]["acted"]
     vlmfix.unwrap(model)
     for bad, message in [
         ({"p": 0.0}, "p: expected"), ({"p": 1.5}, "p: expected"), ({"K": 0}, "K: expected 1 or more"),

@@ -14,8 +14,9 @@ from tests.models import llava, picture_prompt
 from vlmfix.cli import app
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.eval.tune import lookback as calibration
+from vlmfix.eval.tune.tool import Subject
 from vlmfix.hooks import VHR, Lookback
-from vlmfix.hooks.lookback import PRESETS, Detector, steps_of, token_ends
+from vlmfix.hooks.lookback import PRESETS, Detector
 from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
@@ -186,18 +187,18 @@ def test_scores_of_an_answer(tiny, sampling):
         single = vlmfix.ask(model, processor, *questions[1], max_new_tokens=20)
     assert [r.token_ids for r in batch] == [r.token_ids for r in plain] == [r.token_ids for r in again]
     for r, other in zip(batch, again, strict=True):
-        (did,) = r.did
-        assert json.loads(r.to_json())["did"] == r.did
+        (did,) = r.effects
+        assert json.loads(r.to_json())["effects"] == r.effects
         assert did["acted"] and did["preset"] == "lookback" and len(did["per_token"]) == len(r.token_ids)
         assert did["score"] == pytest.approx(np.mean(did["per_token"]), abs=1e-5)
-        same(did["per_token"], other.did[0]["per_token"])
+        same(did["per_token"], other.effects[0]["per_token"])
         assert [w["word"] for w in did["per_word"]] == r.text.split()
         for word in did["per_word"]:
             said = processor.decode([r.token_ids[step] for step in word["steps"]]).strip()
             assert said == word["word"]
             assert word["score"] == pytest.approx(np.mean([did["per_token"][s] for s in word["steps"]]), abs=1e-5)
     if not sampling:
-        same(single.did[0]["per_token"], batch[1].did[0]["per_token"])
+        same(single.effects[0]["per_token"], batch[1].effects[0]["per_token"])
 
 
 def test_place_in_the_list_and_going_on_from_accepted_text(tiny):
@@ -206,12 +207,12 @@ def test_place_in_the_list_and_going_on_from_accepted_text(tiny):
     for name, methods in {"alone": [Lookback()], "first": [Lookback(), VHR()], "last": [VHR(), Lookback()]}.items():
         with wrapped(model, methods):
             record = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=12)
-            scores[name] = record.did[[e.name == "lookback" for e in methods].index(True)]["per_token"]
+            scores[name] = record.effects[[e.name == "lookback" for e in methods].index(True)]["per_token"]
             if name == "alone":
-                run = vlmfix.asking.asking.Answering.of(
+                run = vlmfix.asking.batch.Batch.of(
                     model,
                     processor,
-                    [([vlmfix.asking.asking.open_picture(PICTURES[1])], DESCRIBE)],
+                    [([vlmfix.asking.pictures.open_picture(PICTURES[1])], DESCRIBE)],
                     {"max_new_tokens": 5},
                 )
                 end = run.inputs["input_ids"].shape[1]
@@ -237,12 +238,12 @@ def test_sinks_are_no_image(tiny):
     with Lookback()(model):
         plain = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=4)
     assert got.token_ids == plain.token_ids and max(sinks.values()) > 3
-    assert all(a < b for a, b in zip(got.did[0]["per_token"], plain.did[0]["per_token"], strict=True))
+    assert all(a < b for a, b in zip(got.effects[0]["per_token"], plain.effects[0]["per_token"], strict=True))
     with Lookback(exclude_sinks=True)(tiny[0]):
         facts = vlmfix.effects(tiny[0])[0]["facts"]
         idle = vlmfix.ask(*tiny, PICTURES[1], DESCRIBE, max_new_tokens=4)
     assert "no sink" in facts["sinks"] or "loudest" in facts["sinks"]
-    assert idle.did[0]["acted"]
+    assert idle.effects[0]["acted"]
 
 
 def test_weights_that_are_no_numbers_are_told():
@@ -252,16 +253,6 @@ def test_weights_that_are_no_numbers_are_told():
     monitor.weights(torch.full((1, 2, 1, 2), torch.nan), site)
     with pytest.raises(ValueError, match="attention weights of layer 3 are no numbers at step 0"):
         monitor.effects(memo)
-
-
-def test_spans():
-    tokens, words = [0, 1, 2, 3], ["A", " red", "dish", " cat"]
-    ends = token_ends(tokens, lambda t: "".join(words[i] for i in t))
-    assert ends == [1, 5, 9, 13]
-    assert steps_of(ends, 2, 9) == [1, 2] and steps_of(ends, 10, 13) == [3] and steps_of(ends, 0, 1) == [0]
-    for start, end in ((10, 14), (-1, 2), (3, 3)):
-        with pytest.raises(ValueError, match=r"span: expected characters within 0\.\.13"):
-            steps_of(ends, start, end)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +276,7 @@ def test_detector_scores_and_belongs_to_its_model(tiny, detector, tmp_path):
         vlmfix.ask(model, processor, PICTURES[0], DESCRIBE, max_new_tokens=6)
         r = Lookback().ratios(attached(model).last().memos[0])[0]
     with Lookback(detector=detector)(model):
-        got = vlmfix.ask(model, processor, PICTURES[0], DESCRIBE, max_new_tokens=6).did[0]
+        got = vlmfix.ask(model, processor, PICTURES[0], DESCRIBE, max_new_tokens=6).effects[0]
     by_layer_then_head = r.flatten(1) @ torch.tensor(own.w) + own.b
     same(got["per_token"], by_layer_then_head.sigmoid().tolist())
     for change, sentence in (
@@ -322,7 +313,7 @@ def test_auroc_of_what_can_and_cannot_be_told_apart(monkeypatch, tiny):
         monkeypatch.setattr(
             calibration, "read_words", lambda *_, made=(rng, 800, shift, shuffle), **__: synthetic(*made)
         )
-        found = calibration.calibrate(*tiny, Lookback(), others, scenes)
+        found = calibration.calibrate_lookback(*tiny, Lookback(), others, scenes)
         assert low <= found.auroc["detector"]["value"] <= high
         assert 0.4 < found.auroc["position"]["value"] < 0.6
         assert found.n_images == len(found.ids) == 60 and found.auroc["words"] == 800
@@ -343,7 +334,7 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
     from vlmfix.eval.pictures.data import Data
 
     data = Data.load("calibration", 18)
-    read, seen = calibration.read_words(*tiny, Lookback(), data, max_new_tokens=30), []
+    read, seen = calibration.read_words(Subject(*tiny, data), Lookback(), max_new_tokens=30), []
     assert read.v.shape[1] == 48 and not read.grounded.all() and read.grounded.mean() > 0.5
     assert read.plain == pytest.approx(read.v.mean(1), abs=1e-5)
 
@@ -353,7 +344,7 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "read_words", spy)
-        found = calibration.calibrate(*tiny, Lookback(), data, data)
+        found = calibration.calibrate_lookback(*tiny, Lookback(), data, data)
     assert len(seen) == 1 and found.n_images == 12
     assert (
         found.auroc["words"]
@@ -361,7 +352,7 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
         + np.isin(read.image, [key for i, key in enumerate(data.images) if i % 3 == 2]).sum()
     )
     with pytest.raises(ValueError, match="no tracker"):
-        calibration.calibrate(*tiny, Lookback(preset="tracker"), data, data)
+        calibration.calibrate_lookback(*tiny, Lookback(preset="tracker"), data, data)
     assert json.loads(json.dumps(asdict(found)))["model"] == "tiny"
 
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 import vlmfix
 from tests.models import ARCHITECTURES, picture_prompt
-from vlmfix.asking.asking import Answering, open_picture
+from vlmfix.asking.batch import Batch
+from vlmfix.asking.pictures import open_picture
 from vlmfix.cli import app
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.eval.pictures.data import Data
@@ -87,7 +88,7 @@ def test_greedy_first_with_a_content_verifier_is_greedy(tiny, verifier):
     for picture in PICTURES:
         want = say(tiny, None, picture)
         got = say(tiny, Rerank(n=2, greedy_first=True, verifier=verifier), picture)
-        rounds, (did,) = got.did[0]["rounds"], got.did
+        rounds, (did,) = got.effects[0]["rounds"], got.effects
         clean = next((i for i, r in enumerate(rounds) if r["candidates"][0]["repeat"]), len(rounds))
         n = sum(r["candidates"][0]["tokens"] for r in rounds[:clean])
         assert n > 8 and got.token_ids[:n] == want.token_ids[:n]
@@ -101,7 +102,7 @@ def test_greedy_first_with_a_content_verifier_is_greedy(tiny, verifier):
 
 def test_what_was_said_before_is_not_said_again(tiny):
     """The greedy answer to this picture repeats a sentence; every repeat is told, and none is taken."""
-    (did,) = say(tiny, Rerank(n=4, greedy_first=True, verifier=present)).did
+    (did,) = say(tiny, Rerank(n=4, greedy_first=True, verifier=present)).effects
     before, repeats = set(), 0
     for r in did["rounds"]:
         for c in r["candidates"]:
@@ -115,8 +116,8 @@ def test_what_was_said_before_is_not_said_again(tiny):
 def test_nothing_good_enough(tiny):
     """`least` goes on, `drop` tries once more, `stop` ends; each ends."""
     least = say(tiny, Rerank(n=2, verifier=absent, max_sentences=2))
-    first = least.did[0]["rounds"][0]
-    assert len(least.did[0]["rounds"]) <= 2 and first["all_bad"] and first["chosen"] is not None
+    first = least.effects[0]["rounds"][0]
+    assert len(least.effects[0]["rounds"]) <= 2 and first["all_bad"] and first["chosen"] is not None
     fewest = [(len(c["verdicts"]), -c["likelihood"]) for c in first["candidates"]]
     assert first["chosen"] == fewest.index(min(fewest)) and least.text.startswith(
         first["candidates"][first["chosen"]]["text"]
@@ -125,8 +126,8 @@ def test_nothing_good_enough(tiny):
     drop = say(tiny, Rerank(n=2, verifier=absent, all_bad="drop"))
     for record, n in ((stop, 1), (drop, 2)):
         assert record.text == "" and record.token_ids == [2] and record.finish == "stop"
-        assert [r["chosen"] for r in record.did[0]["rounds"]] == [None] * n
-    a, b = ([c["text"] for c in r["candidates"]] for r in drop.did[0]["rounds"])
+        assert [r["chosen"] for r in record.effects[0]["rounds"]] == [None] * n
+    a, b = ([c["text"] for c in r["candidates"]] for r in drop.effects[0]["rounds"])
     assert a != b, "the second try is another one"
 
 
@@ -134,7 +135,7 @@ def test_the_oracle_takes_the_fewest_inventions_and_is_no_result(tiny, tmp_path)
     truth = Data.load("scenes").truth
     for number in (1, 58):
         record = say(tiny, Rerank(n=3, verifier="oracle"), SCENES / f"test_{number:04d}.png")
-        for r in record.did[0]["rounds"]:
+        for r in record.effects[0]["rounds"]:
             wrong = [sum(o not in truth[number] for o, *_ in c["verdicts"]) for c in r["candidates"]]
             assert [sum(v == "absent" for _, v, _ in c["verdicts"]) for c in r["candidates"]] == wrong
             if not all(c["repeat"] for c in r["candidates"]):
@@ -185,7 +186,7 @@ def test_the_models_own_yes(tiny):
     question = lambda o: f"Is there a{'n' if o == 'orange' else ''} {o} in the image?"  # noqa: E731
     said = [vlmfix.ask(model, processor, PICTURES[1], question(o)).text for o in objects]
     vlmfix.wrap(model, ["vhr", Rerank(n=2)], processor)
-    run = Answering.of(model, processor, [([open_picture(PICTURES[1])], DESCRIBE)], {})
+    run = Batch.of(model, processor, [([open_picture(PICTURES[1])], DESCRIBE)], {})
     p = says_yes(run, objects)
     assert [x > 0.5 for x in p] == [text.startswith("Yes") for text in said] and len({x > 0.5 for x in p}) == 2
     with wrapped(model, Rerank(), processor):
@@ -194,13 +195,13 @@ def test_the_models_own_yes(tiny):
     kept = attached(model).kept[1]
     assert list(kept) == [tuple(first.image_sha256)] and {"person"} <= set(kept[tuple(first.image_sha256)])
     again = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=30)
-    assert again.did == first.did and again.passes < first.passes
+    assert again.effects == first.effects and again.passes < first.passes
 
 
 def test_lookback_verifier(tiny):
     """Verdicts are the monitor's scores at the object's first token, in the answer so far."""
     got = say(tiny, Rerank(n=2, verifier="lookback", hi=0.55, lo=0.5))
-    (did,), step = got.did, 0
+    (did,), step = got.effects, 0
     assert len(did["per_token"]) == len(got.token_ids)
     for r in did["rounds"]:
         c = r["candidates"][r["chosen"]]
@@ -239,10 +240,10 @@ def test_others_in_force_are_in_force_and_report_the_answer_taken(tiny, method):
         alone = vlmfix.ask_batch(model, processor, questions, max_new_tokens=24)
     assert [r.token_ids for r in both] != [r.token_ids for r in alone]
     for record in both:
-        monitor, vhr, _ = record.did
+        monitor, vhr, _ = record.effects
         assert vhr == {"acted": True} and len(monitor["per_token"]) == len(record.token_ids)
         picture = next(p for p, _ in questions if record.image == [p])
-        run = Answering.of(model, processor, [([open_picture(picture)], DESCRIBE)], {"max_new_tokens": 1})
+        run = Batch.of(model, processor, [([open_picture(picture)], DESCRIBE)], {"max_new_tokens": 1})
         with wrapped(model, [Lookback(), "vhr"], processor):
             run.generate(run.after(record.token_ids[:-1]), prompt_end=run.inputs["input_ids"].shape[1])
             want = vlmfix.hooks.Lookback().ratios(attached(model).last().memos[0])[0].mean((1, 2)).tolist()
@@ -251,7 +252,7 @@ def test_others_in_force_are_in_force_and_report_the_answer_taken(tiny, method):
 
 def test_chunks_take_the_best_and_the_first_of_equals(tiny, monkeypatch):
     got = say(tiny, Chunks(c=6, k=4), max_new_tokens=20)
-    (did,) = got.did
+    (did,) = got.effects
     sizes = [r["candidates"][r["chosen"]]["tokens"] for r in did["rounds"]]
     assert got.finish == "length" and len(got.token_ids) == 20, "the last chunk is shorter"
     assert sum(sizes) == len(got.token_ids) == did["tokens_kept"] and all(n == 6 for n in sizes[:-1])
@@ -267,13 +268,13 @@ def test_chunks_take_the_best_and_the_first_of_equals(tiny, monkeypatch):
         step += n
     one = Chunks(c=4, k=3)
     monkeypatch.setattr(Chunks, "score", lambda self, r: torch.zeros(r.shape[:-3]))
-    assert {r["chosen"] for r in say(tiny, one, max_new_tokens=8).did[0]["rounds"]} == {0}
+    assert {r["chosen"] for r in say(tiny, one, max_new_tokens=8).effects[0]["rounds"]} == {0}
 
 
 def test_one_candidate_is_sampling(tiny):
     model, processor = tiny
     got = say(tiny, Chunks(c=20, k=1, temperature=1.3), max_new_tokens=20, seed=5)
-    run = Answering.of(model, processor, [([open_picture(PICTURES[1])], DESCRIBE)], {"max_new_tokens": 20}, seed=5)
+    run = Batch.of(model, processor, [([open_picture(PICTURES[1])], DESCRIBE)], {"max_new_tokens": 20}, seed=5)
     torch.manual_seed(round_seed(run, 0))
     (want,) = run.generate(do_sample=True, temperature=1.3, top_p=0.95, top_k=0)
     assert got.token_ids == want and got.text != say(tiny, None, max_new_tokens=20).text
@@ -285,7 +286,7 @@ def test_going_on_equals_one_generation(tiny):
     for method in (None, "vhr", "pai"):
         whole = say(tiny, method, max_new_tokens=20).token_ids
         with wrapped(model, method or Lookback(), processor):
-            run = Answering.of(model, processor, [([open_picture(PICTURES[1])], DESCRIBE)], {"max_new_tokens": 20})
+            run = Batch.of(model, processor, [([open_picture(PICTURES[1])], DESCRIBE)], {"max_new_tokens": 20})
             for n in (1, 7, 13):
                 (one,) = proposals(run, whole[:n], 1, 20 - n, seed=0)
                 assert whole[:n] + one.tokens == whole and max(one.logp) <= 0
@@ -296,7 +297,7 @@ def test_going_on_in_other_models(architecture):
     model = ARCHITECTURES[architecture]()
     settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [58, 59, 60, 61]}
     with Lookback()(model):
-        run = Answering(model, None, [], picture_prompt(model), settings)
+        run = Batch(model, None, [], picture_prompt(model), settings)
         (whole,) = run.generate()
         monitor, found = Lookback(), attached(model)
         want = monitor.ratios(found.last().memos[0])
@@ -309,7 +310,7 @@ def test_going_on_in_other_models(architecture):
 def test_inputs_of_other_models_are_extended():
     ids = torch.tensor([[5, 6, 60, 7]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 60).int()}
-    run = Answering(SimpleNamespace(), None, [], {**inputs, "image_grid_thw": torch.tensor([[1, 2, 2]])}, {})
+    run = Batch(SimpleNamespace(), None, [], {**inputs, "image_grid_thw": torch.tensor([[1, 2, 2]])}, {})
     longer = run.after([8, 9])
     assert longer["input_ids"].tolist() == [[5, 6, 60, 7, 8, 9]] and longer["attention_mask"].tolist() == [[1] * 6]
     assert longer["mm_token_type_ids"].tolist() == [[0, 0, 1, 0, 0, 0]]

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 import vlmfix
-from vlmfix.asking.asking import Answering, ask_batch
+from vlmfix.asking.asker import ask_batch
+from vlmfix.asking.batch import Batch
 from vlmfix.eval.scorers import chair
 from vlmfix.organism import captions, dynamic, evaluate, language, tower, train
 from vlmfix.organism.captions import TRUE, Noise
@@ -409,7 +410,7 @@ def test_the_second_organism_is_a_genuine_qwen_that_learns(second, drawn):
     left = load_file(second.parent / "eyes.safetensors")
     name = "model.visual.blocks.0.attn.qkv.weight"
     assert torch.equal(model.state_dict()[name], left[f"qwen.{name}"])  # frozen in the stage dynamic
-    answering = Answering.of(model, processor, [([Image.fromarray(drawn[0].pixels)], "Is it?")], {})
+    answering = Batch.of(model, processor, [([Image.fromarray(drawn[0].pixels)], "Is it?")], {})
     said = answering.inputs["input_ids"][0].tolist()
     row = dynamic.Packer(MICRO).packed([("Is it?", "Yes")], (6, 6), 90)
     assert said == row["ids"][: len(said)].tolist() and said.count(language.IMAGE) == 36

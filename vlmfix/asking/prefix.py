@@ -1,5 +1,5 @@
 """Questions about one picture share the pass over it: system text, image and common words go through the model once,
-and each question goes on from a copy of the cache. Several methods may share one pass that ends with the picture.
+and each question continues from a copy of the cache. Several methods may share one pass that ends with the picture.
 Answers are those of the questions asked one by one."""
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
-from vlmfix.asking.asking import Answering, chat
+from vlmfix.asking.batch import NO_SAMPLING, Batch, chat
 from vlmfix.engine.attachment import Attachment, Left, attached, in_force
 
 BOTH_WAYS = ("token_type_ids",)
@@ -23,43 +24,45 @@ PLAIN = {"do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "to
 """Settings of `generate` that are known to go together with sharing."""
 
 
-def can_share(model: Any, settings: dict[str, Any]) -> bool:
-    """Whether the model, the interventions in force and the settings of `generate` let questions share a picture:
-    greedy decoding, and methods that say so."""
+def can_share(model: Any, attachment: Attachment | None, settings: dict[str, Any]) -> bool:
+    """Whether the model, what is attached to it and the settings of `generate` let questions share a picture: greedy
+    decoding, and methods that say so."""
     n_beams = settings.get("num_beams") or model.generation_config.num_beams or 1
     windows = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)  # padding would narrow them
     if settings.get("do_sample") or n_beams > 1 or set(settings) - PLAIN or windows:
         return False
-    found = attached(model)
-    return found is None or (
-        found.anatomy.generator is model
-        and all(one.traits.shares_pictures and not one.acts_at("begin") for _, one in found.active())
+    if attachment is None:
+        return True
+    methods_share = all(
+        method.traits.shares_pictures and not method.acts_at("begin") for _, method in attachment.active()
     )
+    return methods_share and attachment.anatomy.generator is model
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a pass over pictures left, one row per picture."""
+class Prefix:
+    """A pass that several questions continue from: what it has left, one row per picture."""
 
     cache: Any
-    left: Left | None
-    """By the interventions in force."""
+    state: Left | None
+    """Of the interventions that were in force."""
     offset: Tensor | None
     """Of positions in M-RoPE models, per sample."""
     seconds: float = 0.0
+    """Wall time that it took, where other batches than the one that made it have to account for it."""
 
 
 @dataclass(frozen=True)
-class Sharing(Answering):
+class ContinuedBatch(Batch):
     """A batch of questions, several of them about one picture. `inputs` holds ids and mask alone; in each row the part
     that is shared comes first, then padding, then the rest of the question."""
 
-    prefix: dict[str, Any] | None = None
+    prefix_inputs: dict[str, Any] | None = None
     """What goes through the model once: one row per picture, padded on the left."""
-    picture: Tensor | None = None
-    """(B,) row of `prefix` that each question goes on from."""
-    seen: Seen | None = None
-    """The pass over the pictures, where other methods go on from it, too."""
+    prefix_row: Tensor | None = None
+    """(B,) row of `prefix_inputs` that each question continues from."""
+    prefix: Prefix | None = None
+    """The pass over the pictures, where it has been made already and other methods continue from it, too."""
 
     @classmethod
     def of_pictures(
@@ -70,16 +73,16 @@ class Sharing(Answering):
         settings: dict[str, Any],
         seed: int | None = None,
         ends: Collection[int] = (),
-    ) -> Answering:
+    ) -> Batch:
         """Build the inputs; those of a plain batch where no two questions are about the same picture objects, or where
         these cannot share the pass over it. With `ends`, ids of image tokens, the pass ends at the last of them."""
-        known: dict[tuple[int, ...], int] = {}
-        group = [known.setdefault(tuple(map(id, images)), len(known)) for images, _ in questions]
-        shares = len(known) < len(questions) and can_share(model, settings)
-        found = _split(processor, questions, group, ends) if shares else None
-        if found is None:
-            return Answering.of(model, processor, questions, settings, seed)
-        prefix, ids, mask = found
+        row_of: dict[tuple[int, ...], int] = {}
+        rows = [row_of.setdefault(tuple(map(id, images)), len(row_of)) for images, _ in questions]
+        shares = len(row_of) < len(questions) and can_share(model, attached(model), settings)
+        parts = _split(processor, questions, rows, ends) if shares else None
+        if parts is None:
+            return Batch.of(model, processor, questions, settings, seed)
+        prefix_inputs, ids, mask = parts
         return cls(
             model,
             processor,
@@ -87,118 +90,162 @@ class Sharing(Answering):
             {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)},
             {"do_sample": False, **settings},
             seed,
-            prefix=dict(prefix.to(model.device, dtype=model.dtype)),
-            picture=torch.tensor(group, device=model.device),
+            prefix_inputs=dict(prefix_inputs.to(model.device, dtype=model.dtype)),
+            prefix_row=torch.tensor(rows, device=model.device),
         )
 
-    def look(self) -> Seen:
+    def make_prefix(self) -> Prefix:
         """The pass over the pictures, with the interventions in force."""
-        assert self.prefix is not None
-        n, found = self.prefix["input_ids"].shape[1], attached(self.model)
-        settings = {**self.settings, "max_new_tokens": 1, "logits_processor": None, "temperature": None}
-        settings = {**settings, "top_p": None, "top_k": None, "return_dict_in_generate": True}
-        if found is not None:
-            settings["prompt_end"] = n + 1  # the prompt goes on
-        cache = self.model.generate(**self.prefix, **settings).past_key_values
+        assert self.prefix_inputs is not None
+        attachment = attached(self.model)
+        settings = {**self.settings, **NO_SAMPLING, "max_new_tokens": 1, "logits_processor": None}
+        settings["return_dict_in_generate"] = True
+        if attachment is not None:
+            settings["prompt_end"] = self.prefix_inputs["input_ids"].shape[1] + 1  # the prompt goes on
+        cache = self.model.generate(**self.prefix_inputs, **settings).past_key_values
         offset = getattr(getattr(self.model, "model", None), "rope_deltas", None)
-        left = None if found is None else found.left(cache)
-        return Seen(cache, left, offset if isinstance(offset, Tensor) else None)
-
-    def _continued(self) -> Any:
-        """The cache that the questions go on from, a row for each."""
-        assert self.picture is not None
-        seen, found = self.seen or self.look(), attached(self.model)
-        cache = seen.cache if self.seen is None else copy.deepcopy(seen.cache)
-        cache.reorder_cache(self.picture)
-        if found is not None and seen.left is not None:
-            found.go_on(cache, self.picture, seen.left)
-        if seen.offset is not None:
-            self.model.model.rope_deltas = seen.offset[self.picture.to(seen.offset.device)]
-        return cache
+        state = None if attachment is None else attachment.left(cache)
+        return Prefix(cache, state, offset if isinstance(offset, Tensor) else None)
 
     def generate(self, inputs: dict[str, Any] | None = None, **changes: Any) -> list[list[int]]:
-        """As `Answering.generate`, for the whole batch."""
+        """As `Batch.generate`, for the whole batch."""
         assert inputs is None
-        return super().generate({**self.inputs, "past_key_values": self._continued()}, **changes)
+        return super().generate({**self.inputs, "past_key_values": self._continued_cache()}, **changes)
+
+    def _continued_cache(self) -> Any:
+        """The cache that the questions continue from, a row for each."""
+        assert self.prefix_row is not None
+        prefix, attachment = self.prefix or self.make_prefix(), attached(self.model)
+        cache = prefix.cache if self.prefix is None else copy.deepcopy(prefix.cache)
+        cache.reorder_cache(self.prefix_row)
+        if attachment is not None and prefix.state is not None:
+            attachment.go_on(cache, self.prefix_row, prefix.state)
+        if prefix.offset is not None:
+            self.model.model.rope_deltas = prefix.offset[self.prefix_row.to(prefix.offset.device)]
+        return cache
 
 
 @torch.inference_mode()
-def seen_by_all(
+def prefixed_for_all(
     model: Any,
     processor: Any,
-    questions: Sequence[tuple[Image.Image, str]],
+    questions: list[tuple[list[Image.Image], str]],
     settings: dict[str, Any],
-    methods: Sequence[Attachment | None],
-) -> Sharing | None:
-    """A batch after the pass over its pictures, for each of several methods to go on from: they see that pass and leave
-    it as it is (`leaves_pictures`). `None` where this cannot be done."""
-    began, joint = time.perf_counter(), Attachment.joint([one for one in methods if one is not None])
-    asked = [([picture], prompt) for picture, prompt in questions]
+    attachments: Sequence[Attachment | None],
+) -> ContinuedBatch | None:
+    """A batch after the pass over its pictures, for each of several methods to continue from: they see that pass and
+    leave it as it is (`leaves_pictures`). `None` where this cannot be done."""
+    began = time.perf_counter()
+    methods = [attachment for attachment in attachments if attachment is not None]
+    if not methods or not all(method.leaves_pictures for each in methods for _, method in each.active()):
+        return None
+    joint = Attachment.joint(methods)
+    image_tokens = joint.anatomy.image_token_ids
+    if not image_tokens:
+        return None
     with in_force(model, joint):
-        if not (ends := joint.anatomy.image_token_ids):
+        batch = ContinuedBatch.of_pictures(model, processor, questions, settings, ends=image_tokens)
+        if not isinstance(batch, ContinuedBatch):
             return None
-        run = Sharing.of_pictures(model, processor, asked, settings, ends=ends)
-        if not isinstance(run, Sharing):
-            return None
-        seen = run.look()
-    return replace(run, seen=replace(seen, seconds=time.perf_counter() - began))
+        prefix = batch.make_prefix()
+    return replace(batch, prefix=replace(prefix, seconds=time.perf_counter() - began))
 
 
 def _split(
-    processor: Any, questions: list[tuple[list[Image.Image], str]], group: list[int], ends: Collection[int]
+    processor: Any, questions: list[tuple[list[Image.Image], str]], rows: list[int], ends: Collection[int]
 ) -> tuple[Any, Tensor, Tensor] | None:
     """The processor's output for what questions about a picture share, and ids and mask (B, T) of the whole prompts.
-    `None` if that cannot be told apart."""
+    `None` if that cannot be told apart. `rows`: number of each question's picture."""
     tokenizer = getattr(processor, "tokenizer", None)
-    first = [group.index(g) for g in range(max(group) + 1)]
-    texts = [chat(processor, prompt, len(images)) for images, prompt in questions]
     if tokenizer is None or tokenizer.pad_token_id is None:
         return None
-    out = processor(
-        text=[texts[i] for i in first], images=[questions[i][0] for i in first], return_tensors="pt", padding=True,
-        padding_side="left",
+    first_of = [rows.index(row) for row in range(max(rows) + 1)]
+    texts = [chat(processor, prompt, len(images)) for images, prompt in questions]
+    processed = processor(
+        text=[texts[i] for i in first_of], images=[questions[i][0] for i in first_of], return_tensors="pt",
+        padding=True, padding_side="left",
     )  # fmt: skip
-    if any(name in out for name in BOTH_WAYS) or "attention_mask" not in out:
+    if any(name in processed for name in BOTH_WAYS) or "attention_mask" not in processed:
         return None
-    plain = [tokenizer(text)["input_ids"] for text in texts]
-    prompts: list[list[int]] = []
-    pictures_end = []
-    for i, ids in enumerate(plain):
-        shown, mask = out["input_ids"][group[i]], out["attention_mask"][group[i]].bool()
-        whole, one = shown[mask].tolist(), plain[first[group[i]]]
-        before = _alike([whole, one])
-        after = _alike([whole[::-1], one[::-1][: len(one) - before]])
-        if ids[: len(one) - after] != one[: len(one) - after]:
-            return None
-        prompts.append(whole[: len(whole) - after] + ids[len(one) - after :])
-        pictures_end.append(len(whole) - after)
+    prompts = _expanded(tokenizer, texts, processed, rows, first_of)
+    if prompts is None:
+        return None
     shared = []
-    for g in range(len(first)):
-        members = [prompt for prompt, at in zip(prompts, group, strict=True) if at == g]
-        shared.append(min(_alike(members), min(map(len, members)) - 1))
-        if shared[-1] < pictures_end[first[g]]:
+    for row, first in enumerate(first_of):
+        same_picture = [prompt for (prompt, _), its_row in zip(prompts, rows, strict=True) if its_row == row]
+        n_shared = _n_shared(same_picture, prompts[first][1], ends)
+        if n_shared is None:
             return None
-        if ends:
-            shared[-1] = max((i + 1 for i in range(shared[-1]) if members[0][i] in ends), default=0)
-            if not shared[-1]:
-                return None
-    n, rest = max(shared), max(len(p) - shared[g] for p, g in zip(prompts, group, strict=True))
-    ids = torch.full((len(prompts), n + rest), tokenizer.pad_token_id)
+        shared.append(n_shared)
+    ids, mask = _padded_between([prompt for prompt, _ in prompts], [shared[row] for row in rows], tokenizer)
+    return _cut(processed, ids[first_of], shared), ids, mask
+
+
+def _expanded(
+    tokenizer: Any, texts: list[str], processed: Any, rows: list[int], first_of: list[int]
+) -> list[tuple[list[int], int]] | None:
+    """Token ids of each prompt, its images expanded, and where the tokens end that the processor has changed.
+
+    A processor writes many tokens for an image's placeholder, and it has run on the first question of each picture
+    only. What it changed there, compared with the tokenizer's own output, lies between a common beginning and a common
+    end; the other questions about the picture get the same tokens in the same place. `None` where a question differs
+    from the first one in that very place.
+    """
+    plain = [tokenizer(text)["input_ids"] for text in texts]
+    prompts = []
+    for row, own in zip(rows, plain, strict=True):
+        real = processed["attention_mask"][row].bool()
+        expanded, first = processed["input_ids"][row][real].tolist(), plain[first_of[row]]
+        n_before = _n_alike([expanded, first])
+        n_after = _n_alike([expanded[::-1], first[::-1][: len(first) - n_before]])
+        changed_until = len(first) - n_after
+        if own[:changed_until] != first[:changed_until]:
+            return None
+        pictures_end = len(expanded) - n_after
+        prompts.append((expanded[:pictures_end] + own[changed_until:], pictures_end))
+    return prompts
+
+
+def _n_shared(prompts: list[list[int]], pictures_end: int, ends: Collection[int]) -> int | None:
+    """How many tokens the prompts about one picture share, the last token of none among them; with `ends`, up to the
+    last such token. `None` where the picture is not among them."""
+    n = min(_n_alike(prompts), min(map(len, prompts)) - 1)
+    if n < pictures_end:
+        return None
+    if ends:
+        n = max((i + 1 for i in range(n) if prompts[0][i] in ends), default=0)
+    return n or None
+
+
+def _padded_between(prompts: list[list[int]], shared: list[int], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) of prompts whose first `shared` tokens end in one column, and whose others end in the last
+    column."""
+    n = max(shared)
+    width = n + max(len(prompt) - n_shared for prompt, n_shared in zip(prompts, shared, strict=True))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
-    for b, (prompt, g) in enumerate(zip(prompts, group, strict=True)):
-        for end, part in ((n, prompt[: shared[g]]), (n + rest, prompt[shared[g] :])):
+    for b, (prompt, n_shared) in enumerate(zip(prompts, shared, strict=True)):
+        for end, part in ((n, prompt[:n_shared]), (width, prompt[n_shared:])):
             ids[b, end - len(part) : end] = torch.tensor(part)
             mask[b, end - len(part) : end] = 1
-    whole_shape, real = out["input_ids"].shape, out["attention_mask"].bool()
-    for name, x in list(out.items()):
-        if isinstance(x, Tensor) and x.shape == whole_shape:
-            rows = [row[m][:k] for row, m, k in zip(x, real, shared, strict=True)]
-            out[name] = torch.stack([torch.nn.functional.pad(r, (n - len(r), 0)) for r in rows])
-    out["input_ids"] = ids[first, :n]
-    return out, ids, mask
+    return ids, mask
 
 
-def _alike(rows: Sequence[Sequence[int]]) -> int:
-    """How many entries all rows have in common from the first on."""
-    differ = (i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1)
-    return next(differ, min(map(len, rows)))
+def _cut(processed: Any, ids: Tensor, shared: list[int]) -> Any:
+    """The processor's output with all that goes by tokens cut to the first `shared` of each row, padded on the left."""
+    n = max(shared)
+    by_token, real = processed["input_ids"].shape, processed["attention_mask"].bool()
+    for name, x in list(processed.items()):
+        if isinstance(x, Tensor) and x.shape == by_token:
+            rows = [row[kept][:n_shared] for row, kept, n_shared in zip(x, real, shared, strict=True)]
+            processed[name] = torch.stack([pad(row, (n - len(row), 0)) for row in rows])
+    processed["input_ids"] = ids[:, :n]
+    return processed
+
+
+def _n_alike(sequences: Sequence[Sequence[int]]) -> int:
+    """How many entries all sequences have in common from the first on."""
+    for i, column in enumerate(zip(*sequences, strict=False)):
+        if len(set(column)) > 1:
+            return i
+    return min(map(len, sequences))

@@ -43,19 +43,20 @@ def ask(
 
         if prompt is None:
             raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {image!r}")
-        specs = [one for text in method or ["none,vhr"] for one in split_methods(text)]
+        specs: list[str] = []
+        for text in method or ["none,vhr"]:
+            specs += split_methods(text)
         parsed = with_accelerator([parse(spec) for spec in specs], speed)
         specs = specs if speed is None else [spec_of(interventions) for interventions in parsed]
-        from vlmfix.asking.asking import ask as ask_model
-        from vlmfix.asking.asking import open_picture
-        from vlmfix.engine.attachment import wrapped
+        from vlmfix.asking.asker import Asker
+        from vlmfix.asking.pictures import open_picture
 
-        open_picture(image)
+        open_picture(image)  # before the model is loaded, which may take minutes
         loaded, processor = load_model(model, dtype, device_map, quantize)
         records = []
         for interventions in parsed:
-            with wrapped(loaded, list(interventions), processor):
-                records.append(ask_model(loaded, processor, image, prompt, max_new_tokens=max_new_tokens))
+            asker = Asker(loaded, processor, interventions)
+            records.append(asker.ask(image, prompt, max_new_tokens=max_new_tokens))
     if as_json:
         for record in records:
             out().print(record.to_json(), markup=False, soft_wrap=True)

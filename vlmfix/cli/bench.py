@@ -47,29 +47,37 @@ def bench(
         import torch
         from transformers.utils import logging as hf_logging
 
-        from vlmfix.eval import bench as measuring
+        from vlmfix.eval.bench import compare, shapes, timing
+        from vlmfix.eval.bench.questions import share_questions
 
         hf_logging.set_verbosity_error()
-        methods = measuring.find_methods(split_methods(method))
-        measuring.shape(shape)
-        model = measuring.build(shape, layers, getattr(torch, dtype), device)
-        inputs = measuring.prompt(model, shape, 1 if questions else batch_size, text_tokens)
-        facts = {**measuring.shape_facts(shape, model, inputs), "rounds": rounds, "new_tokens": new_tokens}
-        facts["clock"] = clock
-        facts |= {"machine": measuring.environment(model), "command": shlex.join(["vlmfix", *sys.argv[1:]])}
-        with progress_bar() as progress:
-            tell = lambda label, done, total: progress(f"{shape} {label}", done, total, "")  # noqa: E731
-            if questions:
-                rows = [
-                    measuring.share_questions(
-                        model, inputs, one, questions=questions, own_tokens=max(text_tokens - 20, 1),
-                        new_tokens=new_tokens, rounds=rounds, clock=clock,
-                    )
-                    for one in methods
-                ]  # fmt: skip
-            else:
-                rows = measuring.compare(
-                    model, inputs, methods, new_tokens=new_tokens, rounds=rounds, clock=clock, naive=naive, tell=tell
+        methods = compare.find_methods(split_methods(method))
+        model = shapes.build(shape, layers, getattr(torch, dtype), device)
+        inputs = shapes.build_prompt(model, shape, 1 if questions else batch_size, text_tokens)
+        facts = {
+            **shapes.shape_facts(shape, model, inputs),
+            "rounds": rounds,
+            "new_tokens": new_tokens,
+            "clock": clock,
+            "machine": timing.machine_facts(model),
+            "command": shlex.join(["vlmfix", *sys.argv[1:]]),
+        }
+        how: dict[str, Any] = {"new_tokens": new_tokens, "rounds": rounds, "clock": clock}
+        if questions:
+            own_tokens = max(text_tokens - 20, 1)
+            rows = [
+                share_questions(model, inputs, interventions, questions=questions, own_tokens=own_tokens, **how)
+                for interventions in methods
+            ]
+        else:
+            with progress_bar() as show:
+                rows = compare.compare(
+                    model,
+                    inputs,
+                    methods,
+                    naive=naive,
+                    progress=lambda label, done, total: show(f"{shape} {label}", done, total, ""),
+                    **how,
                 )
     if as_json:
         sys.stdout.write(json.dumps({**facts, "rows": rows}) + "\n")
@@ -79,56 +87,64 @@ def bench(
         show_costs(rows, facts)
 
 
+UNITS = {"prefill": ("ms", 1e3), "token": ("ms", 1e3), "memory": ("MB", 1e-6)}
+"""Figure -> its unit in the table, and how many of these a second or byte is."""
+
+
 def show_costs(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Print what `vlmfix bench` measured."""
-    units = {"prefill": ("ms", 1e3), "token": ("ms", 1e3), "memory": ("MB", 1e-6)}
     title = "{shape}, {layers} layers, {image_tokens} of {prompt_tokens} tokens image, batch of {batch_size}"
     table = Table("", title=Text(title.format(**facts)), title_justify="left")
-    for name, (unit, _) in units.items():
-        table.add_column(f"{name}, {unit}", justify="right")
+    for figure, (unit, _) in UNITS.items():
+        table.add_column(f"{figure}, {unit}", justify="right")
         table.add_column("ratio", justify="right")
     for row in rows:
-        cells = []
-        for name, (_, factor) in units.items():
-            one = row.get(name)
-            low, high = one["interval"] if one else (0.0, 0.0)
-            cells += (
-                [f"{factor * one['median']:.1f}", f"×{one['ratio']:.2f} [{low:.2f}, {high:.2f}]"] if one else ["", ""]
-            )
-        table.add_row(row["variant"], *map(Text, cells))
+        cells = [row["variant"]]
+        for figure, (_, per_unit) in UNITS.items():
+            if figure in row:
+                cells += [f"{per_unit * row[figure]['median']:.1f}", f"×{with_interval(row[figure])}"]
+            else:
+                cells += ["", ""]
+        table.add_row(*map(Text, cells))
     out().print(table)
     show_machine(facts)
 
 
 def show_questions(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Print how fast `vlmfix bench --questions` was."""
-    from vlmfix.eval.bench import PICTURE
+    from vlmfix.eval.bench.questions import PICTURE
 
     title = "{shape}, {layers} layers, {image_tokens} of {prompt_tokens} tokens image".format(**facts)
     ways = list(rows[0]["times_faster"])
     table = Table("questions", "method", *ways, PICTURE, title=Text(title), title_justify="left")
     for row in rows:
-        cells = []
+        cells = [str(row["questions"]), row["method"]]
         for way in ways:
-            (low, high), times = row["times_faster"][way]["interval"], row["times_faster"][way]["ratio"]
-            cells.append(f"{row['seconds'][way]:.2f} s, {times:.2f} [{low:.2f}, {high:.2f}] times as fast")
-        (low, high), share = row[PICTURE]["interval"], row[PICTURE]["ratio"]
-        cells.append(f"{row['seconds'][PICTURE]:.2f} s, {share:.2f} [{low:.2f}, {high:.2f}] of sharing")
-        table.add_row(str(row["questions"]), *map(Text, (row["method"], *cells)))
+            cells.append(f"{row['seconds'][way]:.2f} s, {with_interval(row['times_faster'][way])} times as fast")
+        cells.append(f"{row['seconds'][PICTURE]:.2f} s, {with_interval(row[PICTURE])} of sharing")
+        table.add_row(*map(Text, cells))
     out().print(table)
     show_machine(facts)
 
 
+def with_interval(ratio: dict[str, Any]) -> str:
+    """`1.02 [0.99, 1.04]`."""
+    low, high = ratio["interval"]
+    return f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def show_machine(facts: dict[str, Any]) -> None:
     """Print what was measured on."""
-    m = facts["machine"]
-    where = (
-        m["gpu"] if m["device"] != "cpu" else f"{m['cpu']}, {m['threads']} threads, load {(m['load'] or [0])[0]:.1f}"
-    )
+    machine = facts["machine"]
+    where = machine["gpu"]
+    if machine["device"] == "cpu":
+        load = machine["load"][0] if machine["load"] else 0
+        where = f"{machine['cpu']}, {machine['threads']} threads, load {load:.1f}"
     clock = "Time computed by the process" if facts["clock"] == "cpu" else "Wall time"
     out().print(
         f"{clock}: medians over {facts['rounds']} rounds; ratios within rounds, with 95 % intervals; "
-        f"{facts['new_tokens']} new tokens, {m['dtype']}, {m['attention']}, torch {m['torch']}, transformers "
-        f"{m['transformers']}, {where}.",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{facts['new_tokens']} new tokens, {machine['dtype']}, {machine['attention']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, {where}.",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.table import Table
@@ -25,15 +25,21 @@ from vlmfix.cli.console import (
 )
 from vlmfix.cli.heads import show_heads
 
+if TYPE_CHECKING:
+    from vlmfix.eval.tune.zerotuning import Tuned
+    from vlmfix.method.intervention import Intervention
 
-def only(spec: str, kind: type) -> Any:
+Calibrated = TypeVar("Calibrated", bound="Intervention")
+
+
+def parse_one(spec: str, expected: type[Calibrated]) -> Calibrated:
     """The one intervention of a spec, which must be of this class: it is what a command calibrates."""
     from vlmfix.method.registry import parse
 
-    found = parse(spec)
-    if len(found) != 1 or type(found[0]) is not kind:
-        raise ValueError(f"method: expected {kind.name} with its settings, got {spec!r}")  # type: ignore[attr-defined]
-    return found[0]
+    interventions = parse(spec)
+    if len(interventions) != 1 or type(interventions[0]) is not expected:
+        raise ValueError(f"method: expected {expected.name} with its settings, got {spec!r}")
+    return interventions[0]
 
 
 def calibrate_lookback(
@@ -60,29 +66,41 @@ def calibrate_lookback(
     with sentences():
         from vlmfix.hooks.lookback import Lookback
 
-        monitor = only(method, Lookback)
+        monitor = parse_one(method, Lookback)
         from vlmfix.eval.pictures.data import Data
         from vlmfix.eval.tune import lookback
 
-        pictures = [Data.load(name, limit) for name in (data, test)]
+        fit_on, test_on = Data.load(data, limit), Data.load(test, limit)
         loaded, processor = load_model(model, dtype, device_map, quantize)
         with progress_bar() as progress:
-            found = lookback.calibrate(
-                loaded, processor, monitor, *pictures,
-                batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
-            )  # fmt: skip
-        found.write(output)
+            detector = lookback.calibrate_lookback(
+                loaded,
+                processor,
+                monitor,
+                fit_on,
+                test_on,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+            )
+        detector.write(output)
     if as_json:
-        sys.stdout.write(json.dumps(found.auroc) + "\n")
+        sys.stdout.write(json.dumps(detector.auroc) + "\n")
     else:
-        counts = {key: found.auroc[key] for key in ("data", "images", "words", "invented")}
-        table = Table("score", "AUROC", title="{data}: {invented} of {words} words invented".format(**counts))
-        for name, one in found.auroc.items():
-            if name not in counts:
-                sign = "+" if " - " in name else ""
-                table.add_row(name, "{value:{s}.3f} [{low:{s}.3f}, {high:{s}.3f}]".format(s=sign, **one))
-        out().print(table)
+        show_detector(detector.auroc)
     err.print(f"detector: {output}", soft_wrap=True, markup=False)
+
+
+def show_detector(auroc: dict[str, Any]) -> None:
+    """Print how well a detector tells words apart."""
+    title = "{data}: {invented} of {words} words invented".format(**auroc)
+    table = Table("score", "AUROC", title=title)
+    for name, figure in auroc.items():
+        if isinstance(figure, dict):  # the others are counts
+            sign = "+" if " - " in name else ""
+            low, high = f"{figure['low']:{sign}.3f}", f"{figure['high']:{sign}.3f}"
+            table.add_row(name, f"{figure['value']:{sign}.3f} [{low}, {high}]")
+    out().print(table)
 
 
 def calibrate_act(
@@ -106,23 +124,21 @@ def calibrate_act(
     with sentences():
         from vlmfix.hooks import ACT
 
-        asked = only(method, ACT)
+        settings = parse_one(method, ACT)
         from vlmfix.eval.pictures.data import Data
-        from vlmfix.eval.tune import calibration
+        from vlmfix.eval.tune import act
 
-        choice: dict[str, Any] = {"top": top, "share": share, "threshold": threshold}
-        if all(value is None for value in choice.values()):
-            choice["positive"] = True
         pictures = Data.load(data, limit)
         loaded, processor = load_model(model, dtype, device_map, quantize)
         with progress_bar() as progress:
-            found = calibration.calibrate_act(loaded, processor, asked, pictures, batch_size=batch_size, tell=progress)
-        found = found.select(**choice)
-        found.save(output)
+            ranked = act.calibrate_act(loaded, processor, settings, pictures, batch_size=batch_size, progress=progress)
+        all_with_a_gain = (top, share, threshold) == (None, None, None)
+        head_list = ranked.select(top=top, share=share, threshold=threshold, positive=all_with_a_gain)
+        head_list.save(output)
     if as_json:
-        sys.stdout.write(json.dumps(found.to_json(), allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(head_list.to_json(), allow_nan=False) + "\n")
     else:
-        show_heads(found)
+        show_heads(head_list)
     err.print(f"written: {output}", soft_wrap=True, markup=False)
 
 
@@ -151,17 +167,24 @@ def calibrate_zerotuning(
     with sentences():
         from vlmfix.hooks import ZeroTuning
 
-        asked = only(method, ZeroTuning)
+        settings = parse_one(method, ZeroTuning)
         from vlmfix.eval.pictures.data import Data
-        from vlmfix.eval.tune import calibration
+        from vlmfix.eval.tune import zerotuning
 
         pictures = Data.load(data, limit)
         loaded, processor = load_model(model, dtype, device_map, quantize)
         with progress_bar() as progress:
-            tuned = calibration.calibrate_zerotuning(
-                loaded, processor, asked, pictures,
-                by=by, share=share, probe=probe, batch_size=batch_size, tell=progress,
-            )  # fmt: skip
+            tuned = zerotuning.calibrate_zerotuning(
+                loaded,
+                processor,
+                settings,
+                pictures,
+                by=by,  # type: ignore[arg-type]  # checked there
+                share=share,
+                probe=probe,
+                batch_size=batch_size,
+                progress=progress,
+            )
         tuned.heads.save(output)
     if as_json:
         sys.stdout.write(json.dumps(tuned.heads.to_json(), allow_nan=False) + "\n")
@@ -171,19 +194,20 @@ def calibrate_zerotuning(
     err.print(f"to use it: zerotuning:gamma={tuned.best.gamma:g},head_list={output}", soft_wrap=True, markup=False)
 
 
-def show_tuned(tuned: Any, by: str) -> None:
+def show_tuned(tuned: Tuned, by: str) -> None:
     """Print ZeroTuning's search."""
     table = Table("heads", "gamma", "accuracy %", "yes or no %", "yes %", "entropy, nats", "best")
-    for one in tuned.tried:
-        figures = (f"{100 * x:.1f}" for x in (one.accuracy, one.parsed, one.yes))
-        mark = f"by {by}" if one is tuned.best else ""
-        table.add_row(one.heads, f"{one.gamma:g}", *figures, f"{one.entropy:.3f}", mark)
+    for trial in tuned.trials:
+        shares = [f"{100 * share:.1f}" for share in (trial.accuracy, trial.parsed, trial.yes)]
+        mark = f"by {by}" if trial is tuned.best else ""
+        table.add_row(trial.heads, f"{trial.gamma:g}", *shares, f"{trial.entropy:.3f}", mark)
     out().print(table)
     numbers = sorted({head for _, head in tuned.listed})
     out().print(
         f"{tuned.up} head numbers want more for the first token, {tuned.down} less; listed: "
         f"{', '.join(map(str, numbers))}. Present and absent objects weigh the same.",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+        markup=False,
+        soft_wrap=True,
+    )
     if tuned.best.gamma == 1:
         out().print("No gamma does better than the untouched model.", markup=False)

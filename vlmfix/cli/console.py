@@ -84,7 +84,7 @@ def load_model(name: str, dtype: str | None, device_map: str | None, quantize: s
 def progress_bar() -> Iterator[Callable[[str, int, int, str], None]]:
     """A bar on stderr in a terminal; plain lines otherwise."""
     if not err.is_terminal:
-        from vlmfix.eval.run.runner import PlainProgress
+        from vlmfix.eval.run.progress import PlainProgress
 
         yield PlainProgress()
         return

@@ -125,7 +125,7 @@ def evaluate(
             quantize=quantize,
         )
         setup = prepare(task)
-        from vlmfix.eval.run.runner import Workers
+        from vlmfix.eval.run.workers import Workers
 
         quiet_libraries()
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()

@@ -24,12 +24,19 @@ from vlmfix.cli.console import (
     progress_bar,
     sentences,
 )
+from vlmfix.eval.tune.registry import TOOLS
+from vlmfix.method.heads import HeadList
+
+MOST_SHOWN = 20
+"""Heads in the table; the file has all."""
+COLUMNS = {"interval": "95 % interval", "control": "control", "chosen_by_vhr": "chosen by VHR, % of pictures"}
+"""Facts about single heads that a tool may add to its list -> head of their column."""
 
 
 def heads(
     tool: Annotated[
         str,
-        typer.Option(help="vhd, ablate, subspace, visual, separate or random, with settings as in ablate:see=margin."),
+        typer.Option(help=f"{', '.join(TOOLS)}; with settings as in ablate:see=margin."),
     ] = "vhd",
     model: ModelName = "tiny",
     data: Annotated[
@@ -55,59 +62,64 @@ def heads(
     with sentences():
         from vlmfix.eval.pictures.data import Data
         from vlmfix.eval.report.headmap import head_map
-        from vlmfix.eval.tune import ranking
+        from vlmfix.eval.tune.registry import find_tool
+        from vlmfix.eval.tune.tool import rank
 
-        how, pictures = ranking.tool(tool), Data.load(data, limit)
-        choice: dict[str, Any] = {"top": top, "share": share, "threshold": threshold, "positive": positive}
-        if not any(value is not None and value is not False for value in choice.values()):
-            choice["share"] = 0.25
+        chosen_tool, pictures = find_tool(tool), Data.load(data, limit)
+        if (top, share, threshold, positive) == (None, None, None, False):
+            share = 0.25
         loaded, processor = load_model(model, dtype, device_map, quantize)
         with progress_bar() as progress:
-            found = ranking.rank(how, loaded, processor, pictures, batch_size=batch_size, tell=progress)
-        found = found.select(**choice)
-        found.save(output)
+            ranked = rank(chosen_tool, loaded, processor, pictures, batch_size=batch_size, progress=progress)
+        head_list = ranked.select(top=top, share=share, threshold=threshold, positive=positive)
+        head_list.save(output)
         if plot is not None:
-            head_map(found, plot)
+            head_map(head_list, plot)
         if as_json:
-            sys.stdout.write(json.dumps(found.to_json(), allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(head_list.to_json(), allow_nan=False) + "\n")
         else:
-            show_heads(found)
+            show_heads(head_list)
         for path in filter(None, (output, plot)):
             err.print(f"written: {path}", soft_wrap=True, markup=False)
 
 
-def show_heads(found: Any, most: int = 20) -> None:
+def show_heads(head_list: HeadList) -> None:
     """Print the best heads of a list."""
-    extra, ranked = found.extra, found.ranking()
-    columns = {"interval": "95 % interval", "control": "control", "chosen_by_vhr": "chosen by VHR, % of pictures"}
-    shown = {key: name for key, name in columns.items() if extra.get(key) is not None}
+    extra, ranked, selected = head_list.extra, head_list.ranking(), set(head_list.selected)
+    shown = [key for key in COLUMNS if extra.get(key) is not None]
     parts = extra.get("parts", {})
-    title = f"{found.tool} on {found.model}: {extra['score']}"
-    table = Table("", "head", "score", *shown.values(), *parts, "selected", title=Text(title), title_justify="left")
+    title = Text(f"{head_list.tool} on {head_list.model}: {extra['score']}")
+    table = Table("", "head", "score", *map(COLUMNS.get, shown), *parts, "selected", title=title, title_justify="left")
     for column in table.columns[2:]:
         column.justify = "right"
-    chosen = set(found.selected)
-    for place, (layer, head) in enumerate(ranked[:most], start=1):
-        cells = []
-        for key in shown:
-            if key == "interval":
-                low, high = (side[layer][head] for side in extra[key])
-                cells.append(f"[{low:.3g}, {high:.3g}]")
-            else:
-                value = extra[key][layer][head]
-                cells.append(f"{100 * value:.0f}" if key == "chosen_by_vhr" else f"{value:.3g}")
-        cells += [f"{values[layer][head]:.3g}" for values in parts.values()]
-        score = f"{found.score((layer, head)):.3g}"
-        table.add_row(
-            str(place), f"L{layer}H{head}", score, *map(Text, cells), "yes" if (layer, head) in chosen else ""
-        )
+    for place, (layer, head) in enumerate(ranked[:MOST_SHOWN], start=1):
+        cells = [str(place), f"L{layer}H{head}", f"{head_list.score((layer, head)):.3g}"]
+        cells += [head_fact(key, extra[key], layer, head) for key in shown]
+        cells += [f"{means[layer][head]:.3g}" for means in parts.values()]
+        cells.append("yes" if (layer, head) in selected else "")
+        table.add_row(*map(Text, cells))
     out().print(table)
-    notes = [f"{len(ranked)} heads, {len(chosen)} selected; {found.direction}"]
+    out().print("; ".join(notes(head_list)) + ".", markup=False, soft_wrap=True)
+
+
+def head_fact(key: str, values: Any, layer: int, head: int) -> str:
+    """A cell of one of the `COLUMNS`."""
+    if key == "interval":
+        low, high = values
+        return f"[{low[layer][head]:.3g}, {high[layer][head]:.3g}]"
+    value = values[layer][head]
+    return f"{100 * value:.0f}" if key == "chosen_by_vhr" else f"{value:.3g}"
+
+
+def notes(head_list: HeadList) -> list[str]:
+    """What the line below the table says of the whole list."""
+    extra = head_list.extra
+    lines = [f"{len(head_list.ranking())} heads, {len(head_list.selected)} selected; {head_list.direction}"]
     if extra.get("agreement") is not None:
-        notes.append(f"rank correlation of the scores on two halves of the pictures: {extra['agreement']:.2f}")
+        lines.append(f"rank correlation of the scores on two halves of the pictures: {extra['agreement']:.2f}")
     for key in ("pairs", "prompts"):
         if key in extra:
-            notes.append(f"{key}: {extra[key]}")
+            lines.append(f"{key}: {extra[key]}")
     if "samples" in extra:
-        notes.append(", ".join(f"{n} {name}" for name, n in extra["samples"].items()) + " objects")
-    out().print("; ".join(notes) + ".", markup=False, soft_wrap=True)
+        lines.append(", ".join(f"{count} {group}" for group, count in extra["samples"].items()) + " objects")
+    return lines

@@ -11,6 +11,7 @@ import math
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -48,15 +49,14 @@ class HeadList:
 
     def __post_init__(self) -> None:
         """Check that the scores are a table and that the selected heads lie in it."""
-        scores = tuple(tuple(float(s) for s in row) for row in self.scores)
+        scores = tuple(tuple(map(float, row)) for row in self.scores)
         selected = tuple((int(layer), int(head)) for layer, head in self.selected)
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "selected", selected)
-        if not scores or not scores[0] or len({len(row) for row in scores}) > 1:
-            raise ValueError(
-                f"scores: expected one row per layer with one number per head, got rows of {[len(r) for r in scores]}"
-            )
-        if any(math.isinf(s) for row in scores for s in row):
+        lengths = [len(row) for row in scores]
+        if not scores or lengths[0] == 0 or len(set(lengths)) > 1:
+            raise ValueError(f"scores: expected one row per layer with one number per head, got rows of {lengths}")
+        if any(math.isinf(score) for row in scores for score in row):
             raise ValueError("scores: expected finite numbers, or NaN where a head has none; got infinity")
         if self.direction not in ("high is good", "high is bad"):
             raise ValueError(f"direction: expected 'high is good' or 'high is bad', got {self.direction!r}")
@@ -64,7 +64,7 @@ class HeadList:
 
     @property
     def n_layers(self) -> int:
-        """L."""
+        """L, layers of the decoder."""
         return len(self.scores)
 
     @property
@@ -74,11 +74,13 @@ class HeadList:
 
     def ranking(self) -> tuple[Head, ...]:
         """All heads that have a score, highest first; equal ones in the order of layers and heads."""
-        found = [(layer, h) for layer, row in enumerate(self.scores) for h, s in enumerate(row) if not math.isnan(s)]
-        return tuple(sorted(found, key=lambda head: -self.score(head)))
+        with_score = []
+        for layer, row in enumerate(self.scores):
+            with_score += [(layer, head) for head, score in enumerate(row) if not math.isnan(score)]
+        return tuple(sorted(with_score, key=lambda head: -self.score(head)))
 
     def score(self, head: Head) -> float:
-        """Of one head."""
+        """The score of one head; NaN if it has none."""
         return self.scores[head[0]][head[1]]
 
     def select(
@@ -92,29 +94,27 @@ class HeadList:
         """The same list with other heads selected: the `top` first, a `share` of all that have a score (rounded, at
         least one), those with a score of at least `threshold`, or those with a `positive` score. One of the four.
         """
-        asked = {"top": top, "share": share, "threshold": threshold, "positive": positive or None}
-        given = {k: v for k, v in asked.items() if v is not None}
-        if len(given) != 1:
-            raise ValueError(f"select: expected one of top, share, threshold, positive, got {', '.join(given) or None}")
+        options = {"top": top, "share": share, "threshold": threshold, "positive": positive or None}
+        rule = {name: value for name, value in options.items() if value is not None}
+        if len(rule) != 1:
+            raise ValueError(f"select: expected one of top, share, threshold, positive, got {', '.join(rule) or None}")
         ranked = self.ranking()
         if top is not None:
             if not 1 <= top <= len(ranked):
                 raise ValueError(f"top: expected a number of heads in 1..{len(ranked)}, got {top}")
-            chosen: Sequence[Head] = ranked[:top]
+            selected: Sequence[Head] = ranked[:top]
         elif share is not None:
             if not 0 < share <= 1:
                 raise ValueError(f"share: expected a number above 0 and up to 1, got {share}")
-            chosen = ranked[: max(1, round(share * len(ranked)))]
+            selected = ranked[: max(1, round(share * len(ranked)))]
         elif threshold is not None:
-            chosen = [head for head in ranked if self.score(head) >= threshold]
+            selected = [head for head in ranked if self.score(head) >= threshold]
         else:
-            chosen = [head for head in ranked if self.score(head) > 0]
-        if not chosen:
-            raise ValueError(f"no head is selected by {given}; the highest score is {self._highest(ranked)}")
-        return replace(self, selected=tuple(chosen), settings={**self.settings, "select": given})
-
-    def _highest(self, ranked: Sequence[Head]) -> str:
-        return f"{self.score(ranked[0]):.4g}" if ranked else "not a number"
+            selected = [head for head in ranked if self.score(head) > 0]
+        if not selected:
+            highest = f"{self.score(ranked[0]):.4g}" if ranked else "not a number"
+            raise ValueError(f"no head is selected by {rule}; the highest score is {highest}")
+        return replace(self, selected=tuple(selected), settings={**self.settings, "select": rule})
 
     def check(self, n_layers: int, n_heads: int, model: str | None = None) -> None:
         """`ValueError` if the list belongs to a model of another shape; a warning if only the model's name differs."""
@@ -137,7 +137,7 @@ class HeadList:
             "model": self.model,
             "direction": self.direction,
             "settings": self.settings,
-            "data": {k: v for k, v in self.data.items() if k != "ids"},
+            "data": {name: fact for name, fact in self.data.items() if name != "ids"},
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -148,23 +148,25 @@ class HeadList:
     @classmethod
     def from_json(cls, data: Any) -> HeadList:
         """The way back. `ValueError` if it is no head list."""
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            got = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"expected a head list of format {FORMAT!r} (made by vlmfix heads), got {got!r}")
-        if missing := [k for k in ("model", "tool", "layers", "heads", "scores", "selected") if k not in data]:
+        file_format = data.get("format") if isinstance(data, dict) else type(data).__name__
+        if not isinstance(data, dict) or file_format != FORMAT:
+            raise ValueError(f"expected a head list of format {FORMAT!r} (made by vlmfix heads), got {file_format!r}")
+        needed = ("model", "tool", "layers", "heads", "scores", "selected")
+        missing = [key for key in needed if key not in data]
+        if missing:
             raise ValueError(f"the head list lacks {', '.join(missing)}")
-        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
         try:
-            scores = [[math.nan if s is None else float(s) for s in row] for row in data["scores"]]
-            found = cls(**{**known, "scores": scores})
+            known["scores"] = [[math.nan if score is None else score for score in row] for row in data["scores"]]
+            head_list = cls(**known)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the head list cannot be read: {error}") from error
-        if (found.n_layers, found.n_heads) != (data["layers"], data["heads"]):
+        if (head_list.n_layers, head_list.n_heads) != (data["layers"], data["heads"]):
             raise ValueError(
                 f"the head list says {data['layers']} layers x {data['heads']} heads, but its scores are "
-                f"{found.n_layers} x {found.n_heads}"
+                f"{head_list.n_layers} x {head_list.n_heads}"
             )
-        return found
+        return head_list
 
     def save(self, path: str | Path) -> None:
         """Write it. `ValueError` if that cannot be."""
@@ -200,14 +202,15 @@ def _plain(data: Any) -> Any:
 
 def check_heads(heads: Iterable[Head], n_layers: int, n_heads: int) -> None:
     """`ValueError` if a head does not exist in a model of this shape, or is named twice."""
-    heads = list(heads)
-    wrong = [h for h in heads if not (0 <= h[0] < n_layers and 0 <= h[1] < n_heads)]
-    if wrong:
+    counts = Counter(heads)
+    outside = [(layer, head) for layer, head in counts if not (0 <= layer < n_layers and 0 <= head < n_heads)]
+    if outside:
         raise ValueError(
-            f"heads: expected layers in 0..{n_layers - 1} and heads in 0..{n_heads - 1}, got {head_names(wrong)}"
+            f"heads: expected layers in 0..{n_layers - 1} and heads in 0..{n_heads - 1}, got {head_names(outside)}"
         )
-    if len(set(heads)) < len(heads):
-        raise ValueError(f"heads: {head_names(sorted({h for h in heads if heads.count(h) > 1}))} named twice")
+    repeated = sorted(head for head, count in counts.items() if count > 1)
+    if repeated:
+        raise ValueError(f"heads: {head_names(repeated)} named twice")
 
 
 def head_names(heads: Iterable[Head]) -> str:
@@ -236,16 +239,17 @@ def resolve_heads(
     if heads is not None:
         check_heads(heads, n_layers, n_heads)
     else:
-        found = HeadList.load(setting)
-        found.check(n_layers, n_heads, model)
-        if not found.selected:
+        head_list = HeadList.load(setting)
+        head_list.check(n_layers, n_heads, model)
+        if not head_list.selected:
             raise ValueError(f"no heads: {setting} has none selected; make it with --top, --share or --threshold")
-        heads, ranking = found.selected, found.ranking()
-        facts = {"heads_origin": "file", "head_list": {"file": setting, **found.facts()}}
+        heads, ranking = head_list.selected, head_list.ranking()
+        facts = {"heads_origin": "file", "head_list": {"file": setting, **head_list.facts()}}
     if instead == "random":
         heads = random_heads(len(heads), n_layers, n_heads)
     elif instead == "least" and ranking is not None:
-        heads = ranking[: -len(heads) - 1 : -1]
+        from_the_last = ranking[::-1]
+        heads = from_the_last[: len(heads)]
     elif instead is not None:
         raise ValueError(f"heads with the {instead} score need the file of a head list, got {setting}")
     return heads, facts

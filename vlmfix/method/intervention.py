@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from vlmfix.asking.asking import Answering, Look
+    from vlmfix.asking.batch import Batch
+    from vlmfix.asking.look import Look
     from vlmfix.engine.state import Prompt
     from vlmfix.model.anatomy import Anatomy
 
@@ -116,7 +117,7 @@ class Intervention:
         """
         return images, prompt, {}
 
-    def decode(self, run: Answering) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """Answer a batch of questions in another way than one call of `generate`: token ids, and what a record should
         say (`acted` among it), per question. `run.generate` is the model with all interventions in force."""
         return run.generate(), []
@@ -164,7 +165,7 @@ class Intervention:
         keys."""
         return []
 
-    def answered(self, memo: dict[str, Any], row: int, run: Answering, tokens: list[int]) -> dict[str, Any]:
+    def answered(self, memo: dict[str, Any], row: int, run: Batch, tokens: list[int]) -> dict[str, Any]:
         """Add to what `report` says of one answer, now that its tokens are known; in `ask` only. `row` of the batch."""
         return {}
 

@@ -62,7 +62,7 @@ def test_every_protocol_can_be_asked_and_scored(name):
     ],
 )
 def test_templates_to_the_letter(tiny, template, text):
-    from vlmfix.asking.asking import chat
+    from vlmfix.asking.batch import chat
     from vlmfix.eval.run.runner import _templated
 
     _, processor = tiny

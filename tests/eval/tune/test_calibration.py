@@ -14,18 +14,16 @@ from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.benchmarks.pope_building import ordered_objects
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.runner import answer_all
-from vlmfix.eval.tune import calibration
-from vlmfix.eval.tune.calibration import Questions, Said, calibrate_act, calibrate_zerotuning, said
-from vlmfix.eval.tune.ranking import Subject
+from vlmfix.eval.tune import zerotuning
+from vlmfix.eval.tune.act import calibrate_act
+from vlmfix.eval.tune.questions import Openings, Questions, openings
+from vlmfix.eval.tune.tool import Subject
+from vlmfix.eval.tune.zerotuning import calibrate_zerotuning
 from vlmfix.hooks import ACT, ZeroTuning
 from vlmfix.method.heads import HeadList, picture_id
 
 DATA = Data.load("calibration", 8)
 METHOD = ACT(alpha=2.0, beta=0.0, layers=(3,))
-
-
-def quiet(label, done, total):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def listed(tiny):
-    return calibrate_act(*tiny, METHOD, DATA, batch_size=16, tell=quiet)
+    return calibrate_act(*tiny, METHOD, DATA, batch_size=16)
 
 
 def run(*args):
@@ -58,7 +56,7 @@ def test_first_words_are_those_of_an_answer(tiny):
     subject = Subject(model, processor, DATA, 16)
     questions = Questions.of(subject)
     methods = [None, ACT(alpha=2.0, beta=0.0, layers=(4,), head_list=((4, 1),))]
-    for method, found in zip(methods, said(subject, questions, "", methods), strict=True):
+    for method, found in zip(methods, openings(subject, questions, "", methods), strict=True):
         for i in (0, 7, 15):
             item = questions.items[i]
             with vlmfix.engine.attachment.wrapped(model, method):
@@ -77,7 +75,7 @@ def test_the_score_of_a_head_is_its_gain(tiny, listed):
     subject = Subject(model, processor, DATA, 64)
     questions = Questions.of(subject)
     with torch.inference_mode():
-        plain, edited = said(subject, questions, "", [None, replace(METHOD, head_list="L3H6")])
+        plain, edited = openings(subject, questions, "", [None, replace(METHOD, head_list="L3H6")])
     gain = np.where(questions.present, 1, -1) * (edited.lean - plain.lean)
     want = (gain[questions.present].mean() + gain[~questions.present].mean()) / 2
     assert listed.score((3, 6)) == pytest.approx(want, abs=1e-4) and abs(want) > 1e-3
@@ -94,7 +92,7 @@ def test_a_head_whose_output_nobody_reads_gains_nothing():
     model, processor = vlmfix.load("tiny")
     with torch.no_grad():
         model.get_decoder().layers[3].self_attn.o_proj.weight[:, 6 * 16 : 7 * 16] = 0
-    found = calibrate_act(model, processor, METHOD, Data.load("calibration", 4), tell=quiet)
+    found = calibrate_act(model, processor, METHOD, Data.load("calibration", 4))
     assert found.score((3, 6)) == 0 and any(found.score(head) for head in found.ranking())
 
 
@@ -122,10 +120,10 @@ def made_up(monkeypatch, right, entropy=lambda method: 0.5):
             n = np.where(questions.present, questions.present.sum(), (~questions.present).sum())
             good = place < np.round(right(method) * n)
             word = np.where(good, np.where(questions.present, 1, -1), 0)
-            answers.append(Said(word.astype(float), np.full(len(word), entropy(method)), word))
+            answers.append(Openings(word.astype(float), np.full(len(word), entropy(method)), word))
         return answers
 
-    monkeypatch.setattr(calibration, "said", say)
+    monkeypatch.setattr(zerotuning, "openings", say)
 
 
 def gamma_of(method):
@@ -152,7 +150,7 @@ def test_the_more_frequent_kind_of_heads_is_listed(tiny, monkeypatch, sign):
     assert tuned.heads.selected == tuned.listed and tuned.heads.settings["gamma"] == tuned.best.gamma
     assert tuned.best.accuracy == pytest.approx(0.68, abs=0.01) and tuned.best.parsed == tuned.best.accuracy
     assert tuned.best.yes == pytest.approx(0.34, abs=0.01)
-    assert len(tuned.tried) == 6 and tuned.heads.score((0, 4)) == pytest.approx(sign * 0.1, abs=0.01)
+    assert len(tuned.trials) == 6 and tuned.heads.score((0, 4)) == pytest.approx(sign * 0.1, abs=0.01)
 
 
 def test_all_heads_may_be_best_and_ties_go_to_the_untouched_model(tiny, monkeypatch):
@@ -185,7 +183,7 @@ def test_refusals(tiny):
         with pytest.raises(ValueError, match=sentence):
             calibrate_zerotuning(*tiny, method, DATA, **settings)
     with pytest.raises(ValueError, match="leave out head_list"):
-        calibrate_act(*tiny, replace(METHOD, head_list="L3H1"), DATA, tell=quiet)
+        calibrate_act(*tiny, replace(METHOD, head_list="L3H1"), DATA)
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

@@ -12,29 +12,29 @@ from PIL import Image
 
 import vlmfix
 from tests.models import ARCHITECTURES, llava, picture_prompt
+from vlmfix.asking.asker import Asker
+from vlmfix.asking.words import spellings
 from vlmfix.engine import attention
 from vlmfix.engine.attachment import wrapped
 from vlmfix.eval.benchmarks.chair import Chair
+from vlmfix.eval.benchmarks.pope import Pope
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.report.headmap import head_map
 from vlmfix.eval.scorers import chair, naming
-from vlmfix.eval.tune import ranking
-from vlmfix.eval.tune.ablation import SwitchOff, each_head_off, logits_at, tiled
-from vlmfix.eval.tune.lookback import Words
-from vlmfix.eval.tune.ranking import (
-    VHD,
-    Ablate,
-    Found,
-    Random,
-    Separate,
-    Subspace,
-    Visual,
-    kl,
-    rank,
-    retrieval,
-    subspace_angle,
-    tool,
-)
+from vlmfix.eval.tune import separate
+from vlmfix.eval.tune.ablate import Ablate
+from vlmfix.eval.tune.log_probs import kl, log_probs_at
+from vlmfix.eval.tune.measurement import Measurement
+from vlmfix.eval.tune.object_words import Words
+from vlmfix.eval.tune.random import Random
+from vlmfix.eval.tune.registry import TOOLS as REGISTRY
+from vlmfix.eval.tune.registry import find_tool
+from vlmfix.eval.tune.separate import Separate
+from vlmfix.eval.tune.subspace import Subspace, subspace_angle
+from vlmfix.eval.tune.switch_off import SwitchOff, each_head_off, tiled
+from vlmfix.eval.tune.tool import Subject, rank
+from vlmfix.eval.tune.vhd import VHD
+from vlmfix.eval.tune.visual import Visual, retrieval
 from vlmfix.hooks.parts.views import View
 from vlmfix.method.heads import HeadList
 from vlmfix.method.intervention import Intervention
@@ -63,8 +63,8 @@ def tiny():
 @pytest.fixture(autouse=True)
 def few_questions(monkeypatch):
     """Nine of POPE's questions are enough."""
-    every = ranking.Pope.items
-    monkeypatch.setattr(ranking.Pope, "items", lambda self, data: every(self, data)[:9])
+    every = Pope.items
+    monkeypatch.setattr(Pope, "items", lambda self, data: every(self, data)[:9])
 
 
 def columns(model, layer, head):
@@ -106,14 +106,14 @@ def test_a_head_off_is_its_columns_gone(architecture):
     """On every architecture, many heads in a batch or one by one, and with nothing left behind."""
     model = ARCHITECTURES[architecture]()
     prompt = picture_prompt(model, 2, lengths=[3, 6])
-    read = lambda inputs: logits_at(model, inputs, [-1, -2])  # noqa: E731
+    read = lambda inputs: log_probs_at(model, inputs, [-1, -2])  # noqa: E731
     before, state = read(prompt), [list(vars(m)) for m in model.modules()]
     together = {(layer, h): x[i] for layer, heads, x in each_head_off(model, prompt, read) for i, h in enumerate(heads)}
     alone = {(layer, heads[0]): x[0] for layer, heads, x in each_head_off(model, prompt, read, rows=1)}
     assert list(together) == list(alone) == [(layer, h) for layer in range(4) for h in range(6)]
     for layer, head in ((0, 0), (1, 4), (3, 5)):
         less = without(model, layer, head)
-        wanted = logits_at(less, prompt, [-1, -2])
+        wanted = log_probs_at(less, prompt, [-1, -2])
         torch.testing.assert_close(together[layer, head], wanted, rtol=0, atol=1e-4)
         torch.testing.assert_close(alone[layer, head], wanted, rtol=0, atol=1e-4)
         assert (wanted - before).abs().max() > 1e-3
@@ -149,9 +149,7 @@ class Rows(Intervention):
 def test_uniform_is_uniform_over_visible_keys():
     model = llava()
     prompt = picture_prompt(model, 2, lengths=[3, 6])
-    with wrapped(model, [SwitchOff(1, (3, 0), "uniform", 1e-7), Rows()]):
-        model(**prompt)
-        memo = vlmfix.engine.attachment.attached(model).last().memos[1]
+    _, (_, memo) = Asker(model, None, [SwitchOff(1, (3, 0), "uniform", 1e-7), Rows()]).forward(prompt)
     a, geometry = memo[1]
     n = a.shape[-1]
     visible = torch.ones(n, n).tril().bool() & geometry.valid[:, None]
@@ -172,7 +170,7 @@ def test_an_exception_leaves_nothing_behind():
         calls.append(1)
         if len(calls) == 6:  # in the second layer
             raise KeyboardInterrupt
-        return logits_at(model, inputs, [-1])
+        return log_probs_at(model, inputs, [-1])
 
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
         list(each_head_off(model, prompt, read, rows=2))
@@ -188,7 +186,7 @@ def test_layers_below_are_not_computed_again():
     first = anatomy(model).layers[0].module
     own = first.__dict__["forward"] = first.forward  # as libraries leave it that place layers on devices
     with torch.no_grad():
-        list(each_head_off(model, prompt, lambda inputs: logits_at(model, inputs, [-1])))
+        list(each_head_off(model, prompt, lambda inputs: log_probs_at(model, inputs, [-1])))
     assert first.__dict__["forward"] is own
     assert passes == [2, 3, 4, 5]  # once plain, then once for each layer from the lowest to one's own
 
@@ -242,30 +240,30 @@ def test_separation_is_the_rule_worked_out_by_hand(tiny, monkeypatch):
     """Means .8 and .3, deviations .1 and .2; a head that tells nothing gets less than nothing."""
     v = np.array([[0.7, 0.5], [0.9, 0.5], [0.1, 0.4], [0.5, 0.6]])
     words = Words(np.array([1, 1, 1, 2]), np.array([True, True, False, False]), v, v[:, 0], np.arange(4))
-    monkeypatch.setattr(ranking, "read_words", lambda *a, **k: words)
-    monkeypatch.setattr(ranking.Subject, "shape", (1, 2))
-    found = Separate(n=1.0).measure(ranking.Subject(*tiny, SMALL))
+    monkeypatch.setattr(separate, "read_words", lambda *a, **k: words)
+    monkeypatch.setattr(Subject, "shape", (1, 2))
+    found = Separate(n=1.0).measure(Subject(*tiny, SMALL))
     np.testing.assert_allclose(found.scores(), [[0.5 - 0.1 - 0.2, -0.1]])
     assert found.extra["samples"] == {"invented": 2, "true": 2} and len(found.pictures) == 3
-    np.testing.assert_allclose(Separate(n=0).measure(ranking.Subject(*tiny, SMALL)).scores(), [[0.5, 0]], atol=1e-12)
-    monkeypatch.setattr(ranking, "read_words", lambda *a, **k: words.of([2]))
+    np.testing.assert_allclose(Separate(n=0).measure(Subject(*tiny, SMALL)).scores(), [[0.5, 0]], atol=1e-12)
+    monkeypatch.setattr(separate, "read_words", lambda *a, **k: words.of([2]))
     with pytest.raises(ValueError, match="hold no true objects; take more pictures"):
-        Separate().measure(ranking.Subject(*tiny, SMALL))
+        Separate().measure(Subject(*tiny, SMALL))
 
 
 def test_means_intervals_and_agreement():
     """Samples are averaged, pictures resampled."""
     values = np.array([[[1.0, 0.0]], [[3.0, 0.0]], [[5.0, 4.0]]])
-    found = Found.of(["a", "b"], ("x", "y"), values, np.array([0, 0, 1]), np.array([0, 0, 0]))
+    found = Measurement.from_samples(["a", "b"], ("x", "y"), values, np.array([0, 0, 1]), np.array([0, 0, 0]))
     assert found.scores().tolist() == [[3.0, 4 / 3]] and found.counts["y"].tolist() == [0, 0]
     low, high = found.intervals()
     assert (low[0, 0], high[0, 0]) == (2, 5)
     assert found.scores(np.array([[2.0, 0.0], [0.0, 1.0]])).tolist() == [[[2, 0]], [[5, 4]]]
     same = np.random.default_rng(0).random((1, 2, 4)).repeat(4, 0)
     pictures, one = list("abcd"), np.zeros(4, int)
-    assert Found.of(pictures, ("x",), same, np.arange(4), one).agreement() == pytest.approx(1)
+    assert Measurement.from_samples(pictures, ("x",), same, np.arange(4), one).agreement() == pytest.approx(1)
     same[1::2] *= -1
-    assert Found.of(pictures, ("x",), same, np.arange(4), one).agreement() == pytest.approx(-1)
+    assert Measurement.from_samples(pictures, ("x",), same, np.arange(4), one).agreement() == pytest.approx(-1)
 
 
 def test_scores_of_ablation_are_those_of_weights_taken_out(tiny):
@@ -273,10 +271,10 @@ def test_scores_of_ablation_are_those_of_weights_taken_out(tiny):
     model, processor = tiny
     data = SMALL
     margin = rank(Ablate("margin"), model, processor, data)
-    bench = ranking.Pope()
+    bench = Pope()
     label = {bench.item_id(q): q.label for q in bench.questions(data)}
-    yes, no = (list(ranking.spellings(processor, word)) for word in ("yes", "no"))
-    subject = ranking.Subject(model, processor, data)
+    yes, no = (list(spellings(processor, word)) for word in ("yes", "no"))
+    subject = Subject(model, processor, data)
 
     def margin_of(model, item):
         logits = model(**subject.inputs([item])).logits[0, -1]
@@ -296,7 +294,7 @@ def test_scores_of_ablation_are_those_of_weights_taken_out(tiny):
     assert margin.direction == "high is bad" and margin.extra["samples"] == {k: len(v) for k, v in drop.items()}
 
     token = rank(Ablate("token"), model, processor, data)
-    captions = ranking._captions(subject, 64)
+    captions = subject.captions(64)
     less, drops = without(model, 2, 5), {True: [], False: []}
     with torch.no_grad():
         for caption in captions:
@@ -313,7 +311,7 @@ def test_visual_scores_are_those_of_the_models_own_attention(tiny, monkeypatch):
     """Against the weights that eager attention gives out, one caption at a time; rows are read in pieces."""
     monkeypatch.setattr(attention, "PIECE", 16)
     processor = tiny[1]
-    captions = ranking._captions(ranking.Subject(*tiny, DATA), 64)
+    captions = Subject(*tiny, DATA).captions(64)
     with pytest.warns(UserWarning, match="with fewer than 200"):
         found = {see: rank(Visual(see), *tiny, DATA) for see in ("mass", "top1")}
     model, _ = vlmfix.load("tiny", attn_implementation="eager")
@@ -375,8 +373,8 @@ def test_the_only_head_that_speaks_is_found(tiny, how):
 @pytest.mark.parametrize(("see", "head"), [("margin", (1, 0)), ("token", (1, 0))])
 def test_the_only_head_that_pushes_is_found(tiny, monkeypatch, see, head):
     """First where it harms; last where it helps, for then all others do more harm: none."""
-    captions = ranking._captions(ranking.Subject(*tiny, DATA), 64)
-    monkeypatch.setattr(ranking, "_captions", lambda *_: captions)
+    captions = Subject(*tiny, DATA).captions(64)
+    monkeypatch.setattr(Subject, "captions", lambda *_: captions)
     found = rank(Ablate(see), only(tiny[0], *head), tiny[1], DATA if see == "token" else SMALL)
     assert abs(found.score(head)) > 1e-3
     assert found.ranking()[0 if found.score(head) > 0 else -1] == head
@@ -387,8 +385,8 @@ def test_the_only_head_that_pushes_is_found(tiny, monkeypatch, see, head):
 def test_the_only_head_that_looks_is_found(tiny, monkeypatch, see):
     """All other heads look everywhere alike."""
     model, processor = copy.deepcopy(tiny[0]), tiny[1]
-    captions = ranking._captions(ranking.Subject(model, processor, DATA), 64)
-    monkeypatch.setattr(ranking, "_captions", lambda *_: captions)
+    captions = Subject(model, processor, DATA).captions(64)
+    monkeypatch.setattr(Subject, "captions", lambda *_: captions)
     d = anatomy(model).layers[0].head_dim
     with torch.no_grad():
         for i, layer in enumerate(anatomy(model).layers):
@@ -410,14 +408,18 @@ def test_the_only_head_that_looks_is_found(tiny, monkeypatch, see):
 @pytest.mark.parametrize("how", TOOLS, ids=lambda how: f"{how.name}-{getattr(how, 'see', '')}")
 def test_batches_and_padding_do_not_matter(tiny, how):
     data = SMALL if how.name in ("ablate", "subspace") else DATA
-    before = tiny[0](**ranking.Subject(*tiny, data).inputs(Chair().items(data)[:1])).logits
+    before = tiny[0](**Subject(*tiny, data).inputs(Chair().items(data)[:1])).logits
     one, many = (rank(how, *tiny, data, batch_size=size) for size in (9, 64))
     np.testing.assert_allclose(one.scores, many.scores, rtol=1e-3, atol=2e-3 if how.name == "subspace" else 2e-5)
     assert (one.n_layers, one.n_heads, one.model, one.tool) == (6, 8, "tiny", how.name)
     assert one.data["name"] == "calibration" and len(one.data["ids"]) == one.data["n"] <= len(data.images)
-    assert tool(f"{how.name}:" + ",".join(f"{k}={v}" for k, v in one.settings.items())) == how
-    after = tiny[0](**ranking.Subject(*tiny, data).inputs(Chair().items(data)[:1])).logits
+    assert find_tool(f"{how.name}:" + ",".join(f"{k}={v}" for k, v in one.settings.items())) == how
+    after = tiny[0](**Subject(*tiny, data).inputs(Chair().items(data)[:1])).logits
     assert torch.equal(before, after)
+
+
+def test_every_tool_has_its_line():
+    assert {find_tool(name).name for name in REGISTRY} == set(REGISTRY) == {how.name for how in TOOLS} | {"random"}
 
 
 def test_random_heads_are_random():
@@ -442,19 +444,19 @@ def test_random_heads_are_random():
 )
 def test_tools_refused(spec, sentence):
     with pytest.raises(ValueError, match=sentence):
-        tool(spec)
+        find_tool(spec)
 
 
 def test_too_little_to_look_at(tiny, monkeypatch):
     one = Data.load("calibration", 1)
-    captions = [replace(c, named=()) for c in ranking._captions(ranking.Subject(*tiny, one), 64)]
-    monkeypatch.setattr(ranking, "_captions", lambda *_: captions)
+    captions = [replace(c, named=()) for c in Subject(*tiny, one).captions(64)]
+    monkeypatch.setattr(Subject, "captions", lambda *_: captions)
     with pytest.raises(ValueError, match="has no invented objects to look at"):
         rank(Ablate("token"), *tiny, one)
     with pytest.raises(ValueError, match="no object that the model names in calibration has a box"):
         rank(Visual(), *tiny, one)
-    items = ranking.Pope().items(SMALL)[:7]
-    monkeypatch.setattr(ranking.Pope, "items", lambda *_: items)
+    items = Pope().items(SMALL)[:7]
+    monkeypatch.setattr(Pope, "items", lambda *_: items)
     with pytest.raises(ValueError, match="subspace compares at least 8 prompts"):
         rank(Subspace(), *tiny, one)
 
@@ -464,7 +466,7 @@ def test_too_little_to_look_at(tiny, monkeypatch):
 
 def test_the_model_reads_what_it_said(tiny):
     """At every place of a caption the likeliest token is the one that was generated, whatever is beside it."""
-    captions = ranking._captions(ranking.Subject(*tiny, DATA), 64)
+    captions = Subject(*tiny, DATA).captions(64)
     inputs, n = naming.told(*tiny, captions)
     best = tiny[0](**inputs).logits.argmax(-1)
     for row, caption in enumerate(captions):
