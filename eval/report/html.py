@@ -26,7 +26,6 @@ from vlmfix.eval.report.mistakes import Rates, confusion, object_rates
 from vlmfix.eval.report.study import Study
 from vlmfix.eval.report.tables import ComparisonTable, control_columns, full_tables, published_table
 
-TEMPLATES = files("vlmfix.eval.report") / "templates"
 OBJECTS = 12
 """Objects in each table of rates."""
 
@@ -50,17 +49,18 @@ def page(studies: Sequence[Study], *, gallery: int = 8, sample: int = 8, seed: i
         .render(
             title=f"vlmfix report: {about}" if studies else "What the models said",
             origin=_origin(studies),
-            style=Markup(_template("page.css")),
+            style=Markup((files("vlmfix.eval.report") / "templates" / "page.css").read_text("utf-8")),
             parts=[_part(study, gallery, sample, seed) for study in studies],
         )
     )
 
 
 @cache
-def environment() -> Environment:
-    """What the templates are drawn with. Everything that they write is escaped, and free of control characters."""
+def environment(package: str = "vlmfix.eval.report") -> Environment:
+    """What draws the templates of a package. Everything that they write is escaped, and free of control characters."""
+    folder = files(package) / "templates"
     made = Environment(
-        loader=FunctionLoader(_template),
+        loader=FunctionLoader(lambda name: (folder / name).read_text("utf-8")),
         autoescape=True,
         finalize=_clean,
         undefined=StrictUndefined,
@@ -70,10 +70,6 @@ def environment() -> Environment:
     made.filters["code_spans"] = code_spans
     made.filters["p_text"] = p_text
     return made
-
-
-def _template(name: str) -> str:
-    return (TEMPLATES / name).read_text("utf-8")
 
 
 def _clean(value: object) -> str:

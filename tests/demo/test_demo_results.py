@@ -82,8 +82,8 @@ def test_only_clear_differences_are_coloured():
 
 
 def test_labels_are_escaped_and_short():
-    assert leaderboard._wrapping("a:b=0.8999999999999999") == "a:<wbr>b=<wbr>0.9"
-    assert leaderboard._wrapping("<b>") == "&lt;b&gt;"
+    assert leaderboard.wrapping("a:b=0.8999999999999999") == "a:<wbr>b=<wbr>0.9"
+    assert leaderboard.wrapping("<b>") == "&lt;b&gt;"
 
 
 # Runs
