@@ -132,7 +132,8 @@ class Probe:
         names = sorted(near, key=lambda name: (-near[name], name))
         present = [name for name in names if name in there]
         absent = [name for name in names if name not in there]
-        first, rest = [], []
+        first: list[str] = []
+        rest: list[str] = []
         for i, name in enumerate(absent):
             someone_says_yes = any(p[name] >= 0.5 for p in answered)
             (first if i < NEAR or someone_says_yes else rest).append(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -25,11 +25,10 @@ from vlmfix.eval.run import folders
 from vlmfix.eval.run.batches import answered_batches, share_of
 from vlmfix.eval.run.progress import Progress, RunningFigure
 from vlmfix.eval.run.protocols import MODEL, TEMPLATES, generation
+from vlmfix.eval.run.refusals import check_pictures, refuse_own_pictures, refuse_right_answers
 from vlmfix.eval.run.results import RECORDS, Run, items_digest
 from vlmfix.eval.run.sharing import CheckedSharing
 from vlmfix.eval.run.workers import Workers
-from vlmfix.hooks.lookback import Detector
-from vlmfix.method.heads import HeadList, picture_id
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import spec_of
 from vlmfix.method.settings import did_you_mean
@@ -82,11 +81,11 @@ def answer_each(
         ValueError: pictures are missing, or the same method has an unfinished run here that was asked otherwise: the
             message says what differs. `beside` starts another run beside it.
     """
-    _refuse_right_answers(methods)
+    refuse_right_answers(methods)
     workers = workers or Workers()
     items = bench.items(data)
     untouched = Asker(model, processor)
-    settings = _generation(model, decoding)
+    decoding_settings = _generation(model, decoding)
     identity = {
         "benchmark": bench.name,
         "protocol": protocol,
@@ -105,50 +104,62 @@ def answer_each(
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
-    settings = {"max_new_tokens": identity["max_new_tokens"], **settings}
+    settings = {"max_new_tokens": identity["max_new_tokens"], **decoding_settings}
+    plan = _Plan(bench, settings, seed, 1 if settings["do_sample"] else batch_size, workers)
     parent = out / bench.name / Path(str(identity["model"])).name
-    own_records = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
     folder_of: dict[int, Path] = {}
     with untouched.applied(), _templated(processor, template):
         may_share = isinstance(bench, YesNo) and untouched.can_share(settings)
         for group in _groups(methods, may_share):
-            header = {
-                "label": "",
-                "fingerprint": "",
-                "n": len(items),
-                "identity": identity,
-                "data": data.spec,
-                "environment": _environment(model, batch_size, command),
-                "task": task,
-            }
-            by_folder: dict[Path, _Course] = {}
+            header = {"label": "", "fingerprint": "", "n": len(items), "identity": identity, "data": data.spec}
+            header |= {"environment": _environment(model, batch_size, command), "task": task}
+            courses: dict[Path, _Course] = {}
             for i in group:
                 asker = Asker(model, processor, methods[i])
                 course = _Course(asker, spec_of(methods[i]), items, RunningFigure(bench, data), progress)
                 folder_of[i] = course.begin(parent, header, beside=beside, writes=workers.rank == 0)
-                by_folder.setdefault(folder_of[i], course)  # the same method given twice is asked once
+                courses.setdefault(folder_of[i], course)  # the same method given twice is asked once
             workers.wait()  # everyone has seen what is done before anyone adds to it
-            courses = list(by_folder.values())
-            open_questions = _open_questions(courses, items)
-            _check_pictures([item for some in open_questions.values() for item in some], data.where or bench.where)
-            for course in courses:
+            unanswered = _unanswered(list(courses.values()), items)
+            check_pictures([item for some in unanswered.values() for item in some], data.where or bench.where)
+            for course in courses.values():
                 course.show()
-            with ExitStack() as stack:
-                if len(courses) == 1:  # on for all its questions
-                    stack.enter_context(courses[0].asker.applied())
-                files = [stack.enter_context(folders.appending(folder / own_records)) for folder in by_folder]
-                for lacking, unanswered in open_questions.items():
-                    ask = CheckedSharing([courses[k].asker for k in lacking], bench, settings, seed)
-                    size = 1 if settings["do_sample"] else batch_size
-                    for batch, answers in answered_batches(share_of(unanswered, workers), size, ask):
-                        for k, records in zip(lacking, answers, strict=True):
-                            courses[k].add(files[k], batch, records)
+            _ask(courses, unanswered, plan)
             workers.wait()
             if workers.rank == 0:
-                for folder in by_folder:
+                for folder in courses:
                     folders.merge(folder, items)
             workers.wait()
     return [Run.read(folder_of[i]) for i in range(len(methods))]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the questions of a benchmark are asked, whatever the method."""
+
+    bench: Benchmark
+    settings: dict[str, Any]
+    """Of `generate`."""
+    seed: int
+    batch_size: int
+    workers: Workers
+
+
+def _ask(courses: Mapping[Path, _Course], unanswered: Mapping[tuple[int, ...], list[Item]], plan: _Plan) -> None:
+    """Ask what is unanswered under the methods of one group, and write each batch into their folders."""
+    workers = plan.workers
+    records_file = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
+    in_order = list(courses.values())
+    with ExitStack() as stack:
+        if len(in_order) == 1:  # in force for all its questions, without coming off between batches
+            stack.enter_context(in_order[0].asker.applied())
+        files = [stack.enter_context(folders.appending(folder / records_file)) for folder in courses]
+        for places, questions in unanswered.items():
+            ask = CheckedSharing([in_order[k].asker for k in places], plan.bench, plan.settings, plan.seed)
+            own_questions = share_of(questions, workers)
+            for batch, answers in answered_batches(own_questions, plan.batch_size, ask):
+                for k, records in zip(places, answers, strict=True):
+                    in_order[k].add(files[k], batch, records)
 
 
 @dataclass
@@ -165,7 +176,7 @@ class _Course:
 
     def begin(self, parent: Path, header: dict[str, Any], *, beside: bool, writes: bool) -> Path:
         """Find the run folder, or make it, and see what it holds. The header lacks what is the method's own."""
-        _refuse_own_pictures([method["facts"] for method in self.asker.methods], self.items)
+        refuse_own_pictures([method["facts"] for method in self.asker.methods], self.items)
         identity = {**header["identity"], "method": self.asker.methods}
         own = {"label": self.label, "fingerprint": folders.fingerprint(identity), "identity": identity}
         folder = folders.begin(parent, {**header, **own}, beside=beside, writes=writes)
@@ -203,14 +214,14 @@ def _groups(methods: Sequence[Sequence[Intervention]], may_share: bool) -> list[
     return [together, *alone] if together else alone
 
 
-def _open_questions(courses: Sequence[_Course], items: Sequence[Item]) -> dict[tuple[int, ...], list[Item]]:
-    """Places of the courses that lack an answer -> the questions that exactly these lack."""
-    lacking: dict[tuple[int, ...], list[Item]] = {}
+def _unanswered(courses: Sequence[_Course], items: Sequence[Item]) -> dict[tuple[int, ...], list[Item]]:
+    """Places of courses -> the questions that exactly these courses have no answer to."""
+    unanswered: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         places = tuple(k for k, course in enumerate(courses) if item.id not in course.done)
         if places:
-            lacking.setdefault(places, []).append(item)
-    return lacking
+            unanswered.setdefault(places, []).append(item)
+    return unanswered
 
 
 def _generation(model: Any, decoding: str) -> dict[str, Any]:
@@ -241,42 +252,6 @@ def _templated(processor: Any, template: str) -> Iterator[None]:
         yield
     finally:
         processor.chat_template = own
-
-
-def _check_pictures(items: Sequence[Item], where: str) -> None:
-    """`ValueError` if pictures are missing that are about to be asked about."""
-    paths = dict.fromkeys(item.image for item in items)
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing:
-        advice = f"; {where}" if where else ""
-        raise ValueError(f"no such image file: {missing[0]} ({len(missing)} pictures are missing){advice}")
-
-
-def _refuse_right_answers(methods: Sequence[Sequence[Intervention]]) -> None:
-    """`ValueError` if a method knows the right answers."""
-    names = [intervention.name for method in methods for intervention in method if intervention.traits.uses_answers]
-    if names:
-        raise ValueError(
-            f"{', '.join(names)} with these settings uses the right answers: an upper bound, and no result"
-        )
-
-
-def _refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
-    """`ValueError` if heads or a detector were chosen on pictures that they are to be judged by."""
-    made_on = [(file, HeadList.load(file).data.get("ids", ())) for file in _files(facts, "head_list")]
-    made_on += [(file, Detector.read(file).ids) for file in _files(facts, "detector")]
-    for file, ids in made_on:
-        pictures = {picture_id(path) for path in {item.image for item in items}}
-        common = pictures.intersection(ids)
-        if common:
-            raise ValueError(
-                f"{file} was made on {len(common)} of the {len(pictures)} pictures that are asked about; heads and "
-                f"detectors must not be judged by pictures that they were chosen on: make it on others"
-            )
-
-
-def _files(facts: Sequence[dict[str, Any]], kind: str) -> list[str]:
-    return [each[kind]["file"] for each in facts if kind in each]
 
 
 def _budget(model: Any, items: Sequence[Item], wanted: int) -> int:
