@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 
 from vlmfix.eval.benchmarks.benchmark import Figure, benchmark_class
 from vlmfix.eval.report.html import environment
-from vlmfix.eval.report.study import Verdict, judge
 from vlmfix.eval.report.tables import Cell
+from vlmfix.eval.report.verdicts import Verdict, judge
 from vlmfix.eval.run.controls import control_labels
 from vlmfix.eval.scorers.stats import Difference, Estimate
 

@@ -1,6 +1,6 @@
 r"""Comparisons as LaTeX tables, to be pasted into a paper that has `\usepackage{booktabs}`. No torch.
 
-Bold is a real difference, by the rule in `study`. The footnote names scorer, protocol, model and pictures.
+Bold is a real difference, by the rule in `verdicts`. The footnote names scorer, protocol, model and pictures.
 """
 
 from __future__ import annotations

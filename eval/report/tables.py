@@ -1,8 +1,10 @@
 """A comparison as tables of cells. Each way of drawing them is another file: terminal, Markdown, LaTeX, CSV, HTML.
 
-for table in comparison_tables(study):
-for line in table.lines:
-line.label, [cell.value for cell in line.cells], [cell.change for cell in line.cells]
+    for table in comparison_tables(study):
+        for line in table.lines:
+            line.label, [cell.value for cell in line.cells], [cell.change for cell in line.cells]
+
+No torch.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from vlmfix.eval.benchmarks.benchmark import Figure
 from vlmfix.eval.pictures.data import Elsewhere
 from vlmfix.eval.report import words
 from vlmfix.eval.report.figures import figure, interval, number
-from vlmfix.eval.report.study import Entry, Study, Verdict
+from vlmfix.eval.report.study import Entry, Study
+from vlmfix.eval.report.verdicts import Verdict
 from vlmfix.eval.run.results import Comparison
 from vlmfix.eval.scorers.stats import Estimate
 from vlmfix.eval.scorers.truncation import TruncationControl
@@ -34,7 +37,7 @@ class Cell:
     factor: float = 1.0
     """100 where shares are written in percent."""
     real: bool = False
-    """Whether the difference is real, by the rule in `study`."""
+    """Whether the difference is real, by the rule in `verdicts`."""
     better: bool | None = None
     """Whether it is for the better; `None` where it is neither."""
     verdict: Verdict | None = None

@@ -1,6 +1,6 @@
 """What a comparison says, in words: which differences are real, and what to know before believing them. No torch.
 
-Which differences are real is decided in `study` and only repeated here. Names stand between backticks.
+Which differences are real is decided in `verdicts` and only repeated here. Names stand between backticks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 from vlmfix.eval.report import figures
 from vlmfix.eval.report.figures import number
-from vlmfix.eval.report.study import Entry, Study, Verdict
+from vlmfix.eval.report.study import Entry, Study
+from vlmfix.eval.report.verdicts import Verdict
 from vlmfix.eval.run.results import Comparison
 from vlmfix.eval.scorers.stats import Difference, Estimate
 
