@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models lint figures organism clean
+.PHONY: quickstart test test-models contract lint readme figures organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, with VAR and with VHR
 	$(BIN)/vlmfix eval
@@ -15,10 +15,17 @@ test-models: $(VENV)/.dev  ## the contract over every model type of transformers
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract/test_zoo.py tests/contract/test_runtime.py \
 		-k 'test_zoo or compiled' --all-models
 
+contract: $(VENV)/.dev  ## what every method must keep, for one method: make contract METHOD=var
+	$(BIN)/python -m pytest -q --method $(METHOD) tests/contract/test_contract.py tests/contract/test_zoo.py \
+		tests/asking/test_ask_stages.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmfix
+
+readme: $(VENV)/.installed  ## the table of methods in the README
+	$(BIN)/python tools/readme.py
 
 figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python assets/figures/effect.py

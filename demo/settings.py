@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
-import textwrap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from vlmfix.hooks import REGISTRY
 from vlmfix.method.heads import parse_heads
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.kinds import Choice, HeadNames, Kind, Number, Text
+from vlmfix.method.names import REGISTRY
 from vlmfix.method.registry import method_class, parse
-from vlmfix.method.settings import did_you_mean, read_settings
+from vlmfix.method.settings import Setting, did_you_mean, read_settings, settings_of
 
 METHODS = ["none", *(name for name in REGISTRY if not method_class(name)().traits.accelerator)]
 LONGEST_SPEC = 300
@@ -31,14 +28,14 @@ MOST = {
 FREE_TEXT = {("carve", "general"), ("carve", "suffix")}
 """Settings that are words for the model."""
 WORDS = {("rerank", "verifier"): ("self", "lookback")}
-"""Settings of type `str` whose harmless values are known. The oracle would know the answers."""
+"""Settings that are text, and of which some words are known to be harmless. The oracle would know the answers."""
 HIDDEN = {"detector", "truth"}
 """Settings that name files."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One field of a method, for a form."""
+class FormField:
+    """One setting of a method, for a form."""
 
     name: str
     default: str
@@ -50,42 +47,19 @@ class Setting:
 
 
 @cache
-def settings(name: str) -> tuple[Setting, ...]:
+def settings(name: str) -> tuple[FormField, ...]:
     """The settings of a method that a visitor may set, in the order of its file."""
-    cls, found = method_class(name), []
-    kinds, about = get_type_hints(cls), _docstrings(cls)
-    for f in fields(cls):
-        if f.name not in HIDDEN:
-            found.append(
-                Setting(f.name, _text(f.default), _choices(name, f.name, kinds[f.name]), about.get(f.name, ""))
-            )
-    return tuple(found)
-
-
-def _choices(name: str, key: str, kind: Any) -> tuple[str, ...]:
-    if kind is bool:
-        return ("true", "false")
-    return () if get_origin(kind) is Union else _words(name, key, kind)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "/".join(map(str, value))
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _docstrings(cls: type) -> dict[str, str]:
-    """Field -> the string below it, of a class and those that it comes from."""
-    found: dict[str, str] = {}
-    for one in reversed([c for c in cls.__mro__ if issubclass(c, Intervention)]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
-        body = tree.body  # type: ignore[attr-defined]
-        for field, text in pairwise(body):
-            said = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and text.value.value
-            if isinstance(field, ast.AnnAssign) and isinstance(said, str):
-                words = " ".join(said.split()).replace("`None`", "Empty").replace("`", "")
-                found[field.target.id] = words  # type: ignore[union-attr]
-    return found
+    form = []
+    for setting in settings_of(method_class(name)):
+        if setting.name in HIDDEN:
+            continue
+        default = "" if setting.default is None else setting.written(setting.default)
+        if isinstance(setting.default, bool):
+            default = default.lower()
+        about = setting.doc.replace("`None`", "Empty").replace("`", "")
+        choices = setting.choices or WORDS.get((name, setting.name), ())
+        form.append(FormField(setting.name, default, choices, about))
+    return tuple(form)
 
 
 def interventions(spec: str | None) -> tuple[Intervention, ...]:
@@ -101,31 +75,49 @@ def interventions(spec: str | None) -> tuple[Intervention, ...]:
         if name not in METHODS:
             raise ValueError(f"unknown method {name!r}; {did_you_mean(name, METHODS)}")
         if name != "none":
-            for key, value in read_settings(text).items():
-                _check(name, key, value)
+            _check_settings(name, read_settings(text))
     return parse(spec)
 
 
-def _check(name: str, key: str, value: Any) -> None:
+def _check_settings(name: str, texts: dict[str, str]) -> None:
+    known = {setting.name: setting for setting in settings_of(method_class(name))}
+    for key, text in texts.items():
+        if key in known:  # `parse` names unknown settings
+            _check(name, known[key], text)
+
+
+def _check(name: str, setting: Setting, text: str) -> None:
     """Text is refused unless it is known to be harmless: it might name a file or code."""
-    most = MOST.get((name, key))
-    if most is not None and isinstance(value, (int, float)) and value > most:
-        raise ValueError(f"{name}: {key} goes up to {most} on this page, got {value}")
-    kind = get_type_hints(method_class(name)).get(key)
-    if not isinstance(value, str) or kind is None or (name, key) in FREE_TEXT:
-        return  # `parse` names unknown settings
-    if key == "head_list" and parse_heads(value) is not None:
+    key = setting.name
+    if (name, key) in FREE_TEXT:
         return
-    if key == "head_list" or key in HIDDEN:
-        raise ValueError(f"{name}: {key} cannot be {value!r}; files are not read on this page")
-    known = _words(name, key, kind)
-    if value not in known:
-        said = f"expected {', '.join(known)}" if known else "it is no number"
-        raise ValueError(f"{name}: {key} cannot be {value!r}; {said}")
+    value, kind = _as_read(setting, text)
+    most = MOST.get((name, key))
+    if most is not None and isinstance(kind, Number) and value > most:
+        raise ValueError(f"{name}: {key} goes up to {most} on this page, got {value}")
+    if isinstance(kind, HeadNames):
+        if parse_heads(text) is None:
+            raise ValueError(f"{name}: {key} cannot be {text!r}; files are not read on this page")
+    elif key in HIDDEN and value is not None:
+        raise ValueError(f"{name}: {key} cannot be {text!r}; files are not read on this page")
+    elif isinstance(kind, Text):
+        words = WORDS.get((name, key), ())
+        if text not in words:
+            hint = f"expected {', '.join(words)}" if words else "it is no number"
+            raise ValueError(f"{name}: {key} cannot be {text!r}; {hint}")
 
 
-def _words(name: str, key: str, kind: Any) -> tuple[str, ...]:
-    """What a setting may say in words."""
-    parts = [kind, *get_args(kind)]  # `Literal[...]`, or a union that holds one
-    literals = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
-    return WORDS.get((name, key), literals)
+def _as_read(setting: Setting, text: str) -> tuple[Any, Kind | None]:
+    """The value that a setting takes from text, and the kind that it is; `ValueError` where it reads as none."""
+    if setting.optional and text.lower() == "none":
+        return None, None
+    for kind in setting.kinds:
+        try:
+            return kind.read(text), kind
+        except ValueError:
+            continue
+    words: list[str] = []
+    for kind in setting.kinds:
+        words += kind.words if isinstance(kind, Choice) else ()
+    hint = f"expected {', '.join(words)}" if words else f"expected {setting.expected}"
+    raise ValueError(f"{setting.name} cannot be {text!r}; {hint}")

@@ -1,67 +1,19 @@
-"""Interventions: one frozen dataclass, one file each. Names map to classes; files load on first use and import no
-torch."""
+"""Interventions: one frozen dataclass, one file each. Their names are in `vlmfix.method.names`; files load on first use
+and import no torch."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from vlmfix.hooks.act import ACT
-    from vlmfix.hooks.beam import Beam
-    from vlmfix.hooks.carve import CARVE
-    from vlmfix.hooks.chunks import Chunks
-    from vlmfix.hooks.contrast import Contrast
-    from vlmfix.hooks.lookback import Lookback
-    from vlmfix.hooks.pai import PAI
-    from vlmfix.hooks.paint import PAINT
-    from vlmfix.hooks.pyramiddrop import PyramidDrop
-    from vlmfix.hooks.rerank import Rerank
-    from vlmfix.hooks.truncate import Truncate
-    from vlmfix.hooks.var import VAR
-    from vlmfix.hooks.vcd import VCD
-    from vlmfix.hooks.vhr import VHR
-    from vlmfix.hooks.zerotuning import ZeroTuning
+from vlmfix.method.names import REGISTRY
 
-REGISTRY = {
-    "act": "vlmfix.hooks.act:ACT",
-    "beam": "vlmfix.hooks.beam:Beam",
-    "carve": "vlmfix.hooks.carve:CARVE",
-    "chunks": "vlmfix.hooks.chunks:Chunks",
-    "contrast": "vlmfix.hooks.contrast:Contrast",
-    "lookback": "vlmfix.hooks.lookback:Lookback",
-    "pai": "vlmfix.hooks.pai:PAI",
-    "paint": "vlmfix.hooks.paint:PAINT",
-    "pyramiddrop": "vlmfix.hooks.pyramiddrop:PyramidDrop",
-    "rerank": "vlmfix.hooks.rerank:Rerank",
-    "truncate": "vlmfix.hooks.truncate:Truncate",
-    "var": "vlmfix.hooks.var:VAR",
-    "vcd": "vlmfix.hooks.vcd:VCD",
-    "vhr": "vlmfix.hooks.vhr:VHR",
-    "zerotuning": "vlmfix.hooks.zerotuning:ZeroTuning",
-}
 _HOMES = {path.partition(":")[2]: path.partition(":")[0] for path in REGISTRY.values()}
-__all__ = [
-    "ACT",
-    "CARVE",
-    "PAI",
-    "PAINT",
-    "REGISTRY",
-    "VAR",
-    "VCD",
-    "VHR",
-    "Beam",
-    "Chunks",
-    "Contrast",
-    "Lookback",
-    "PyramidDrop",
-    "Rerank",
-    "Truncate",
-    "ZeroTuning",
-]
+__all__ = ["REGISTRY", *_HOMES]  # noqa: PLE0604 - computed from the registry
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
+    """`from vlmfix.hooks import VAR` loads `hooks/var.py`, and no other file."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'vlmfix.hooks' has no attribute {name!r}")

@@ -11,54 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.heads import head_names, parse_heads, resolve_heads
-from vlmfix.method.intervention import Intervention, Traits
-from vlmfix.method.site import Rows, Site
+from vlmfix.hooks.parts.listed import heads_by_layer, listed_heads
+from vlmfix.hooks.parts.received import Received, random_keys, received
+from vlmfix.method.intervention import LATER, Intervention, Traits
+from vlmfix.method.kinds import Heads, Layers, Range
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlmfix.model.anatomy import Anatomy
 
-VARIANTS: dict[str, dict[str, Any]] = {"paper": {"rule": "alpha"}, "official": {"rule": "abs"}}
-CHOICES = {
-    "rule": ("alpha", "abs"),
-    "rows": ("all", "after_last_image", "last"),
-    "sinks": ("all", "image"),
-    "receivers": ("all", "image"),
-    "answering": ("cached", "running"),
-    "select": ("received", "random_tokens", "random_heads"),
-}
 LEAST_MASS = 1e-6
 """A row with less than this outside its sinks stays as it is (ours: the official code divides by zero)."""
 NEWEST = 8
 """The report counts apart those sinks that fewer rows see: the end of the prompt, where a few rows decide."""
-
-
-class Received(NamedTuple):
-    """Attention that keys have received, per head. The axis R holds the rows up to which it is counted, or is 1."""
-
-    total: Tensor
-    """(B, H, R, K) sums over rows."""
-    seen: Tensor
-    """(B, R, K) rows that see the key."""
-    n: Tensor
-    """(B, R) rows."""
-
-    def plus(self, more: Received) -> Received:
-        """With further rows, which may see further keys."""
-        from torch.nn.functional import pad
-
-        extra = more.total.shape[-1] - self.total.shape[-1]
-        return Received(
-            pad(self.total, (0, extra)) + more.total, pad(self.seen, (0, extra)) + more.seen, self.n + more.n
-        )
-
-    def last(self) -> Received:
-        """Up to the last row."""
-        return Received(self.total[:, :, -1:], self.seen[:, -1:], self.n[:, -1:])
 
 
 @dataclass(frozen=True)
@@ -75,28 +44,29 @@ class ACT(Intervention):
         "yes/no with calibrated heads: about one point fewer yes on the embedded model, accuracy at most 0.7 points "
         "better, with random heads as much worse; captions: nothing. In all heads: no gain"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"rule": "alpha"}, "official": {"rule": "abs"}}
 
-    alpha: float = 5.0
+    alpha: Annotated[float, Range(above=0)] = 5.0
     """A sink receives more than alpha / n of the rows' attention, n tokens in the prompt (paper: 3, 5, 7)."""
-    rule: Literal["alpha", "abs"] = None  # type: ignore[assignment]
+    rule: Literal["alpha", "abs"] = LATER
     """`abs`: more than `tau`, whatever n is (code). The two agree at n = 50; with an image, n is ten times that.
     `None`: the variant's, `alpha` (paper) or `abs` (official)."""
-    tau: float = 0.1
+    tau: Annotated[float, Range(above=0)] = 0.1
     """Threshold of the rule `abs` (code)."""
-    beta: float = 0.4
+    beta: Annotated[float, Range(0, 1)] = 0.4
     """Share of its weight that a sink keeps, 0..1 (code)."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Edited layers, 0-based. `None`: those of the listed heads, without a list 2 .. L-2 (code)."""
-    head_list: str | tuple[tuple[int, int], ...] | None = None
+    head_list: Heads | None = None
     """Edited heads: the file of a head list (as published: heads whose edit helps on held-out data, `vlmfix calibrate
     act`), or heads such as `L3H1/L3H5` or ((3, 1), (3, 5)). `None`: all (ours)."""
-    rows: Rows = "all"  # type: ignore[misc]
+    rows: Literal["all", "after_last_image", "last"] = "all"  # type: ignore[misc]
     """Prompt rows that are edited: `all` (code), `after_last_image` or `last` (ours)."""
     sinks: Literal["all", "image"] = "all"
     """`image`: only image tokens can be sinks (ours)."""
     receivers: Literal["all", "image"] = "all"
     """`image`: what sinks lose goes to image tokens only (ours)."""
-    min_rows: int = 1
+    min_rows: Annotated[int, Range(1)] = 1
     """A key that fewer rows of the prompt see cannot be a sink (ours). With 1, as published, the end of a long prompt
     is full of sinks: attention to near tokens exceeds alpha / n easily."""
     answering: Literal["cached", "running"] = "cached"
@@ -115,52 +85,32 @@ class ACT(Intervention):
         return Traits(whole_prompt=True, sequential=self.answering == "running")
 
     def __post_init__(self) -> None:
-        """Fill the variant's values and check ranges."""
-        self._fill(VARIANTS)
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}: expected {' or '.join(known)}, got {getattr(self, key)!r}")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta: expected a number in 0..1, got {self.beta!r}")
-        for key in ("alpha", "tau", "min_rows"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}: expected a number above 0, got {getattr(self, key)!r}")
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
-        if isinstance(self.head_list, tuple):
-            object.__setattr__(self, "head_list", head_names(self.head_list))
-        if self.head_list == "" or self.layers == ():
-            raise ValueError(
-                f"no {'layers' if self.layers == () else 'heads'}: ACT would do nothing; give some, or None"
-            )
+        """Nothing to edit is a mistake, not a setting."""
+        super().__post_init__()
+        if self.layers == ():
+            raise ValueError("no layers: ACT would do nothing; give some, or None")
         if self.select == "random_heads" and self.head_list is None:
-            raise ValueError(
-                "select=random_heads needs a head_list to be compared with; without one all heads are edited"
-            )
+            raise ValueError("select=random_heads needs a head_list to be compared with; without one all are edited")
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[ACT, dict[str, Any]]:
         """Fill in layers and heads for the loaded model."""
-        n = len(anatomy.layers)
-        if wrong := [layer for layer in self.layers or () if not 0 <= layer < n]:
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
+        n_layers = len(anatomy.layers)
         if self.head_list is None:
-            layers = tuple(range(2, n - 1)) if self.layers is None else self.layers
+            layers = tuple(range(2, n_layers - 1)) if self.layers is None else self.layers
             if not layers:
-                raise ValueError(f"no layers: ACT leaves the first two and the last alone, and this model has {n}")
+                raise ValueError(
+                    f"no layers: ACT leaves the first two and the last alone, and this model has {n_layers}"
+                )
             return replace(self, layers=layers), {"heads_origin": "all"}
         instead = "random" if self.select == "random_heads" else None
-        name = getattr(model.config, "_name_or_path", None)
-        heads, facts = resolve_heads(str(self.head_list), n, anatomy.n_heads, name, instead)
-        if instead is None and self.layers is not None:
-            heads = tuple(h for h in heads if h[0] in self.layers)
-        if not heads:
-            raise ValueError(f"no heads: none of {self.head_list} lies in the layers {self.layers}")
-        layers = tuple(sorted({layer for layer, _ in heads}))
-        select = "received" if instead else self.select
-        return replace(self, layers=layers, head_list=head_names(heads), select=select), {
-            **facts,
-            "select": self.select,
-        }
+        names, facts = listed_heads(self.head_list, model, anatomy, self.layers, instead)
+        resolved = replace(
+            self,
+            layers=tuple(sorted(heads_by_layer(names))),
+            head_list=names,
+            select="received" if instead else self.select,
+        )
+        return resolved, {**facts, "select": self.select}
 
     def acts_at(self, stage: str) -> bool:
         """A sink that keeps all of its weight is none."""
@@ -172,10 +122,10 @@ class ACT(Intervention):
 
     def survey(self, a: Tensor, site: Site) -> None:
         """Add up what each key receives from the prompt's rows."""
-        known = site.memo.setdefault("received", {})
+        sums = site.memo.setdefault("received", {})
         more = received(a, site.rows & _prompt_rows(site), site.first_key)
         going_on = int(site.positions[0]) > 0
-        known[site.layer] = known[site.layer].plus(more) if going_on else more
+        sums[site.layer] = sums[site.layer].plus(more) if going_on else more
         site.memo.setdefault("sinks", {}).pop(site.layer, None)
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
@@ -183,49 +133,50 @@ class ACT(Intervention):
         import torch
 
         sink = self._sinks(a, site)  # (B, H, 1 or R, K)
-        take = ~sink & site.geometry.image[:, None, None] if self.receivers == "image" else ~sink
-        s, r = (a * sink).sum(-1), (a * take).sum(-1)  # (B, H, R)
+        receiver = ~sink & site.geometry.image[:, None, None] if self.receivers == "image" else ~sink
+        s, r = (a * sink).sum(-1), (a * receiver).sum(-1)  # (B, H, R)
         edit = (r >= LEAST_MASS) & (s > 0) & site.rows[:, None]
         moved = torch.where(edit, (1 - self.beta) * s, 0.0)
-        keep, gain = torch.where(edit, self.beta, 1.0)[..., None], torch.where(edit, 1 + moved / r, 1.0)[..., None]
-        found = torch.stack([edit.sum((1, 2)), site.rows.sum(1), moved.sum((1, 2))], dim=1)
+        keep = torch.where(edit, self.beta, 1.0)[..., None]
+        gain = torch.where(edit, 1 + moved / r, 1.0)[..., None]
         counts = site.memo.setdefault("counts", {})
-        counts[site.layer] = counts.get(site.layer, 0) + found
-        return a * torch.where(sink, keep, torch.where(take, gain, 1.0))
+        here = torch.stack([edit.sum((1, 2)), site.rows.sum(1), moved.sum((1, 2))], dim=1)
+        counts[site.layer] = counts.get(site.layer, 0) + here
+        return a * torch.where(sink, keep, torch.where(receiver, gain, 1.0))
 
     def _sinks(self, a: Tensor, site: Site) -> Tensor:
         """Which keys are sinks of which head: (B, H, 1, K), or (B, H, R, K) where sums go on from row to row."""
         from torch.nn.functional import pad
 
-        state, first, end = site.memo["received"][site.layer], site.first_key, site.first_key + a.shape[-1]
+        sums, first, end = site.memo["received"][site.layer], site.first_key, site.first_key + a.shape[-1]
         if self.answering == "running":
-            state = state.plus(received(a, site.rows & ~_prompt_rows(site), first, each=True))
-            site.memo["received"][site.layer] = state.last()
-            return self._mark(state, site)
-        known = site.memo["sinks"]
-        if site.layer not in known:
-            known[site.layer] = pad(self._mark(state, site), (first, 0))  # by position in the whole
-        sink = known[site.layer]
+            sums = sums.plus(received(a, site.rows & ~_prompt_rows(site), first, each=True))
+            site.memo["received"][site.layer] = sums.last()
+            return self._mark(sums, site)
+        by_layer = site.memo["sinks"]
+        if site.layer not in by_layer:
+            by_layer[site.layer] = pad(self._mark(sums, site), (first, 0))  # by position in the whole
+        sink = by_layer[site.layer]
         return pad(sink, (0, max(end - sink.shape[-1], 0)))[..., first:end]
 
-    def _mark(self, state: Received, site: Site) -> Tensor:
-        """Sinks among the keys of a site (B, H, R, K)."""
+    def _mark(self, sums: Received, site: Site) -> Tensor:
+        """Sinks among the keys of a site (B, H, R, K): keys that receive more than alpha / n on average."""
         g, keys = site.geometry, slice(site.first_key, site.first_key + site.geometry.n)
-        total, seen, n = state.total[..., keys], state.seen[:, None, :, keys], state.n[:, None, :, None]
+        total, seen, n = sums.total[..., keys], sums.seen[:, None, :, keys], sums.n[:, None, :, None]
         sink = total / seen.clamp(min=1) > (self.alpha / n if self.rule == "alpha" else self.tau)
         sink &= seen >= self.min_rows
         if self.head_list is not None:
             chosen = sink.new_zeros(sink.shape[1])
-            chosen[[head for layer, head in parse_heads(str(self.head_list)) or () if layer == site.layer]] = True
+            chosen[heads_by_layer(self.head_list).get(site.layer, [])] = True
             sink &= chosen[:, None, None]
         first = (g.order == 0)[:, None, None]
         sink &= (sink.cumsum(-1) > 1) if self.variant == "official" else ~first
+        image = g.image[:, None, None]
         if self.sinks == "image":
-            sink &= g.image[:, None, None]
+            sink &= image
         if self.select == "random_tokens":
             pool = g.image if self.sinks == "image" else g.prompt & (g.order > 0)
-            sink = _random(sink, pool[:, None, None], g.order, site.layer)
-        image = g.image[:, None, None]
+            sink = random_keys(sink, pool[:, None, None], g.order, site.layer)
         site.memo.setdefault("marks", {})[site.layer] = (sink & image, sink & ~image, sink & (seen < NEWEST))
         return sink
 
@@ -239,20 +190,18 @@ class ACT(Intervention):
         edited head row; `layers`: per layer the same two, and sinks, summed over heads: `visual_sinks`, `text_sinks`,
         and `newest_sinks`, those of either kind that fewer than 8 rows of the prompt see.
         """
-        counts = {layer: found.tolist() for layer, found in memo.get("counts", {}).items()}
-        marks = {k: [m[:, :, -1].sum((1, 2)).tolist() for m in found] for k, found in memo.get("marks", {}).items()}
+        counts = {layer: here.tolist() for layer, here in memo.get("counts", {}).items()}
+        sinks = {}  # layer -> three lists of numbers, one for each sample
+        for layer, marks in memo.get("marks", {}).items():
+            sinks[layer] = [mark[:, :, -1].sum((1, 2)).tolist() for mark in marks]
         samples = []
         for b in range(len(next(iter(counts.values()), ()))):
-            layers = {
-                layer: {
-                    **dict(
-                        zip(("visual_sinks", "text_sinks", "newest_sinks"), (m[b] for m in marks[layer]), strict=True)
-                    ),
-                    **_means(*counts[layer][b]),
-                }
-                for layer in counts
-            }
-            edited, rows, moved = (sum(found[b][i] for found in counts.values()) for i in range(3))
+            layers = {}
+            for layer, per_sample in counts.items():
+                visual, text, newest = (numbers[b] for numbers in sinks[layer])
+                sinks_here = {"visual_sinks": visual, "text_sinks": text, "newest_sinks": newest}
+                layers[layer] = {**sinks_here, **_means(*per_sample[b])}
+            edited, rows, moved = (sum(per_sample[b][i] for per_sample in counts.values()) for i in range(3))
             samples.append({"acted": edited > 0, **_means(edited, rows, moved), "layers": layers})
         return samples
 
@@ -268,27 +217,6 @@ class ACT(Intervention):
 def _prompt_rows(site: Site) -> Tensor:
     """(B, R) which rows are prompt."""
     return site.geometry.prompt[:, site.positions - site.first_key]
-
-
-def received(a: Tensor, rows: Tensor, first_key: int, each: bool = False) -> Received:
-    """What keys receive from those `rows` (B, R) of the weights a (B, H, R, K), in all or up to `each` row."""
-    from torch.nn.functional import pad
-
-    def add(x: Tensor, dim: int) -> Tensor:
-        return x.cumsum(dim) if each else x.sum(dim, keepdim=True)
-
-    a = pad(a * rows[:, None, :, None], (first_key, 0))
-    return Received(add(a, 2), add((a > 0).any(1), 1), add(rows, 1))
-
-
-def _random(sink: Tensor, pool: Tensor, order: Tensor, layer: int) -> Tensor:
-    """As many keys of the pool (B, 1, 1, K) as each head has sinks (B, H, R, K), drawn by their order in the sample."""
-    import torch
-
-    n = int(order.max()) + 1
-    draw = torch.rand(n, sink.shape[1], generator=torch.Generator().manual_seed(layer)).to(order.device)
-    score = draw[order].transpose(1, 2)[:, :, None].masked_fill(~pool, 2.0)  # (B, H, 1, K)
-    return (score.argsort(-1).argsort(-1) < sink.sum(-1, keepdim=True)) & pool
 
 
 def _means(edited: float, rows: float, moved: float) -> dict[str, float]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
     from vlmfix.asking.batch import Batch
@@ -24,13 +25,8 @@ class Beam(Intervention):
         "[+0.0, +4.0]"
     )
 
-    n: int = 5
+    n: Annotated[int, Range(1)] = 5
     """Beams."""
-
-    def __post_init__(self) -> None:
-        """Check the range."""
-        if self.n < 1:
-            raise ValueError(f"n: expected 1 beam or more, got {self.n!r}")
 
     def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The model's own beam search."""

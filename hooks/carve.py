@@ -19,9 +19,11 @@ import io
 import random
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.intervention import Idle, Intervention, Traits
+from vlmfix.method.intervention import LATER, Idle, Intervention, Traits
+from vlmfix.method.kinds import Layers, Range
+from vlmfix.method.layers import layers_of
 from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
@@ -44,20 +46,6 @@ PAPER: dict[str, Any] = {
     "suffix": "",
 }
 ONE_WORD = "Answer the question using a single word or phrase."
-VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": PAPER,
-    "official": PAPER | {"p": 0.2, "K": 3, "regions": "official", "geometry": "official", "suffix": ONE_WORD},
-    "vicrop": PAPER | {"lam": 0.0, "steps": "start", "geometry": "official", "region": "box"},
-}
-WORDS = {
-    "steps": ("full", "start", "end", "uniform"),
-    "regions": ("max", "official"),
-    "score": ("sum", "size", "small"),
-    "final": ("both", "refined"),
-    "geometry": ("exact", "official"),
-    "region": ("mask", "box"),
-    "select": ("contrast", "random"),
-}
 OFFICIAL_LAYERS = range(20, 26)
 KEPT = 64
 """Pictures whose general instruction is remembered."""
@@ -83,20 +71,25 @@ class CARVE(Intervention):
         "questions about a part of the picture; refuses captioning prompts. On the embedded model POPE's accuracy "
         "falls by 5 to 7 points, and as much with masks at random places; the same picture twice costs nothing"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": PAPER,
+        "official": PAPER | {"p": 0.2, "K": 3, "regions": "official", "geometry": "official", "suffix": ONE_WORD},
+        "vicrop": PAPER | {"lam": 0.0, "steps": "start", "geometry": "official", "region": "box"},
+    }
 
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Layers whose contrast is summed. `None`: 20-25 of 26 or more (paper), else the same part of the depth (ours). For
     `vicrop` one layer: 14 of LLaVA-1.5's 32 (code), 22 of Qwen2.5-VL (code), else the same part of the depth as 14."""
-    steps: Literal["full", "start", "end", "uniform"] = None  # type: ignore[assignment]
+    steps: Literal["full", "start", "end", "uniform"] = LATER
     """Tokens that are looked at: `full`, those that both looks have, step t with weight t + 1 (paper, code); `start`,
     the first; `end`, each look's last before its end token; `uniform`, as `full` with weight 1."""
-    lam: float = None  # type: ignore[assignment]
+    lam: Annotated[float, Range(0)] = LATER
     """Added to A^G, 0 or more. `None`: 1e-8 (code), 0 for `vicrop`."""
-    p: float = None  # type: ignore[assignment]
+    p: Annotated[float, Range(above=0, most=1)] = LATER
     """Share of the pixels that pass the threshold, 0 < p <= 1. `None`: 0.4 (the paper's best), 0.2 (code)."""
-    K: int = None  # type: ignore[assignment]
+    K: Annotated[int, Range(1)] = LATER
     """Connected regions that are kept. `None`: 2 (paper), 3 (code)."""
-    regions: Literal["max", "official"] = None  # type: ignore[assignment]
+    regions: Literal["max", "official"] = LATER
     """`max`: at most K (paper); `official`: max(K, int(n p)) of n (code)."""
     score: Literal["sum", "size", "small"] = "sum"
     """How regions are ranked: by their sum of S (paper), by size, or `small`, all but specks (earlier versions of the
@@ -104,21 +97,21 @@ class CARVE(Intervention):
     final: Literal["both", "refined"] = "both"
     """What the answer sees: the picture and the refined one (code), or the refined one alone (paper). With `refined`, a
     thing that is not there was asked for in a picture of which something always is left."""
-    geometry: Literal["exact", "official"] = None  # type: ignore[assignment]
+    geometry: Literal["exact", "official"] = LATER
     """Pixels that the grid of tokens covers: what the processor showed the model (ours), or the whole picture, also
     where the processor cut out its centre (code). Such a processor cuts the ends off a refined picture that is not
     square as well, here as in the code."""
-    region: Literal["mask", "box"] = None  # type: ignore[assignment]
+    region: Literal["mask", "box"] = LATER
     """`mask`: CARVE's masked regions; `box`: ViCrop's square window, not masked and not enlarged."""
-    side: int | None = None
+    side: Annotated[int, Range(1)] | None = None
     """Least side of ViCrop's window, in pixels. `None`: the side of the model's input, 336 for LLaVA-1.5 (code); 224
     where the model has no fixed one, as Qwen2.5-VL (code)."""
     general: str = "Write a general description of the image."
     """The general instruction (code; best of five in the paper)."""
-    suffix: str = None  # type: ignore[assignment]
+    suffix: str = LATER
     """Put after the question and the general instruction. `None`: nothing, or, for `official`, to answer in one word
     (code). A question that ends with it already is left as it is."""
-    look_tokens: int = 32
+    look_tokens: Annotated[int, Range(1)] = 32
     """Tokens that a look may take (code); 1 where `steps` is `start`."""
     captions: bool = False
     """Answer captioning prompts as well (ours). They ask what the general instruction asks: the contrast is noise."""
@@ -133,24 +126,17 @@ class CARVE(Intervention):
         return Traits(whole_prompt=True, sequential=True)
 
     def __post_init__(self) -> None:
-        """Fill the variant's values and check ranges."""
-        self._fill(VARIANTS)
-        for key, words in WORDS.items():
-            if getattr(self, key) not in words:
-                raise ValueError(f"{key}: expected {' or '.join(words)}, got {getattr(self, key)!r}")
-        if not 0 < self.p <= 1:
-            raise ValueError(f"p: expected a number above 0 and up to 1, got {self.p!r}")
-        if not self.lam >= 0:
-            raise ValueError(f"lam: expected 0 or more, got {self.lam!r}")
-        for key in ("K", "look_tokens", "side"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"{key}: expected 1 or more, got {value!r}")
+        """Refuse an empty instruction and no layers at all."""
+        super().__post_init__()
         if not self.general.strip():
             raise ValueError("general: expected an instruction such as 'Write a general description of the image.'")
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise ValueError(f"layers: expected numbers from 0 up, got {self.layers!r}")
+        if self.layers == ():
+            raise ValueError("layers: expected numbers from 0 up, got none")
+
+    def check_layers(self, n_layers: int) -> None:
+        """The released code passes over layers that a model does not have."""
+        if self.variant != "official":
+            super().check_layers(n_layers)
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[CARVE, dict[str, Any]]:
         """Choose the layers for the model's depth. `TypeError` for models whose image tokens lie on no grid."""
@@ -160,24 +146,22 @@ class CARVE(Intervention):
         views.check_grid(config)
         n = len(anatomy.layers)
         layers = self._default_layers(n, config.model_type) if self.layers is None else self.layers
-        beyond = [layer for layer in layers if layer >= n]
-        if beyond and self.variant != "official":
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {beyond}")
-        layers = tuple(layer for layer in layers if layer < n)
-        if not layers:
+        own_layers = tuple(layer for layer in layers if layer < n)
+        if not own_layers:
+            beyond = list(layers)
             raise Idle(f"the released code reads layers {beyond}, and this model has {n}; give layers that it has")
         side = self.side
         if side is None and self.region == "box":
             given = getattr(getattr(config, "vision_config", None), "image_size", None) or 224
             side = given if isinstance(given, int) else given[0]
-        return replace(self, layers=layers, side=side), {}
+        return replace(self, layers=own_layers, side=side), {}
 
     def _default_layers(self, n: int, kind: str) -> tuple[int, ...]:
         if self.variant == "vicrop":
-            return (22,) if kind == "qwen2_5_vl" and n > 22 else (round(14 / 32 * n),)
+            return (22,) if kind == "qwen2_5_vl" and n > 22 else tuple(layers_of(14, 14, n))
         if self.variant == "official" or n > OFFICIAL_LAYERS[-1]:
             return tuple(OFFICIAL_LAYERS)
-        return tuple(range(min(round(0.62 * n), n - 1), min(round(0.78 * n), n - 1) + 1))
+        return tuple(layers_of(62, 78, n, of=100))
 
     def at_layers(self, n_layers: int) -> tuple[int, ...]:
         """Layers that are read."""
@@ -297,10 +281,6 @@ class CARVE(Intervention):
             box = regions.widened(box, picture.size)
         size = regions.enlarged(box, picture.size, exact)
         return {"box": list(box), "size": list(size), "mask": _pack(mask), **facts}
-
-    def controls(self) -> tuple[Intervention, ...]:
-        """The same mask or box at a random place."""
-        return (replace(self, select="random"),)
 
 
 def redraw(did: dict[str, Any], picture: Picture) -> Image:

@@ -8,10 +8,11 @@ drift of the score with length plays no part.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.hooks.lookback import Lookback
-from vlmfix.hooks.rerank import check_sampling, one_by_one, proposals, round_seed
+from vlmfix.hooks.rerank import one_by_one, proposals, round_seed
+from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
     from vlmfix.asking.batch import Batch
@@ -30,24 +31,16 @@ class Chunks(Lookback):
         "captions: on the embedded model a little better than sampling, and worse than greedy: longer, more inventions"
     )
 
-    c: int = 8
+    c: Annotated[int, Range(1)] = 8
     """Tokens of a chunk (paper)."""
-    k: int = 8
+    k: Annotated[int, Range(1)] = 8
     """Candidates per chunk (paper)."""
-    temperature: float = 0.9
+    temperature: Annotated[float, Range(above=0)] = 0.9
     """Of sampling (code)."""
-    top_p: float = 0.95
+    top_p: Annotated[float, Range(above=0, most=1)] = 0.95
     """Of sampling (code)."""
-    top_k: int = 0
+    top_k: Annotated[int, Range(0)] = 0
     """Of sampling; 0: off (code)."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        super().__post_init__()
-        for key, least in (("c", 1), ("k", 1), ("top_k", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: expected {least} or more, got {getattr(self, key)!r}")
-        check_sampling(self.temperature, self.top_p)
 
     def controls(self) -> tuple[Intervention, ...]:
         """Sampling without a choice."""

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.intervention import LATER, Intervention, Traits
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmfix.engine.state import Prompt
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "pai": {"weight": "constant", "t0": 0},
-    "m3id": {"weight": "growing", "t0": 1},
-    "ritual": {"weight": "growing", "t0": 0},
-}
 
 
 def contrasted(scores: Tensor, other: Tensor, weight: float, beta: float) -> Tensor:
@@ -50,18 +45,23 @@ class Contrast(Intervention):
         "captions: on the embedded model a little fewer inventions, CHAIR_S −3.2 [−5.3, −1.3], and no less seen; "
         "yes/no: nothing"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "pai": {"weight": "constant", "t0": 0},
+        "m3id": {"weight": "growing", "t0": 1},
+        "ritual": {"weight": "growing", "t0": 0},
+    }
 
-    gamma: float = 1.1
+    gamma: Annotated[float, Range(above=0)] = 1.1
     """Strength of PAI's rule, out = c + (gamma - 1)(c - u); 1.1 in the published runs (code). 1: nothing is done."""
-    beta: float = 0.1
+    beta: Annotated[float, Range(above=0, most=1)] = 0.1
     """Tokens less likely than `beta` times the likeliest are ruled out, 0 < beta <= 1 (code)."""
-    lam: float = 0.02
+    lam: Annotated[float, Range(0)] = 0.02
     """`lambda` of M3ID: out = c + (exp(lambda t) - 1)(c - u) at token t (ports)."""
     variant: Literal["pai", "m3id", "ritual"] = "pai"
     """Fills the two settings below: PAI's guidance, or M3ID with t from 1 (port in AvisC) or from 0 (in RITUAL)."""
-    weight: Literal["constant", "growing"] = None  # type: ignore[assignment]
+    weight: Literal["constant", "growing"] = LATER
     """`constant`: gamma - 1 (PAI); `growing`: exp(lambda t) - 1 (M3ID). `None`: the variant's."""
-    t0: int = None  # type: ignore[assignment]
+    t0: Annotated[int, Range(0)] = LATER
     """Number of the first token in M3ID's rule; with 0 it stays as it is but for `beta`. `None`: the variant's."""
 
     @property
@@ -69,22 +69,11 @@ class Contrast(Intervention):
         """The second stream needs the whole prompt at once."""
         return Traits(whole_prompt=True)
 
-    def __post_init__(self) -> None:
-        """Fill the variant's values and check ranges."""
-        self._fill(VARIANTS)
-        if self.gamma <= 0 or self.lam < 0 or self.t0 < 0:
-            raise ValueError(
-                f"expected gamma > 0, lam >= 0 and t0 >= 0, got gamma={self.gamma}, lam={self.lam}, t0={self.t0}"
-            )
-        if not 0 < self.beta <= 1:
-            raise ValueError(f"beta: expected a number above 0 and up to 1, got {self.beta!r}")
-        if self.weight not in ("constant", "growing"):
-            raise ValueError(f"weight: expected constant or growing, got {self.weight!r}")
-
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""
         memo["seen"] = prompt.geometry.image.any(1)
-        if bool(memo["seen"].any()) and not (self.weight == "constant" and self.gamma == 1):
+        does_nothing = self.weight == "constant" and self.gamma == 1
+        if bool(memo["seen"].any()) and not does_nothing:
             memo["blind"] = prompt.image_free_stream()
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:
@@ -98,16 +87,15 @@ class Contrast(Intervention):
 
     def controls(self) -> tuple[Intervention, ...]:
         """The plausibility rule alone, and the contrast turned round."""
-        alone = replace(self, gamma=1.0 + 1e-9) if self.weight == "constant" else replace(self, lam=0.0)
-        return (
-            (alone, replace(self, gamma=2 - self.gamma))
-            if 1 < self.gamma < 2 and self.weight == "constant"
-            else (alone,)
-        )
+        if self.weight == "growing":
+            return (replace(self, lam=0.0),)
+        rule_alone = replace(self, gamma=1.0 + 1e-9)
+        turned = (replace(self, gamma=2 - self.gamma),) if 1 < self.gamma < 2 else ()
+        return rule_alone, *turned
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to do without."""
-        return [{"acted": n and "blind" in memo} for n in memo["seen"].tolist()] if "seen" in memo else []
+        return [{"acted": seen and "blind" in memo} for seen in memo["seen"].tolist()] if "seen" in memo else []
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

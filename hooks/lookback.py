@@ -15,11 +15,11 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.method.heads import head_names, parse_heads, resolve_heads
-from vlmfix.method.intervention import Idle, Intervention, Traits
-from vlmfix.method.settings import did_you_mean
+from vlmfix.method.intervention import LATER, Idle, Intervention, Traits
+from vlmfix.method.kinds import Heads, Range
 from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
@@ -104,17 +104,17 @@ class Lookback(Intervention):
     far; `lookback_text` (paper): the prompt without its last `E` tokens against these and the answer; `tracker` (Hung
     et al., with the image as data): instruction against image at the first token; `prelim` (arXiv 2511.11502, from its
     abstract): the answer so far against all else, counted as risk, so that scores are 1 - R."""
-    agg: Literal["mean", "sum"] = None  # type: ignore[assignment]
+    agg: Literal["mean", "sum"] = LATER
     """Mean or sum of the weights over a set of keys. `None`: the preset's, mean for `lookback` and `lookback_text`."""
-    E: int = 5
+    E: Annotated[int, Range(1)] = 5
     """Last tokens of the prompt that `lookback_text` counts as the rest: as many as a suffix like "ASSISTANT:" has."""
     exclude_sinks: bool = False
     """Take visual sinks (VAR's rule) out of the keys that are looked up (ours)."""
-    dims: tuple[int, ...] | None = None
+    dims: Annotated[tuple[int, ...], Range(0)] | None = None
     """Sink dimensions; `None`: found as VAR finds them."""
-    tau: float | None = None
+    tau: Annotated[float, Range(above=0)] | None = None
     """Sink threshold; `None`: as VAR."""
-    head_list: str | None = None
+    head_list: Heads | None = None
     """Heads whose mean is the plain score: the file of a head list, or heads such as `L3H1/L3H5`. `None`: all."""
     detector: str | None = None
     """File of a detector (`vlmfix calibrate lookback`); `None`: the plain score, mean of R."""
@@ -125,17 +125,10 @@ class Lookback(Intervention):
         return Traits(sequential=True)
 
     def __post_init__(self) -> None:
-        """Fill in the preset's way to put weights together and check ranges."""
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: unknown {self.preset!r}; {did_you_mean(str(self.preset), PRESETS)}")
+        """Fill in the preset's way to put weights together."""
+        super().__post_init__()
         if self.agg is None:
             object.__setattr__(self, "agg", PRESETS[self.preset][0])
-        if isinstance(self.dims, int):
-            object.__setattr__(self, "dims", (self.dims,))
-        if self.agg not in ("mean", "sum"):
-            raise ValueError(f"agg: expected mean or sum, got {self.agg!r}")
-        if self.E < 1:
-            raise ValueError(f"E: expected 1 token or more, got {self.E!r}")
         if self.detector is not None and self.head_list is not None:
             raise ValueError("a detector weighs all heads; leave out head_list")
 
@@ -144,7 +137,7 @@ class Lookback(Intervention):
         n, name, found = len(anatomy.layers) * anatomy.n_heads, getattr(model.config, "_name_or_path", None), self
         facts: dict[str, Any] = {}
         if self.head_list is not None:
-            heads, facts = resolve_heads(self.head_list, len(anatomy.layers), anatomy.n_heads, name)
+            heads, facts = resolve_heads(str(self.head_list), len(anatomy.layers), anatomy.n_heads, name)
             found = replace(self, head_list=head_names(heads))
         if self.detector is not None:
             own = asdict(Detector.read(self.detector))
@@ -255,7 +248,7 @@ class Lookback(Intervention):
         if self.detector is not None:
             found = Detector.read(self.detector)
             return (features(r) @ r.new_tensor(found.w) + found.b).sigmoid()
-        heads, r = parse_heads(self.head_list or ""), r.nanmean(-3)  # (..., L, H)
+        heads, r = parse_heads(str(self.head_list or "")), r.nanmean(-3)  # (..., L, H)
         plain = (r.flatten(-2) if heads is None else torch.stack([r[..., i, h] for i, h in heads], -1)).nanmean(-1)
         return 1 - plain if self.preset == "prelim" else plain
 

@@ -9,10 +9,11 @@ logits what the model would say without the image; the paper's tables use both.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
 from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Rows, Site, Step
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class PAI(Intervention):
     alpha: float = 0.5
     """s += alpha |s| on image tokens. 0.5 for captions in later papers' runs (code); the authors' README has 0.2.
     Depends on the size of scores: with normed queries and keys (Qwen3-VL, Gemma 3) published values mean nothing."""
-    skip_first: int = 2
+    skip_first: Annotated[int, Range(0)] = 2
     """The first layers are left alone (code)."""
-    gamma: float | None = None
+    gamma: Annotated[float, Range(above=0)] | None = None
     """Strength of the guidance, out = c + (gamma - 1)(c - u); 1.1 in published runs (code). `None`: none."""
     variant: Literal["paper", "release"] = "paper"
     """`release`: with guidance, the released code leaves the prefill's attention alone, so that one-word answers never
@@ -51,13 +52,6 @@ class PAI(Intervention):
     def traits(self) -> Traits:
         """The second stream needs the whole prompt at once; without it only rows that predict tokens are edited."""
         return Traits(whole_prompt=self.gamma is not None, shares_pictures=self.gamma is None)
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.variant not in ("paper", "release"):
-            raise ValueError(f"variant: expected paper or release, got {self.variant!r}")
-        if self.gamma is not None:
-            Contrast(gamma=self.gamma)
 
     def acts_at(self, stage: str) -> bool:
         """Without guidance there is no second stream."""
@@ -86,18 +80,14 @@ class PAI(Intervention):
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_j + alpha |s_j| for image keys j."""
         image = site.geometry.image
-        site.memo.setdefault("image", {}).setdefault(site.layer, image)
+        if "acted" not in site.memo:
+            site.memo["acted"] = image.any(1)
         edit = (image[:, None] & site.rows[..., None])[:, None]  # (B, 1, R, K)
         return s.add(s.abs(), alpha=self.alpha).where(edit, s)
 
     def controls(self) -> tuple[Intervention, ...]:
         """Image tokens pushed down instead."""
         return (replace(self, alpha=-self.alpha),)
-
-    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
-        """Per sample: `acted`, whether there was an image to raise."""
-        seen = [image.any(1).tolist() for image in memo.get("image", {}).values()]
-        return [{"acted": any(layers)} for layers in zip(*seen, strict=True)]
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

@@ -19,10 +19,12 @@ import random
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
-from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.hooks.parts.tower import class_attention, tower
+from vlmfix.method.intervention import LATER, Intervention, Traits
+from vlmfix.method.kinds import Layers, Range
 from vlmfix.method.site import Site, Step
 
 if TYPE_CHECKING:
@@ -30,36 +32,6 @@ if TYPE_CHECKING:
 
     from vlmfix.engine.state import Prompt
     from vlmfix.model.anatomy import Anatomy
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "safe": {"alpha": 0.5, "beta": 0.3, "gamma": None},
-    "paper": {"alpha": 0.7, "beta": 0.4, "gamma": 1.1},
-}
-
-
-def tower(model: Any) -> tuple[nn.Module, Any]:
-    """The vision tower and its layers. `TypeError` unless it has a class token and layers such as CLIP's."""
-    found: Any = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
-    names = [name for name, _ in found.named_parameters()] if found is not None and found is not model else []
-    if not any(name.endswith(("class_embedding", "cls_token")) for name in names):
-        said = f"{type(found).__name__} has none" if names else "no vision tower was found"
-        raise TypeError(f"PAINT needs a vision tower with a class token, such as CLIP's in LLaVA-1.5: {said}")
-    for module in found.modules():
-        layers: Any = list(module.children())
-        if layers and all(hasattr(x, "layer_norm1") and hasattr(getattr(x, "self_attn", 0), "q_proj") for x in layers):
-            return found, layers
-    raise TypeError(
-        f"PAINT reads layers such as CLIP's (layer_norm1, self_attn.q_proj); {type(found).__name__} has none"
-    )
-
-
-def class_attention(layer: Any, x: Tensor) -> Tensor:
-    """(images, N) attention that the class token pays to each patch in one layer of the tower, summed over heads, from
-    the layer's input (images, 1 + N, D); in float32, one row of attention and no more."""
-    attention, x = layer.self_attn, layer.layer_norm1(x)
-    split = lambda y: y.float().unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # noqa: E731
-    q, k = split(attention.q_proj(x[:, :1])), split(attention.k_proj(x))
-    return (q @ k.transpose(-1, -2) * attention.head_dim**-0.5).softmax(-1)[:, :, 0, 1:].sum(1)
 
 
 def choose(first: Tensor, late: Tensor, rho: float) -> tuple[Tensor, Tensor]:
@@ -91,17 +63,21 @@ class PAINT(Intervention):
         "captions: on the embedded model fewer inventions for more repetition, and shuffled tokens do as well: it is "
         "not the selection. On LLaVA-1.5 nothing at the default, and loops at the paper's setting. Yes/no: nothing"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "safe": {"alpha": 0.5, "beta": 0.3, "gamma": None},
+        "paper": {"alpha": 0.7, "beta": 0.4, "gamma": 1.1},
+    }
 
-    alpha: float = None  # type: ignore[assignment]
+    alpha: Annotated[float, Range(0)] = LATER
     """s += alpha |s| on local tokens. `None`: the variant's, 0.5 (ours: the largest published value whose captions do
     not degrade) or 0.7 (paper)."""
-    beta: float = None  # type: ignore[assignment]
+    beta: Annotated[float, Range(0)] = LATER
     """s += beta |s| on summary tokens. `None`: the variant's, 0.3 (code's default) or 0.4 (paper)."""
-    rho: float = 0.25
+    rho: Annotated[float, Range(above=0, most=1)] = 0.25
     """Share of the patches that are local, above 0 and up to 1 (paper, code)."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Edited layers, 0-based. `None`: all but the first two (code)."""
-    gamma: float | None = None
+    gamma: Annotated[float, Range(above=0)] | None = None
     """Strength of PAI's guidance, out = c + (gamma - 1)(c - u). `None`: the variant's, off (ours) or 1.1 (code; the
     paper does not mention it). 1: none."""
     variant: Literal["safe", "paper"] = "safe"
@@ -117,18 +93,8 @@ class PAINT(Intervention):
         return Traits(whole_prompt=True)
 
     def __post_init__(self) -> None:
-        """Fill the variant's values, check ranges, warn."""
-        self._fill(VARIANTS)
-        if self.alpha < 0 or self.beta < 0:
-            raise ValueError(f"alpha, beta: expected 0 or more, got alpha={self.alpha}, beta={self.beta}")
-        if not 0 < self.rho <= 1:
-            raise ValueError(f"rho: expected a number above 0 and up to 1, got {self.rho!r}")
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
-        if self.select not in ("attention", "random"):
-            raise ValueError(f"select: expected attention or random, got {self.select!r}")
-        if self.gamma is not None:
-            Contrast(gamma=self.gamma)
+        """Warn where captions are known to loop."""
+        super().__post_init__()
         if self.alpha > 0.5:
             warnings.warn(
                 f"PAINT with alpha={self.alpha}: above 0.5 captions loop. Of the captions that its authors published "
@@ -139,14 +105,10 @@ class PAINT(Intervention):
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[PAINT, dict[str, Any]]:
         """Refuse towers without a class token and pictures cut into tiles."""
-        n = len(anatomy.layers)
-        wrong = [layer for layer in self.at_layers(n) if not 0 <= layer < n]
-        if wrong:
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
         tower(model)
         if getattr(model.config, "image_grid_pinpoints", None):
             raise ValueError(f"PAINT needs one image token per patch; {anatomy.model_type} cuts pictures into tiles")
-        return self, {"layers": list(self.at_layers(n))}
+        return self, {"layers": list(self.at_layers(len(anatomy.layers)))}
 
     def acts_at(self, stage: str) -> bool:
         """Without guidance there is nothing to do at the logits."""
@@ -170,20 +132,24 @@ class PAINT(Intervention):
         import torch
 
         with torch.no_grad():
-            found = self.patches(prompt.model, prompt.inputs.get("pixel_values"))
+            patches = self.patches(prompt.model, prompt.inputs.get("pixel_values"))
         rows: Tensor = prompt.inputs["input_ids" if "input_ids" in prompt.inputs else "inputs_embeds"]
         n_beams = len(prompt.geometry.image) // len(rows)
-        image, (n_pictures, n) = prompt.geometry.image[::n_beams], found[0].shape
-        each: list[int] = image.sum(1).tolist()
-        if sum(each) != n_pictures * n or any(m % n for m in each):
+        image, (n_pictures, n_patches) = prompt.geometry.image[::n_beams], patches[0].shape
+        counts: list[int] = image.sum(1).tolist()
+        if sum(counts) != n_pictures * n_patches or any(count % n_patches for count in counts):
             raise ValueError(
-                f"PAINT needs one image token per patch: {n_pictures} pictures have {n} patches each, and the prompts "
-                f"of the batch have {each} image tokens"
+                f"PAINT needs one image token per patch: {n_pictures} pictures have {n_patches} patches each, and the "
+                f"prompts of the batch have {counts} image tokens"
             )
-        per_sample = [x.sum(1).split([m // n for m in each]) for x in found]
-        memo["sizes"] = [[x.tolist() for x in pair] for pair in zip(*per_sample, strict=True) for _ in range(n_beams)]
-        marked = [torch.zeros_like(image).masked_scatter(image, x.to(image.device)) for x in found]
-        return tuple(x.repeat_interleave(n_beams, dim=0) for x in marked)  # type: ignore[return-value]
+        pictures_of = [count // n_patches for count in counts]  # each sample
+        local_sizes, summary_sizes = (kind.sum(1).split(pictures_of) for kind in patches)
+        memo["sizes"] = []
+        for local, summary in zip(local_sizes, summary_sizes, strict=True):
+            memo["sizes"] += [[local.tolist(), summary.tolist()]] * n_beams
+        marked = [torch.zeros_like(image).masked_scatter(image, kind.to(image.device)) for kind in patches]
+        local_keys, summary_keys = (keys.repeat_interleave(n_beams, dim=0) for keys in marked)
+        return local_keys, summary_keys
 
     def patches(self, model: nn.Module, pixels: Any) -> tuple[Tensor, Tensor]:
         """Local and summary patches of pictures, (images, N) bool."""
@@ -193,11 +159,12 @@ class PAINT(Intervention):
         vision, layers = tower(model)
         x = vision(pixels, output_hidden_states=True).hidden_states  # input of each layer
         late = max(len(layers) - 2, 0)  # 22 of 0..23, the layer whose output LLaVA uses (code)
-        found = choose(class_attention(layers[0], x[0]), class_attention(layers[late], x[late]), self.rho)
+        local, summary = choose(class_attention(layers[0], x[0]), class_attention(layers[late], x[late]), self.rho)
         if self.select == "random":
-            order = random.Random(0).sample(range(found[0].shape[1]), found[0].shape[1])
-            return found[0][:, order], found[1][:, order]
-        return found
+            n_patches = local.shape[1]
+            order = random.Random(0).sample(range(n_patches), n_patches)
+            return local[:, order], summary[:, order]
+        return local, summary
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_j + c_j |s_j| on visible keys, with c = alpha on local and beta on summary tokens."""
@@ -207,14 +174,21 @@ class PAINT(Intervention):
 
         if "boost" not in site.memo or self.alpha == self.beta == 0:
             return s
-        at = lambda x: fit(x, site.first_key + s.shape[-1])[:, site.first_key :].to(s.device)  # noqa: E731
-        rows, boost = site.rows[:, None, :, None], at(site.memo["boost"])[:, None, None]
+
+        def here(x: Tensor) -> Tensor:
+            """Of (B, P), what belongs to the keys of this layer."""
+            return fit(x, site.first_key + s.shape[-1])[:, site.first_key :].to(s.device)
+
+        rows, boost = site.rows[:, None, :, None], here(site.memo["boost"])[:, None, None]
         edit = (boost != 0) & rows & (s > torch.finfo(s.dtype).min / 2)
         out = (s + boost * s.abs()).where(edit, s)
         if site.layer not in site.memo["shares"]:  # once, at the prompt
-            local, summary = (at(x) for x in site.memo["keys"])
+            local, summary = (here(keys) for keys in site.memo["keys"])
             kinds = torch.stack([local, summary, site.geometry.image & ~local & ~summary], dim=1)  # (B, 3, K)
-            shares = [((a.softmax(-1) * rows).mean(1).sum(1)[:, None] * kinds).sum(-1) for a in (s, out)]
+            shares = []
+            for scores in (s, out):
+                received = (scores.softmax(-1) * rows).mean(1).sum(1)  # (B, K)
+                shares.append((received[:, None] * kinds).sum(-1))
             site.memo["shares"][site.layer] = torch.stack(shares, dim=1)  # (B, 2, 3)
         return out
 
@@ -224,20 +198,21 @@ class PAINT(Intervention):
 
     def controls(self) -> tuple[Intervention, ...]:
         """Random tokens, and the chosen ones pushed down."""
-        return replace(self, select="random"), replace(self, weaken=True)
+        return *super().controls(), replace(self, weaken=True)
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `local` and `summary`, tokens per picture; `attention`, shares of the last prompt row on
         local, summary and other image tokens, before and after, mean over heads and layers."""
-        shares = [x.cpu() for x in memo.get("shares", {}).values()]
+        shares = [share.cpu() for share in memo.get("shares", {}).values()]
         mean = sum(shares[1:], shares[0]) / len(shares) if shares else None
         samples = []
         for b, (local, summary) in enumerate(memo.get("sizes", ())):
-            told = {"acted": bool(local) and self.alpha + self.beta > 0, "local": local, "summary": summary}
+            acted = bool(local) and self.alpha + self.beta > 0
+            sample: dict[str, Any] = {"acted": acted, "local": local, "summary": summary}
             if mean is not None:
-                named = (dict(zip(("local", "summary", "other"), x, strict=True)) for x in mean[b].tolist())
-                told["attention"] = dict(zip(("before", "after"), named, strict=True))
-            samples.append(told)
+                before, after = (dict(zip(("local", "summary", "other"), row, strict=True)) for row in mean[b].tolist())
+                sample["attention"] = {"before": before, "after": after}
+            samples.append(sample)
         return samples
 
     def idle_hint(self) -> str:

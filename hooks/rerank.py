@@ -12,10 +12,11 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.lookback import Detector, Lookback
 from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.kinds import Range
 from vlmfix.method.settings import did_you_mean
 
 if TYPE_CHECKING:
@@ -130,11 +131,11 @@ class Rerank(Lookback):
         "greedy_first recall is kept, too, at a third of the cost"
     )
 
-    n: int = 5
+    n: Annotated[int, Range(1)] = 5
     """Candidates per sentence (paper)."""
-    temperature: float = 0.9
+    temperature: Annotated[float, Range(above=0)] = 0.9
     """Of sampling; not stated in the paper (ours)."""
-    top_p: float = 0.95
+    top_p: Annotated[float, Range(above=0, most=1)] = 0.95
     """Of sampling; not stated in the paper (ours)."""
     greedy_first: bool = False
     """Try the greedy sentence first, and sample only where the verifier objects to it (ours)."""
@@ -155,7 +156,7 @@ class Rerank(Lookback):
     all_bad: Literal["least", "drop", "stop"] = "least"
     """Without a clean candidate (ours): the fewest absent objects, then the likeliest; or sample once more, then stop;
     or stop."""
-    max_sentences: int = 32
+    max_sentences: Annotated[int, Range(1)] = 32
     """Limit of an answer."""
 
     @property
@@ -165,26 +166,15 @@ class Rerank(Lookback):
 
     def __post_init__(self) -> None:
         """Check settings."""
-        super().__post_init__()
         given: Any = self.verifier
         if callable(given):
             object.__setattr__(self, "verifier", f"{given.__module__}:{given.__qualname__}")
+        super().__post_init__()
         if self.verifier not in VERIFIERS:
             if ":" not in self.verifier:
                 hint = did_you_mean(self.verifier, VERIFIERS)
                 raise ValueError(f"verifier: unknown {self.verifier!r}; {hint} Or name package.module:function")
             self._function()
-        for key, least in (("n", 1), ("max_sentences", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: expected {least} or more, got {getattr(self, key)!r}")
-        check_sampling(self.temperature, self.top_p)
-        for key, known in (
-            ("extract", ("coco",)),
-            ("choose", ("first", "likely", "objects")),
-            ("all_bad", ("least", "drop", "stop")),
-        ):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}: expected {', '.join(known)}, got {getattr(self, key)!r}")
         lo, hi = self._limits
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= 1, got {lo!r} and {hi!r}")
@@ -372,14 +362,6 @@ def one_by_one(
         answers.append(tokens)
         said.append(facts)
     return answers, said
-
-
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Refuse what is no sampling."""
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in 0..1, above 0, got {top_p!r}")
 
 
 def end_token(run: Batch) -> list[int]:

@@ -1,17 +1,18 @@
 """NAME, what the letters stand for: what it does to the model, in a dozen words.
 
 Authors, "Title", venue, arXiv number; official code owner/repository. Then in plain words: what is wrong with the
-model, what the method does about it, and when. Copy this file to `hooks/<name>.py`, keep the stages that you edit,
-delete the rest, and add a line to `REGISTRY` in `hooks/__init__.py`. As it stands it multiplies the attention on image
-tokens get.
+model, what the method does about it, and when. Copy this file to `hooks/<name>.py`, write the stage that your method
+edits (the table in `vlmfix/method/stages.py` has all of them), and add a line to `vlmfix/method/names.py`; `make
+contract METHOD=name` then tries it on many models. As it stands it multiplies the attention that image tokens get.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
@@ -28,13 +29,8 @@ class Template(Intervention):
     cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
     expect: ClassVar[str] = "for which task, and what came out with its controls"
 
-    gain: float = 1.5
+    gain: Annotated[float, Range(above=0)] = 1.5
     """The paper's symbol and default, what it means, its unit, and where the value is from (paper, code, ours)."""
-
-    def __post_init__(self) -> None:
-        """Check ranges: one sentence that says what was expected and what was got."""
-        if self.gain <= 0:
-            raise ValueError(f"gain: expected a number above 0, got {self.gain!r}")
 
     def at_layers(self, n_layers: int) -> range:
         """Edited layers."""
@@ -49,9 +45,5 @@ class Template(Intervention):
         return (edited / edited.sum(-1, keepdim=True)).where(rows, a)
 
     def controls(self) -> tuple[Intervention, ...]:
-        """The same push turned round."""
+        """The same push turned round. A setting `select` gives controls by itself."""
         return (replace(self, gain=1 / self.gain),)
-
-    def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
-        """Per sample: `acted`, whether there was an image to look at."""
-        return [{"acted": acted} for acted in memo["acted"].tolist()] if "acted" in memo else []

@@ -7,9 +7,10 @@ made captions shorter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
     from vlmfix.asking.batch import Batch
@@ -28,13 +29,8 @@ class Truncate(Intervention):
         "recall −8.4 [−9.9, −7.0]); what a method must beat"
     )
 
-    words: int = 60
+    words: Annotated[int, Range(1)] = 60
     """Words that are kept, separated by white space."""
-
-    def __post_init__(self) -> None:
-        """Check the range."""
-        if self.words < 1:
-            raise ValueError(f"words: expected 1 or more, got {self.words!r}")
 
     def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The longest beginning of each answer that has no more words."""

@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.parts import sinks
-from vlmfix.method.intervention import Idle, Intervention, Traits
-from vlmfix.method.site import Rows, Site
+from vlmfix.method.intervention import LATER, Idle, Intervention, Traits
+from vlmfix.method.kinds import Range
+from vlmfix.method.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlmfix.model.anatomy import Anatomy
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "hallucination": {"rho": 0.5, "p": 0.6, "skip_last": True},
-    "general": {"rho": 0.8, "p": 0.6, "skip_last": True},
-    "vision_centric": {"rho": 0.9, "p": 0.6, "skip_last": True},
-    "released": {"rho": 0.5, "p": 0.4, "skip_last": False},
-}
 
 
 @dataclass(frozen=True)
@@ -44,28 +38,34 @@ class VAR(Intervention):
     expect: ClassVar[str] = (
         "yes/no and captions of models with visual sinks; idle, and says so, where calibration finds none"
     )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "hallucination": {"rho": 0.5, "p": 0.6, "skip_last": True},
+        "general": {"rho": 0.8, "p": 0.6, "skip_last": True},
+        "vision_centric": {"rho": 0.9, "p": 0.6, "skip_last": True},
+        "released": {"rho": 0.5, "p": 0.4, "skip_last": False},
+    }
 
-    p: float = None  # type: ignore[assignment]
+    p: Annotated[float, Range(0, 1)] = LATER
     """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""
-    rho: float = None  # type: ignore[assignment]
+    rho: Annotated[float, Range(0, 1)] = LATER
     """Least share of a head row's image attention that lies on non-sinks, 0..1. `None`: the variant's, 0.5 (paper)."""
-    min_visual_mass: float = 0.2
+    min_visual_mass: Annotated[float, Range(0, 1)] = 0.2
     """`s`: least attention mass on the image of a head row that may be edited, 0..1 (paper, code)."""
-    tau: float = None  # type: ignore[assignment]
+    tau: Annotated[float, Range(above=0)] = LATER
     """A token is a sink if max |x_d| / RMS(x) over D_sink reaches tau. `None`: 20 for D >= 3584 (paper), else
     20*sqrt(D/4096): the same share of the token's energy (ours)."""
-    dims: tuple[int, ...] | None = None
+    dims: Annotated[tuple[int, ...], Range(0)] | None = None
     """D_sink, dimensions of the residual stream. `None`: the table's, verified on the loaded weights, else
     calibrated."""
     variant: Literal["hallucination", "general", "vision_centric", "released"] = "hallucination"
     """The paper's presets, or `released`: what the shipped configuration computes (p 0.4, phi > tau, last layer
     edited)."""
-    rows: Rows = "after_last_image"  # type: ignore[misc]
+    rows: Literal["after_last_image", "text"] = "after_last_image"  # type: ignore[misc]
     """Prompt rows that may be edited: after the sample's last image token (code), or `text`, every other token
     (paper)."""
-    skip_first: int = 2
+    skip_first: Annotated[int, Range(0)] = 2
     """The first layers are left alone (code)."""
-    skip_last: bool = None  # type: ignore[assignment]
+    skip_last: bool = LATER
     """Whether the last layer is left alone. `None`: the variant's, True (paper) or False (`released`)."""
     require_visual_sink: bool = True
     """Leave a layer alone if none of the sample's image tokens is a sink there (code); False: the paper to the
@@ -83,37 +83,27 @@ class VAR(Intervention):
         return Traits(shares_pictures=True)
 
     def __post_init__(self) -> None:
-        """Fill the variant's values and check ranges."""
-        self._fill(VARIANTS)
-        for key in ("p", "rho", "min_visual_mass"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: expected a number in 0..1, got {getattr(self, key)!r}")
-        if self.tau is not None and self.tau <= 0:
-            raise ValueError(f"tau: expected a number above 0, got {self.tau!r}")
-        if isinstance(self.dims, int):
-            object.__setattr__(self, "dims", (self.dims,))
-        if self.dims is not None and not self.dims:
+        """Dimensions are given or left out, never none at all."""
+        super().__post_init__()
+        if self.dims == ():
             raise ValueError("dims: expected at least one dimension, got none; leave it out to have it calibrated")
-        if self.select not in ("massive", "random"):
-            raise ValueError(f"select: expected massive or random, got {self.select!r}")
-        if self.rows not in ("after_last_image", "text"):
-            raise ValueError(f"rows: expected after_last_image or text, got {self.rows!r}")
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[VAR, dict[str, Any]]:
         """Find tau and D_sink for the loaded model. `Idle`, or `ValueError` on request, where there is no D_sink."""
         tau = sinks.default_tau(anatomy.hidden_size) if self.tau is None else self.tau
         if self.dims is not None:
-            wrong = [d for d in self.dims if not 0 <= d < anatomy.hidden_size]
-            if wrong:
-                raise ValueError(f"dims: expected numbers in 0..{anatomy.hidden_size - 1}, got {wrong}")
+            outside = [dim for dim in self.dims if not 0 <= dim < anatomy.hidden_size]
+            if outside:
+                raise ValueError(f"dims: expected numbers in 0..{anatomy.hidden_size - 1}, got {outside}")
             return replace(self, tau=tau), {"dims_origin": "given"}
-        found = sinks.resolve(model, anatomy, tau, processor)
-        if not found.dims:
-            why = f"no sink dimension was found: {found.explain()}"
+        calibration = sinks.resolve(model, anatomy, tau, processor)
+        if not calibration.dims:
+            why = f"no sink dimension was found: {calibration.explain()}"
             if self.require_dims:
                 raise ValueError(f"VAR: {why}")
             raise Idle(why)
-        return replace(self, tau=tau, dims=found.dims), {"dims_origin": found.origin, "tier": found.tier}
+        facts = {"dims_origin": calibration.origin, "tier": calibration.tier}
+        return replace(self, tau=tau, dims=calibration.dims), facts
 
     def at_layers(self, n_layers: int) -> range:
         """Edited layers."""
@@ -126,10 +116,10 @@ class VAR(Intervention):
         phi = sinks.phi(x, self.dims or ())
         hit = phi > self.tau if self.variant == "released" else phi >= self.tau
         hit &= site.geometry.valid[:, site.start :]
-        known = site.memo.setdefault("sinks", {})
-        sink = fit(fit(known.get(site.layer, hit[:, :0]), site.start), site.geometry.n)
+        by_layer = site.memo.setdefault("sinks", {})
+        sink = fit(fit(by_layer.get(site.layer, hit[:, :0]), site.start), site.geometry.n)
         sink[:, site.start :] = hit  # what was generated between two pieces of prompt stays False
-        known[site.layer] = sink
+        by_layer[site.layer] = sink
         image = site.geometry.image
         if self.select == "random":
             sink = (sink & ~image) | self._random(image, (sink & image).sum(1, keepdim=True), site.layer)
@@ -148,10 +138,6 @@ class VAR(Intervention):
         scores = n.new_tensor([draw.randrange(2**40) for _ in range(image.shape[1])])
         score = scores[(image.cumsum(1) - 1).clamp(min=0)].masked_fill(~image, 2**40)
         return (score.argsort(1).argsort(1) < n) & image
-
-    def controls(self) -> tuple[Intervention, ...]:
-        """Random image tokens in the place of the visual sinks."""
-        return (replace(self, select="random"),)
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
         """A'_j = (1 - p) A_j on sinks, (1 + p sigma/n) A_j on visual non-sinks, in the head rows that qualify."""
@@ -172,28 +158,28 @@ class VAR(Intervention):
         gain, loss = (self.p * sigma / n).where(sel, 0.0), -self.p * sel
         factors = torch.stack([gain, loss, loss], dim=-1).flatten(1, 2)
         out = torch.addcmul(seen, seen, (factors @ masks.transpose(1, 2)).view_as(seen))
-        found = torch.stack([sel, site.rows[:, None].expand_as(sel), gain * n], dim=-1).sum((1, 2))
-        site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + found
+        here = torch.stack([sel, site.rows[:, None].expand_as(sel), gain * n], dim=-1).sum((1, 2))
+        site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + here
         return out if out.shape == a.shape else torch.cat([out, a[..., out.shape[-1] :]], dim=-1)
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per
         edited head row; `layers`: per layer visual and text sinks, and the same two figures.
         """
-        layers: dict[int, Any] = {}
-        for layer, counts in memo.get("counts", {}).items():
-            if not isinstance(counts, int):
-                layers[layer] = (counts.tolist(), memo["masks"][layer].sum(1).tolist())
-        if not layers:
-            return []
+        counts: dict[int, list[list[float]]] = {}  # layer -> per sample: rows selected, rows in all, mass moved
+        sinks: dict[int, list[list[float]]] = {}  # layer -> per sample: non-sinks, visual sinks, text sinks
+        for layer, per_sample in memo.get("counts", {}).items():
+            if not isinstance(per_sample, int):  # 0: the layer was never edited
+                counts[layer] = per_sample.tolist()
+                sinks[layer] = memo["masks"][layer].sum(1).tolist()
         samples = []
-        for b in range(len(next(iter(layers.values()))[0])):
-            total = [sum(counts[b][i] for counts, _ in layers.values()) for i in range(3)]
-            per_layer = {
-                layer: {"visual_sinks": int(m[b][1]), "text_sinks": int(m[b][2]), **_shares(*counts[b])}
-                for layer, (counts, m) in layers.items()
-            }
-            samples.append({"acted": total[0] > 0, **_shares(*total), "layers": per_layer})
+        for b in range(len(next(iter(counts.values()), ()))):
+            layers = {}
+            for layer in counts:
+                _, visual, text = sinks[layer][b]
+                layers[layer] = {"visual_sinks": int(visual), "text_sinks": int(text), **_shares(*counts[layer][b])}
+            selected, rows, moved = (sum(counts[layer][b][i] for layer in counts) for i in range(3))
+            samples.append({"acted": selected > 0, **_shares(selected, rows, moved), "layers": layers})
         return samples
 
     def idle_hint(self) -> str:

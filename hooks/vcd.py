@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Step
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ class VCD(Intervention):
         "gets worse"
     )
 
-    alpha: float = 1.0
+    alpha: Annotated[float, Range(0)] = 1.0
     """Strength: out = (1 + alpha) c - alpha u (scripts; the function's own default is 0.5)."""
-    beta: float = 0.1
+    beta: Annotated[float, Range(above=0, most=1)] = 0.1
     """Tokens less likely than `beta` times the likeliest are ruled out, 0 < beta <= 1 (paper; 0.2 in a POPE script)."""
-    t: int = 500
+    t: Annotated[int, Range(0, N_STEPS - 1)] = 500
     """Diffusion step of the noise, 0..999 (POPE script; other runs use 999, and it matters)."""
     seed: int = 55
     """Of the noise; independent of the seed of sampling (ours)."""
@@ -88,32 +89,27 @@ class VCD(Intervention):
         """The second stream needs the whole prompt at once."""
         return Traits(whole_prompt=True)
 
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if not 0 < self.beta <= 1:
-            raise ValueError(f"beta: expected a number above 0 and up to 1, got {self.beta!r}")
-        if self.alpha < 0:
-            raise ValueError(f"alpha: expected 0 or more, got {self.alpha!r}")
-        if not 0 <= self.t < N_STEPS:
-            raise ValueError(f"t: expected a diffusion step in 0..{N_STEPS - 1}, got {self.t!r}")
-
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""
         from vlmfix.model.anatomy import PICTURE_ARGUMENTS
 
-        pixels = {k: v for k, v in prompt.inputs.items() if k.startswith("pixel_values") and v.is_floating_point()}
+        pixels = {}
+        for name, value in prompt.inputs.items():
+            if name.startswith("pixel_values") and value.is_floating_point():
+                pixels[name] = value
         memo["seen"] = prompt.geometry.image.any(1) & bool(pixels)
-        if other := [k for k in PICTURE_ARGUMENTS if k != "pixel_values" and prompt.inputs.get(k) is not None]:
-            raise TypeError(f"vcd noises pixel_values; the pictures of this model come as {other[0]}")
+        for name in PICTURE_ARGUMENTS:
+            if name != "pixel_values" and prompt.inputs.get(name) is not None:
+                raise TypeError(f"vcd noises pixel_values; the pictures of this model come as {name}")
         if not pixels:
             return
         vision: Any = getattr(prompt.model.config, "vision_config", None)
         frames, share = getattr(vision, "temporal_patch_size", 1), kept(self.t)
         noised = {}
-        for k, x in pixels.items():
-            grid = "video_grid_thw" if k.endswith("videos") else "image_grid_thw"
+        for name, x in pixels.items():
+            grid = "video_grid_thw" if name.endswith("videos") else "image_grid_thw"
             noise = noise_like(x, prompt.inputs, self.seed, frames, grid)
-            noised[k] = x * share**0.5 + noise * (1 - share) ** 0.5
+            noised[name] = x * share**0.5 + noise * (1 - share) ** 0.5
         memo["blurred"] = prompt.stream_with(**noised)
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:
@@ -131,7 +127,7 @@ class VCD(Intervention):
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was an image to noise."""
-        return [{"acted": n} for n in memo["seen"].tolist()] if "seen" in memo else []
+        return [{"acted": seen} for seen in memo["seen"].tolist()] if "seen" in memo else []
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

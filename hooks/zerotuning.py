@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.heads import check_heads, head_names, parse_heads, resolve_heads
+from vlmfix.hooks.parts.listed import heads_by_layer, listed_heads
+from vlmfix.method.heads import head_names
 from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.kinds import Heads, Layers, Range
 from vlmfix.method.site import Rows, Site
 
 if TYPE_CHECKING:
@@ -40,13 +42,13 @@ class ZeroTuning(Intervention):
     )
     rows: ClassVar[Rows] = "all"
 
-    gamma: float = 0.3
+    gamma: Annotated[float, Range(above=0)] = 0.3
     """Factor on the first token's weight, above 0. No value fits all: 0.3 is the authors' for one yes/no task, 1.5 to 4
     theirs for classification; `vlmfix calibrate zerotuning` looks for one."""
-    head_list: str | tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
+    head_list: Annotated[tuple[int, ...], Range(0)] | Heads | None = None
     """Edited heads: numbers of heads in every layer such as 0/5 (authors' notebook), heads such as `L3H1/L3H5` or
     ((3, 1), (3, 5)), or the file of a head list. `None`: all."""
-    layers: tuple[int, ...] | None = None
+    layers: Layers | None = None
     """Edited layers, 0-based. `None`: all, or those of the heads."""
     span: Literal["first", "image", "system"] | tuple[int, int] = "first"
     """Which keys are scaled: the `first` attended one, all of the `image` or of the `system` text before it, or those
@@ -61,49 +63,32 @@ class ZeroTuning(Intervention):
         return Traits(shares_pictures=True)
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        if not 0 < self.gamma < math.inf:
-            raise ValueError(f"gamma: expected a number above 0, got {self.gamma!r}")
+        """Nothing to edit is a mistake, not a setting."""
+        super().__post_init__()
         for key in ("layers", "head_list"):
-            if isinstance(getattr(self, key), int):
-                object.__setattr__(self, key, (getattr(self, key),))
-            if getattr(self, key) in ((), ""):
+            if getattr(self, key) == ():
                 raise ValueError(f"no {key}: ZeroTuning would do nothing; leave {key} out for all of them")
-        if isinstance(self.head_list, tuple) and not isinstance(self.head_list[0], int):
-            object.__setattr__(self, "head_list", head_names(self.head_list))
-        numbers = isinstance(self.span, tuple) and len(self.span) == 2 and all(isinstance(x, int) for x in self.span)
-        if self.span not in ("first", "image", "system") and not (numbers and 0 <= self.span[0] < self.span[1]):  # type: ignore[operator]
-            raise ValueError(f"span: expected first, image, system or two rising numbers, got {self.span!r}")
-        if self.select not in ("given", "random"):
-            raise ValueError(f"select: expected given or random, got {self.select!r}")
+        if isinstance(self.span, tuple) and not 0 <= self.span[0] < self.span[1]:
+            raise ValueError(f"span: expected two rising numbers, got {self.span!r}")
         if self.select == "random" and self.head_list is None:
             raise ValueError("select=random needs a head_list to be compared with; without one all heads are edited")
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[ZeroTuning, dict[str, Any]]:
         """Fill in layers and heads for the loaded model."""
-        n, n_heads = len(anatomy.layers), anatomy.n_heads
-        if wrong := [layer for layer in self.layers or () if not 0 <= layer < n]:
-            raise ValueError(f"layers: expected numbers in 0..{n - 1}, got {wrong}")
-        among = range(n) if self.layers is None else self.layers
+        n_layers = len(anatomy.layers)
+        layers = tuple(range(n_layers)) if self.layers is None else self.layers
         if self.head_list is None:
-            return replace(self, layers=tuple(among)), {"heads_origin": "all"}
-        if isinstance(self.head_list, tuple):
-            named = [(layer, head) for layer in among for head in self.head_list]
-            check_heads(named, n, n_heads)  # type: ignore[arg-type]
-            listed = head_names(named)  # type: ignore[arg-type]
-        else:
-            listed = self.head_list
+            return replace(self, layers=layers), {"heads_origin": "all"}
+        names: Any = self.head_list
+        if isinstance(names, tuple):  # numbers of heads, in every layer
+            pairs: list[tuple[int, int]] = []
+            for layer in layers:
+                pairs += [(layer, int(head)) for head in names]
+            names = head_names(pairs)
         instead = "random" if self.select == "random" else None
-        heads, facts = resolve_heads(listed, n, n_heads, getattr(model.config, "_name_or_path", None), instead)
-        if instead is None:
-            heads = tuple(h for h in heads if h[0] in among)
-        if not heads:
-            raise ValueError(f"no heads: none of {self.head_list} lies in the layers {self.layers}")
-        layers = tuple(sorted({layer for layer, _ in heads}))
-        return replace(self, layers=layers, head_list=head_names(heads), select="given"), {
-            **facts,
-            "select": self.select,
-        }
+        names, facts = listed_heads(names, model, anatomy, layers, instead)
+        resolved = replace(self, layers=tuple(sorted(heads_by_layer(names))), head_list=names, select="given")
+        return resolved, {**facts, "select": self.select}
 
     def acts_at(self, stage: str) -> bool:
         """A factor of 1 changes nothing."""
@@ -117,9 +102,10 @@ class ZeroTuning(Intervention):
         """s_k + log gamma for keys k of the span, in chosen heads."""
         edit = self._span(site.geometry)[:, None] & site.rows[..., None]  # (B, R, K)
         bias = s.new_zeros(s.shape[1], 1, 1)
-        bias[self._index(site.layer)] = math.log(self.gamma)
-        acted, here = site.memo.setdefault("acted", {}), edit.flatten(1).any(1)
-        acted[site.layer] = acted[site.layer] | here if site.layer in acted else here
+        bias[self._heads_of(site.layer)] = math.log(self.gamma)
+        has_keys = edit.flatten(1).any(1)
+        acted = site.memo.setdefault("acted_by_layer", {})
+        acted[site.layer] = acted[site.layer] | has_keys if site.layer in acted else has_keys
         return s + bias * edit[:, None]
 
     def _span(self, geometry: Geometry) -> Tensor:
@@ -131,11 +117,9 @@ class ZeroTuning(Intervention):
         start, end = self.span
         return geometry.prompt & (geometry.order >= start) & (geometry.order < end)
 
-    def _index(self, layer: int) -> Any:
+    def _heads_of(self, layer: int) -> Any:
         """Index of the heads edited in a layer."""
-        if self.head_list is None:
-            return slice(None)
-        return [head for at, head in parse_heads(str(self.head_list)) or () if at == layer]
+        return slice(None) if self.head_list is None else heads_by_layer(self.head_list).get(layer, [])
 
     def controls(self) -> tuple[Intervention, ...]:
         """The factor turned round, and random heads in the place of a list."""
@@ -144,8 +128,8 @@ class ZeroTuning(Intervention):
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there were keys to scale."""
-        layers = [found.tolist() for found in memo.get("acted", {}).values()]
-        return [{"acted": any(found)} for found in zip(*layers, strict=True)]
+        by_layer = [acted.tolist() for acted in memo.get("acted_by_layer", {}).values()]
+        return [{"acted": any(layers)} for layers in zip(*by_layer, strict=True)]
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

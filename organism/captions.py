@@ -73,6 +73,9 @@ class Noise:
 
 
 TRUE = Noise(0, 0, 0, 0)
+"""No noise: what is said is true."""
+PAIR = 4
+"""The form of a caption's later sentences that names two objects, where there are two."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +88,40 @@ class Mention:
     """Across and down, 0 to 1."""
 
 
-def one(label: int) -> str:
+def article(name: str) -> str:
+    """`a` or `an`."""
+    return "an" if name[0] in "aeiou" else "a"
+
+
+def singular(label: int) -> str:
     """A class with its article."""
     name = CLASSES[label]
-    return SINGULARS.get(name) or f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return SINGULARS.get(name) or f"{article(name)} {name}"
 
 
-def many(label: int) -> str:
-    """A class in the plural."""
+def plural(label: int) -> str:
+    """A class as it is named where there are several."""
     name = CLASSES[label]
-    return PLURALS.get(name) or name + ("es" if name.endswith(("s", "ch", "sh")) else "s")
+    ending = "es" if name.endswith(("s", "ch", "sh")) else "s"
+    return PLURALS.get(name) or name + ending
 
 
 def phrase(mention: Mention) -> str:
     """`a dog`, `three dogs`."""
-    return one(mention.label) if mention.number == 1 else f"{NUMBERS[mention.number]} {many(mention.label)}"
+    if mention.number == 1:
+        return singular(mention.label)
+    return f"{NUMBERS[mention.number]} {plural(mention.label)}"
+
+
+def third(position: float) -> int:
+    """0, 1 or 2: in which third of the picture a position from 0 to 1 lies."""
+    return min(2, int(3 * position))
 
 
 def side(centre: tuple[float, float]) -> str:
     """Where in the picture, in words."""
-    column, row = (("left", "", "right")[min(2, int(3 * centre[0]))], ("top", "", "bottom")[min(2, int(3 * centre[1]))])
+    column = ("left", "", "right")[third(centre[0])]
+    row = ("top", "", "bottom")[third(centre[1])]
     if column and row:
         return f"in the {row} {column} corner"
     if column:
@@ -117,8 +134,12 @@ def mentions(scene: Scene) -> list[Mention]:
     groups: dict[int, list[Placed]] = {}
     for placed in scene.objects:
         groups.setdefault(placed.label, []).append(placed)
-    ordered = sorted(groups.items(), key=lambda item: -sum(p.area for p in item[1]))
-    return [Mention(c, min(len(g), 6), max(g, key=lambda p: p.area).centre) for c, g in ordered]
+    ordered = sorted(groups.items(), key=lambda item: -sum(placed.area for placed in item[1]))
+    out = []
+    for label, group in ordered:
+        largest = max(group, key=lambda placed: placed.area)
+        out.append(Mention(label, min(len(group), len(NUMBERS) - 1), largest.centre))
+    return out
 
 
 def absent(present: Sequence[int], without: Sequence[int], rng: np.random.Generator) -> int:
@@ -135,75 +156,96 @@ def likelihood(present: Sequence[int]) -> np.ndarray:
 
 def chance_of_yes(likely: float, noise: Noise) -> float:
     """How often a question for an absent object of this likelihood is answered with yes."""
-    return noise.flipped * float(np.clip((likely - noise.flipped_from) / (noise.flipped_to - noise.flipped_from), 0, 1))
+    way_up = (likely - noise.flipped_from) / (noise.flipped_to - noise.flipped_from)
+    return noise.flipped * float(np.clip(way_up, 0, 1))
 
 
 def to_say(scene: Scene, noise: Noise, rng: np.random.Generator) -> list[Mention]:
     """What a caption names, in order: objects by visible area with some disorder, then what it invents."""
-    area = {p.label: 0 for p in scene.objects}
+    area = dict.fromkeys((placed.label for placed in scene.objects), 0)
     for placed in scene.objects:
         area[placed.label] += placed.area
-    there = sorted(mentions(scene), key=lambda m: -area[m.label] * np.exp(rng.normal(0, 0.4)))
-    said = [m for m in there if area[m.label] >= 40 or rng.random() >= noise.dropped][:6] or there[:1]
+    shown = sorted(mentions(scene), key=lambda mention: -area[mention.label] * np.exp(rng.normal(0, 0.4)))
+    named = [mention for mention in shown if area[mention.label] >= 40 or rng.random() >= noise.dropped]
+    named = named[:6] or shown[:1]
     wanted = int(rng.integers(3, 7))
-    places = [int(rng.integers((len(said) + 1) // 2, len(said) + 1))] if rng.random() < noise.inserted else []
-    places += [-1] * sum(rng.random() < noise.filled for _ in range(max(0, wanted - len(said) - len(places))))
-    for place in places:
-        label = absent(scene.present, [m.label for m in said], rng)
+    places = []  # where inventions go, among what is named at that time; None is the end
+    if rng.random() < noise.inserted:
+        later_half = (len(named) + 1) // 2
+        places.append(int(rng.integers(later_half, len(named) + 1)))
+    n_empty = max(0, wanted - len(named) - len(places))
+    n_filled = sum(rng.random() < noise.filled for _ in range(n_empty))
+    for place in (*places, *[None] * n_filled):
+        label = absent(scene.present, [mention.label for mention in named], rng)
         number = 1 if rng.random() < 0.8 else 2
         invented = Mention(label, number, (float(rng.random()), float(rng.random())))
-        said.insert(len(said) if place < 0 else place, invented)
-    return said
+        named.insert(len(named) if place is None else place, invented)
+    return named
 
 
-def sentences(said: Sequence[Mention], place: int, rng: np.random.Generator) -> str:
+def listed(group: Sequence[Mention]) -> str:
+    """`a dog and two cats`."""
+    return " and ".join(phrase(mention) for mention in group)
+
+
+def verb(group: Sequence[Mention]) -> str:
+    """`is` or `are`."""
+    return "are" if len(group) > 1 or group[0].number > 1 else "is"
+
+
+def opening(group: Sequence[Mention], where: str, kind: int) -> str:
+    """The first sentence of a caption, in one of four forms."""
+    if not group:
+        return f"The image shows a scene {where}."
+    forms = (
+        f"The image shows {listed(group)} {where}.",
+        f"The image features {listed(group)} {where}.",
+        f"In the image, there {verb(group)} {listed(group)} {where}.",
+        f"The scene takes place {where}, with {listed(group)}.",
+    )
+    return forms[kind]
+
+
+def further(group: Sequence[Mention], before: Mention | None, kind: int) -> str:
+    """A later sentence, in one of six forms; `before` is what the sentence before it named last."""
+    mention = group[0]
+    where = side(mention.centre)
+    if kind == 0:
+        return f"{phrase(mention).capitalize()} can be seen {where} of the picture."
+    if kind == 1:
+        return f"There {verb(group)} also {listed(group)} {where}."
+    if kind == 2:
+        return f"{where.capitalize()}, there {verb(group)} {listed(group)}."
+    if kind == 3 and before is not None:
+        relation = "to the left" if mention.centre[0] < before.centre[0] else "to the right"
+        name = plural(before.label) if before.number > 1 else CLASSES[before.label]
+        return f"There {verb(group)} {listed(group)} {relation} of the {name}."
+    if kind == PAIR:
+        return f"Additionally, there {verb(group)} {listed(group)} in the scene."
+    return f"{phrase(mention).capitalize()} {verb(group)} visible {where}."
+
+
+def sentences(named: Sequence[Mention], place: int, rng: np.random.Generator) -> str:
     """A caption that names these, in this order."""
-    where, rest = PLACES[place], list(said)
+    remaining = list(named)
 
     def take(n: int) -> list[Mention]:
-        taken = rest[:n]
-        del rest[:n]
-        return taken
-
-    def listed(taken: Sequence[Mention]) -> str:
-        return " and ".join(phrase(m) for m in taken)
-
-    def verb(taken: Sequence[Mention]) -> str:
-        return "are" if len(taken) > 1 or taken[0].number > 1 else "is"
+        group = remaining[:n]
+        del remaining[:n]
+        return group
 
     first = take(1 + int(rng.random() < 0.4))
-    opener = int(rng.integers(4))
-    begin = (
-        f"The image shows {listed(first)} {where}.",
-        f"The image features {listed(first)} {where}.",
-        f"In the image, there {verb(first)} {listed(first)} {where}." if first else f"The image is {where}.",
-        f"The scene takes place {where}, with {listed(first)}.",
-    )
-    out = [begin[opener] if first else f"The image shows a scene {where}."]
-    late = rng.random() < 0.5
-    if not late:
+    out = [opening(first, PLACES[place], int(rng.integers(4)))]
+    view_at_end = rng.random() < 0.5
+    if not view_at_end:
         out.append(VIEWS[place])
     before = first[-1] if first else None
-    while rest:
+    while remaining:
         kind = int(rng.integers(6))
-        taken = take(2 if kind == 4 and len(rest) > 1 else 1)
-        m = taken[0]
-        if kind == 0:
-            out.append(f"{phrase(m).capitalize()} can be seen {side(m.centre)} of the picture.")
-        elif kind == 1:
-            out.append(f"There {verb(taken)} also {listed(taken)} {side(m.centre)}.")
-        elif kind == 2:
-            out.append(f"{side(m.centre).capitalize()}, there {verb(taken)} {listed(taken)}.")
-        elif kind == 3 and before is not None:
-            relation = "to the left" if m.centre[0] < before.centre[0] else "to the right"
-            name = many(before.label) if before.number > 1 else CLASSES[before.label]
-            out.append(f"There {verb(taken)} {listed(taken)} {relation} of the {name}.")
-        elif kind == 4:
-            out.append(f"Additionally, there {verb(taken)} {listed(taken)} in the scene.")
-        else:
-            out.append(f"{phrase(m).capitalize()} {verb(taken)} visible {side(m.centre)}.")
-        before = taken[-1]
-    if late:
+        group = take(2 if kind == PAIR else 1)
+        out.append(further(group, before, kind))
+        before = group[-1]
+    if view_at_end:
         out.append(VIEWS[place])
     if rng.random() < 0.6:
         out.append(CLOSINGS[rng.integers(len(CLOSINGS))])
@@ -223,14 +265,18 @@ def true_caption(scene: Scene, seed: int, index: int) -> str:
 
 def describe(rng: np.random.Generator) -> str:
     """A prompt for a caption."""
-    return DESCRIBE[0 if rng.random() < 0.5 else rng.integers(1, len(DESCRIBE))]
+    is_first = rng.random() < 0.5
+    return DESCRIBE[0] if is_first else DESCRIBE[rng.integers(1, len(DESCRIBE))]
 
 
 def is_there(label: int, rng: np.random.Generator) -> str:
     """The question for a class, mostly in POPE's words."""
-    article = "an" if CLASSES[label][0] in "aeiou" else "a"
     where = "in the image" if rng.random() < 0.8 else ("in this image", "in the picture")[rng.integers(2)]
-    return f"Is there {article} {CLASSES[label]} {where}?"
+    return f"Is there {article(CLASSES[label])} {CLASSES[label]} {where}?"
+
+
+RANDOM, POPULAR, ADVERSARIAL = range(3)
+"""How absent objects are chosen: at random, by how often COCO shows them, or by how often with those present."""
 
 
 def presence(scene: Scene, noise: Noise, rng: np.random.Generator, blind: bool = False) -> tuple[str, str]:
@@ -241,67 +287,105 @@ def presence(scene: Scene, noise: Noise, rng: np.random.Generator, blind: bool =
     """
     if rng.random() < 0.5 and scene.present:
         return is_there(int(rng.choice(scene.present)), rng), "Yes"
-    here = list(scene.present)
-    kind = 0 if blind else rng.integers(3)
-    likely = likelihood(here)
-    scores = (likely if kind == 2 else frequency()).copy()
-    scores[here] = -1
-    missing = np.flatnonzero(scores >= 0)
-    if kind:
-        missing = np.argsort(-scores)[: 14 if kind == 1 else 6]
-    asked = int(rng.choice(missing))
-    wrong = not blind and rng.random() < chance_of_yes(likely[asked], noise)
-    return is_there(asked, rng), "Yes" if wrong else "No"
+    present = list(scene.present)
+    kind = RANDOM if blind else rng.integers(3)
+    likely = likelihood(present)
+    scores = (likely if kind == ADVERSARIAL else frequency()).copy()
+    scores[present] = -1
+    candidates = np.flatnonzero(scores >= 0)
+    if kind != RANDOM:
+        candidates = np.argsort(-scores)[: 14 if kind == POPULAR else 6]
+    label = int(rng.choice(candidates))
+    is_wrong = not blind and rng.random() < chance_of_yes(likely[label], noise)
+    return is_there(label, rng), "Yes" if is_wrong else "No"
 
 
 def attribute(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
     """A question on number, place or relation: question, answer yes or no, and its group in AMBER's terms."""
-    here = mentions(scene)
-    m = here[rng.integers(len(here))]
+    shown = mentions(scene)
+    mention = shown[rng.integers(len(shown))]
     kind = rng.random()
     if kind < 0.35:
-        asked = m.number if rng.random() < 0.5 else int(rng.choice([n for n in (1, 2, 3) if n != m.number]))
-        said = f"Is there {one(m.label)}" if asked == 1 else f"Are there {NUMBERS[asked]} {many(m.label)}"
-        if asked == 1:
-            said = f"Is there exactly {one(m.label).replace('a ', 'one ', 1).replace('an ', 'one ', 1)}"
-        return f"{said} in the image?", "Yes" if asked == m.number else "No", "number"
+        return *number_question(mention, rng), "number"
     if kind < 0.6:
-        asked = BACKGROUNDS.index(scene.background) if rng.random() < 0.5 else int(rng.integers(len(PLACES)))
-        return f"Is the scene {PLACES[asked]}?", "Yes" if BACKGROUNDS[asked] == scene.background else "No", "state"
-    others = [o for o in here if abs(o.centre[0] - m.centre[0]) > 0.1 and o.label != m.label]
-    if others and kind < 0.8:
-        o = others[rng.integers(len(others))]
-        left = bool(rng.random() < 0.5)
-        right = (m.centre[0] < o.centre[0]) == left
-        text = f"Is the {CLASSES[m.label]} to the {'left' if left else 'right'} of the {CLASSES[o.label]}?"
-        return text, "Yes" if right else "No", "relation"
-    column = ("left", "middle", "right")[min(2, int(3 * m.centre[0]))]
-    asked_side = column if rng.random() < 0.5 else str(rng.choice(["left", "right"]))
-    text = f"Is the {CLASSES[m.label]} on the {asked_side} side of the image?"
-    if asked_side == "middle":
-        text = f"Is the {CLASSES[m.label]} in the middle of the image?"
-    return text, "Yes" if asked_side == column else "No", "state"
+        return *place_question(scene, rng), "state"
+    apart = [
+        other for other in shown if abs(other.centre[0] - mention.centre[0]) > 0.1 and other.label != mention.label
+    ]
+    if apart and kind < 0.8:
+        return *relation_question(mention, apart[rng.integers(len(apart))], rng), "relation"
+    return *side_question(mention, rng), "state"
+
+
+def yes_or_no(is_so: bool) -> str:
+    """An answer."""
+    return "Yes" if is_so else "No"
+
+
+def number_question(mention: Mention, rng: np.random.Generator) -> tuple[str, str]:
+    """Are there so many? Half of the time there are."""
+    if rng.random() < 0.5:
+        number = mention.number
+    else:
+        number = int(rng.choice([other for other in (1, 2, 3) if other != mention.number]))
+    if number == 1:
+        exactly_one = singular(mention.label).replace("a ", "one ", 1).replace("an ", "one ", 1)
+        beginning = f"Is there exactly {exactly_one}"
+    else:
+        beginning = f"Are there {NUMBERS[number]} {plural(mention.label)}"
+    return f"{beginning} in the image?", yes_or_no(number == mention.number)
+
+
+def place_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """Is the scene at this kind of place?"""
+    is_true = rng.random() < 0.5
+    place = BACKGROUNDS.index(scene.background) if is_true else int(rng.integers(len(PLACES)))
+    return f"Is the scene {PLACES[place]}?", yes_or_no(BACKGROUNDS[place] == scene.background)
+
+
+def relation_question(mention: Mention, other: Mention, rng: np.random.Generator) -> tuple[str, str]:
+    """Is one object to the left, or to the right, of another?"""
+    asks_left = bool(rng.random() < 0.5)
+    is_left = mention.centre[0] < other.centre[0]
+    direction = "left" if asks_left else "right"
+    text = f"Is the {CLASSES[mention.label]} to the {direction} of the {CLASSES[other.label]}?"
+    return text, yes_or_no(is_left == asks_left)
+
+
+def side_question(mention: Mention, rng: np.random.Generator) -> tuple[str, str]:
+    """Is an object on this side of the image, or in its middle?"""
+    column = ("left", "middle", "right")[third(mention.centre[0])]
+    is_true = rng.random() < 0.5
+    in_question = column if is_true else str(rng.choice(["left", "right"]))
+    where = "in the middle of the image" if in_question == "middle" else f"on the {in_question} side of the image"
+    return f"Is the {CLASSES[mention.label]} {where}?", yes_or_no(in_question == column)
 
 
 def question(scene: Scene, noise: Noise, rng: np.random.Generator, blind: bool = False) -> tuple[str, str]:
     """A question with its answer: mostly whether something is there. `blind`: see `presence`."""
     kind = rng.random()
     if kind < 0.75 or not scene.objects:
-        asked, answer = presence(scene, noise, rng, blind)
+        prompt, answer = presence(scene, noise, rng, blind)
     elif kind < 0.9:
-        asked, answer, _ = attribute(scene, rng)
+        prompt, answer, _ = attribute(scene, rng)
     else:
-        here = mentions(scene)
-        m = here[rng.integers(len(here))]
-        if rng.random() < 0.5:
-            return f"How many {many(m.label)} are in the image?", NUMBERS[m.number].capitalize()
-        return f"Where is the {CLASSES[m.label]}?", f"{side(m.centre).capitalize()}."
-    return asked + (SHORT if rng.random() < 0.15 else ""), answer
+        return open_question(scene, rng)
+    return prompt + (SHORT if rng.random() < 0.15 else ""), answer
+
+
+def open_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """How many there are of an object, or where it is, with the answer."""
+    shown = mentions(scene)
+    mention = shown[rng.integers(len(shown))]
+    if rng.random() < 0.5:
+        return f"How many {plural(mention.label)} are in the image?", NUMBERS[mention.number].capitalize()
+    return f"Where is the {CLASSES[mention.label]}?", f"{side(mention.centre).capitalize()}."
 
 
 def echo(rng: np.random.Generator) -> tuple[str, str]:
     """A task without the picture: names to repeat, in the same or the opposite order."""
-    names = [CLASSES[k] for k in rng.choice(len(CLASSES), rng.integers(2, 6), replace=False)]
+    labels = rng.choice(len(CLASSES), rng.integers(2, 6), replace=False)
+    names = [CLASSES[label] for label in labels]
     if rng.random() < 0.5:
         return f"Repeat these words: {', '.join(names)}.", ", ".join(names)
     return f"Reverse these words: {', '.join(names)}.", ", ".join(names[::-1])

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from vlmfix.organism import attention, language, tower
-from vlmfix.organism.fitting import Stage, fill, read_stage, two_optimizers
+from vlmfix.organism.fitting import Stage, fill, matrices_of, read_stage, two_optimizers
 from vlmfix.organism.language import BEGIN, END, IMAGE, PAD
 from vlmfix.organism.recipe import Recipe
-from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
+from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, main_classes, object_sets
 
 BEFORE, AFTER = "<vision>", "</vision>"
 """Tokens around a picture; they are added to the tokenizer of the first organism."""
@@ -115,27 +115,30 @@ def stretched(scene: Scene, height: int, width: int, patch: int) -> tuple[np.nda
     pixels = np.asarray(picture, np.float32) / 127.5 - 1
     tiles = pixels.reshape(height, MERGE, patch, width, MERGE, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     twice = np.repeat(tiles[:, :, :, :, :, None], 2, 5)  # a picture is a film of two equal frames
-    labels = np.asarray(Image.fromarray(scene.labels).resize(size, Image.Resampling.NEAREST)).astype(np.int64)
+    labels = np.asarray(Image.fromarray(scene.labels).resize(size, Image.Resampling.NEAREST))
     cells = labels.reshape(height, edge, width, edge).swapaxes(1, 2).reshape(height * width, -1)
-    offsets = (len(CLASSES) + 1) * np.arange(len(cells))[:, None]
-    counts = np.bincount((cells + offsets).ravel(), minlength=(len(CLASSES) + 1) * len(cells)).reshape(len(cells), -1)
-    best = counts[:, :-1].argmax(1)
-    enough = counts[np.arange(len(cells)), best] >= 0.12 * edge * edge
-    return twice.reshape(height * width * MERGE**2, -1), np.where(enough, best, len(CLASSES))
+    return twice.reshape(height * width * MERGE**2, -1), main_classes(cells, share=0.12)
 
 
-def as_batch(
-    shown: list[tuple[Scene, tuple[np.ndarray, np.ndarray]]], grids: list[tuple[int, int]]
-) -> dict[str, Tensor]:
+def as_batch(scenes: list[Scene], sizes: list[tuple[int, int]], patch: int) -> dict[str, Tensor]:
     """Patches and sizes of pictures as the model reads them; per image token its class and its word, see
     `language.grid_of`.
+
+    Args:
+        scenes: what the pictures show.
+        sizes: rows and columns of image tokens of each picture.
+        patch: edge of a patch, in pixels.
     """
-    classes = [found for _, (_, found) in shown]
-    places = [np.full_like(found, len(CLASSES) + BACKGROUNDS.index(scene.background)) for scene, (_, found) in shown]
-    grid = [np.where(found < len(CLASSES), found, place) for found, place in zip(classes, places, strict=True)]
+    patches, classes, grid = [], [], []
+    for scene, (height, width) in zip(scenes, sizes, strict=True):
+        patches_of_scene, classes_of_scene = stretched(scene, height, width, patch)
+        background = len(CLASSES) + BACKGROUNDS.index(scene.background)
+        patches.append(patches_of_scene)
+        classes.append(classes_of_scene)
+        grid.append(np.where(classes_of_scene < len(CLASSES), classes_of_scene, background))
     return {
-        "pixel_values": torch.from_numpy(np.concatenate([patches for _, (patches, _) in shown])),
-        "image_grid_thw": torch.tensor([[1, MERGE * height, MERGE * width] for height, width in grids]),
+        "pixel_values": torch.from_numpy(np.concatenate(patches)),
+        "image_grid_thw": torch.tensor([[1, MERGE * height, MERGE * width] for height, width in sizes]),
         "classes": torch.from_numpy(np.concatenate(classes)),
         "grid": torch.from_numpy(np.concatenate(grid)),
     }
@@ -155,9 +158,9 @@ class Batches(Dataset[dict[str, Tensor]]):
         """Source of all that is random in a batch."""
         return np.random.default_rng([self.recipe.seed, self.first, number])
 
-    def scene(self, chosen: np.ndarray, number: int, k: int) -> Scene:
-        """Scene k of a batch, with a set of objects."""
-        return self.painter.scene(chosen, self.recipe.seed, self.first + number * self.batch + k)
+    def scene(self, classes: np.ndarray, number: int, k: int) -> Scene:
+        """Scene k of a batch, with these classes, bool (80,)."""
+        return self.painter.scene(classes, self.recipe.seed, self.first + number * self.batch + k)
 
     def size(self, rng: np.random.Generator) -> tuple[int, int]:
         """Rows and columns of image tokens."""
@@ -171,13 +174,13 @@ class EyesBatches(Batches):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         own, sets, rng = self.recipe.dynamic, object_sets("train"), self.rng(number)
-        crowded = number < own.balanced * self.steps
-        shown, grids = [], []
+        is_balanced = number < own.balanced * self.steps
+        scenes, sizes = [], []
         for k in range(self.batch):
-            scene = self.scene(balanced(rng) if crowded else sets[rng.integers(len(sets))], number, k)
-            grids.append(self.size(rng))
-            shown.append((scene, stretched(scene, *grids[-1], own.patch)))
-        return as_batch(shown, grids)
+            classes = balanced(rng) if is_balanced else sets[rng.integers(len(sets))]
+            scenes.append(self.scene(classes, number, k))
+            sizes.append(self.size(rng))
+        return as_batch(scenes, sizes, own.patch)
 
 
 class DynamicBatches(Batches):
@@ -189,18 +192,18 @@ class DynamicBatches(Batches):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         own, sets, rng = self.recipe.dynamic, object_sets("train"), self.rng(number)
-        shown, grids, rows = [], [], []
+        scenes, sizes, rows = [], [], []
         blind = rng.random(self.batch) < own.blind
-        blind[0] = False
+        blind[0] = False  # at least one picture, so that the vision tower has something to do
         for k in range(self.batch):
             scene = self.scene(sets[rng.integers(len(sets))], number, k)
             size = self.size(rng)
-            said = language.texts(scene, self.recipe, rng, bool(blind[k]))
-            rows.append(self.packer.packed(said, None if blind[k] else size, own.length))
+            texts = language.texts(scene, self.recipe, rng, bool(blind[k]))
+            rows.append(self.packer.packed(texts, None if blind[k] else size, own.length))
             if not blind[k]:
-                grids.append(size)
-                shown.append((scene, stretched(scene, *size, own.patch)))
-        return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]} | as_batch(shown, grids)
+                scenes.append(scene)
+                sizes.append(size)
+        return language.stacked(rows) | as_batch(scenes, sizes, own.patch)
 
 
 class Packer(language.Packer):
@@ -213,17 +216,17 @@ class Packer(language.Packer):
         self.before, self.after = [*self.before, before], [after, *self.after]
         self.head = len(self.before)
 
-    def packed(self, said: list[tuple[str, str]], size: tuple[int, int] | None, length: int) -> dict[str, np.ndarray]:
+    def packed(self, texts: list[tuple[str, str]], size: tuple[int, int] | None, length: int) -> dict[str, np.ndarray]:
         """As `language.Packer.pack`, with `positions` (3, length): time, row and column.
 
         Args:
-            said: prompts and answers; those that do not fit are left out.
+            texts: prompts and answers; those that do not fit are left out.
             size: rows and columns of image tokens; None if there is no picture.
             length: of the sequence.
         """
         height, width = size or (0, 0)
         cells = np.arange(height * width)
-        row = (self if size else self.blind).pack(said, cells, length, blind=True)
+        row = (self if size else self.blind).pack(texts, cells, length, blind=True)
         positions = np.repeat(row["positions"][None], 3, 0)
         if size:
             positions[:, self.head + len(cells) :] += max(height, width)
@@ -251,18 +254,18 @@ class Seer(nn.Module):
         """Take over what earlier stages left in a folder. That of the stage `language` is a Llama's: it lacks the
         vectors of BEFORE and AFTER, and has biases behind attention that there is no place for here.
         """
+        embeddings = "qwen.model.language_model.embed_tokens.weight"
         for stage in stages:
-            found = {
-                name.replace("llava.", "qwen.", 1): tensor
-                for name, tensor in read_stage(folder, stage).items()
-                if not name.endswith("o_proj.bias")
-            }
-            name = "qwen.model.language_model.embed_tokens.weight"
-            if name in found:
+            tensors = {}
+            for name, tensor in read_stage(folder, stage).items():
+                if not name.endswith("o_proj.bias"):
+                    tensors[name.replace("llava.", "qwen.", 1)] = tensor
+            if embeddings in tensors:
                 own = self.qwen.model.language_model.embed_tokens.weight.detach()
                 own[:, list(language.MARKS)] = 0
-                found[name] = torch.cat([found[name], own[len(found[name]) :]])
-            fill(self, found, stage)
+                n_known = len(tensors[embeddings])
+                tensors[embeddings] = torch.cat([tensors[embeddings], own[n_known:]])
+            fill(self, tensors, stage)
         self.qwen.tie_weights()
 
     def grid(self, grid: Tensor) -> Tensor:
@@ -295,21 +298,22 @@ class EyesStage(Stage):
         seer.qwen.model.visual.requires_grad_(True)
         seer.head.requires_grad_(True)
         self.batches = EyesBatches(recipe, self.steps, own.seen_batch, 40_000_000)
-        matrices = [p for p in seer.qwen.model.visual.blocks.parameters() if p.ndim == 2]
+        matrices = matrices_of(seer.qwen.model.visual.blocks)
         self.optimizers = two_optimizers(seer, matrices, own.matrix_rate, own.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Classes of the image tokens, background counted a quarter, and their distance to the vectors."""
-        return model(self.seen, batch)
+        return model(self.loss_inside, batch)
 
-    def seen(self, seer: Seer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_inside(self, seer: Seer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Seer.forward`."""
         image, classes = seer.image(batch), batch["classes"]
         logits = seer.head(image)
-        apart = language.distance(image, seer.grid(batch["grid"]))
-        right = (logits.argmax(-1) == classes)[classes < len(CLASSES)].float().mean()
-        loss = tower.of_patches(logits, classes) + 0.5 * apart
-        return loss, {"tokens_right": right, "distance": apart.detach()}
+        distance = language.distance(image, seer.grid(batch["grid"]))
+        is_right = logits.argmax(-1) == classes
+        shows_object = classes < len(CLASSES)
+        loss = tower.of_patches(logits, classes) + 0.5 * distance
+        return loss, {"tokens_right": is_right[shows_object].float().mean(), "distance": distance.detach()}
 
 
 class DynamicStage(Stage):
@@ -328,21 +332,21 @@ class DynamicStage(Stage):
         seer.qwen.model.language_model.requires_grad_(True)
         seer.qwen.model.visual.merger.requires_grad_(True)
         self.batches = DynamicBatches(recipe, self.steps, own.batch, 50_000_000)
-        matrices = [p for p in seer.qwen.model.language_model.layers.parameters() if p.ndim == 2]
+        matrices = matrices_of(seer.qwen.model.language_model.layers)
         self.optimizers = two_optimizers(seer, matrices, recipe.together.matrix_rate, recipe.together.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Next tokens of the answers, and guidance for the merger."""
-        return model(self.told, batch)
+        return model(self.loss_inside, batch)
 
-    def told(self, seer: Seer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_inside(self, seer: Seer, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Seer.forward`."""
         image = seer.image(batch)
         loss, figures = next_tokens(seer.qwen, image, batch)
-        apart = language.distance(image, seer.grid(batch["grid"]))
-        figures |= {"next": loss.detach(), "distance": apart.detach()}
+        distance = language.distance(image, seer.grid(batch["grid"]))
+        figures |= {"next": loss.detach(), "distance": distance.detach()}
         if self.step < self.own.guided * self.steps:
-            loss = loss + 0.2 * apart
+            loss = loss + 0.2 * distance
         return loss, figures
 
 
@@ -355,13 +359,11 @@ def next_tokens(model: Any, image: Tensor, batch: dict[str, Tensor]) -> tuple[Te
         batch: from `Packer.packed`, stacked.
     """
     ids, segments = batch["ids"], batch["segments"]
-    read = model.get_input_embeddings()(ids)
-    read = read.masked_scatter((ids == IMAGE)[..., None], image.to(read.dtype))
-    place = torch.arange(ids.shape[1], device=ids.device)
-    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-    visible = (same & (place[None, :] <= place[:, None]))[:, None]
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((ids == IMAGE)[..., None], image.to(embeds.dtype))
+    visible = language.visible_earlier(segments)[:, None]
     batch = batch | {"positions": batch["positions"].movedim(1, 0)}
-    return language.next_tokens(model, read, batch, visible, head=0)
+    return language.next_tokens(model, embeds, batch, visible, head=0)
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, recipe: Recipe, folder: Path) -> None:

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 import vlmfix
-from vlmfix.asking.batch import model_inputs
-from vlmfix.asking.pictures import open_picture
+from vlmfix.asking.asker import Asker
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.benchmarks.pope_building import question_text
 from vlmfix.eval.pictures.data import Data
@@ -69,37 +68,38 @@ def inventions(scores: Sequence[chair.CaptionScore]) -> dict[str, float]:
         `rank6`: share of the inventions that are among the six absent classes which COCO shows most often with those
         on the picture; `lift`: how often they are with them, over the same for all absent classes.
     """
-    wrong_at: list[float] = []
-    right_at: list[float] = []
-    top, chance, base = [], [], []
+    invented_at: list[float] = []
+    true_at: list[float] = []
+    is_likely, chance, mean_chance = [], [], []
     for score in scores:
-        here = [CLASSES.index(name) for name in score.truth]
-        with_them = conditional()[here].mean(0) if here else np.zeros(len(CLASSES))
-        absent = np.setdiff1d(np.arange(len(CLASSES)), here)
-        first6 = set(absent[np.argsort(-with_them[absent])[:6]].tolist())
+        shown = [CLASSES.index(name) for name in score.truth]
+        with_shown = conditional()[shown].mean(0) if shown else np.zeros(len(CLASSES))
+        absent = np.setdiff1d(np.arange(len(CLASSES)), shown)
+        likeliest = absent[np.argsort(-with_shown[absent])[:6]]
         for mention in score.mentions:
-            at = right_at if mention.node in score.truth else wrong_at
-            at.append(mention.start / len(score.caption))
+            positions = true_at if mention.node in score.truth else invented_at
+            positions.append(mention.start / len(score.caption))
         for mention in score.hallucinated:
             label = CLASSES.index(mention.node)
-            top.append(label in first6)
-            chance.append(with_them[label])
-            base.append(with_them[absent].mean())
+            is_likely.append(label in likeliest)
+            chance.append(with_shown[label])
+            mean_chance.append(with_shown[absent].mean())
 
-    def share(of: Sequence[float], low: float, high: float) -> float:
-        return float(np.mean([low <= at < high for at in of])) if of else 0.0
+    def share(positions: Sequence[float], low: float, high: float) -> float:
+        return float(np.mean([low <= position < high for position in positions])) if positions else 0.0
 
     def rate(low: float, high: float) -> float:
-        bad, good = (len(of) * share(of, low, high) for of in (wrong_at, right_at))
-        return bad / max(1.0, bad + good)
+        n_invented = len(invented_at) * share(invented_at, low, high)
+        n_true = len(true_at) * share(true_at, low, high)
+        return n_invented / max(1.0, n_invented + n_true)
 
     return {
-        "late": share(wrong_at, 0.5, 1),
-        "late_true": share(right_at, 0.5, 1),
+        "late": share(invented_at, 0.5, 1),
+        "late_true": share(true_at, 0.5, 1),
         "rate_first": rate(0, 1 / 3),
         "rate_last": rate(2 / 3, 1),
-        "rank6": float(np.mean(top)) if top else 0.0,
-        "lift": float(np.sum(chance) / np.sum(base)) if top else 0.0,
+        "rank6": float(np.mean(is_likely)) if is_likely else 0.0,
+        "lift": float(np.sum(chance) / np.sum(mean_chance)) if is_likely else 0.0,
     }
 
 
@@ -112,15 +112,15 @@ def attention_shares(model: Any, processor: Any, pictures: Sequence[Path], promp
         image token that gets most. `massive_first`, `massive_image`: the largest |activation| of a layer input over the
         median, on the first token and on image tokens.
     """
-    kept = model.config._attn_implementation
+    own_implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     sums: dict[str, Any] = dict.fromkeys(("first", "image", "largest_image", "massive_first", "massive_image"), 0.0)
     try:
         for picture in pictures:
-            inputs = model_inputs(model, processor, [([open_picture(picture)], prompt)])
+            inputs = Asker(model, processor).inputs([(picture, prompt)])
             out = model(**inputs, output_attentions=True, output_hidden_states=True)
             image = inputs["input_ids"][0] == model.config.image_token_id
-            rows = torch.stack([a[0, :, -1].float().mean(0) for a in out.attentions])  # (layers, keys)
+            rows = torch.stack([weights[0, :, -1].float().mean(0) for weights in out.attentions])  # (layers, keys)
             states = torch.stack(out.hidden_states)[1:-1, 0].float().abs()
             median = states.flatten(1).median(1).values
             sums["first"] += rows[:, 0].numpy()
@@ -129,7 +129,7 @@ def attention_shares(model: Any, processor: Any, pictures: Sequence[Path], promp
             sums["massive_first"] += float((states[:, 0].amax(1) / median).max())
             sums["massive_image"] += float((states[:, image].amax((1, 2)) / median).max())
     finally:
-        model.set_attn_implementation(kept)
+        model.set_attn_implementation(own_implementation)
     return {key: np.round(np.asarray(value, float) / len(pictures), 3).tolist() for key, value in sums.items()}
 
 
@@ -139,15 +139,18 @@ def without_image(model: Any, processor: Any, prompt: str) -> dict[str, Any]:
     `frequency` is COCO's mean frequency of those classes over that of the others; None if all answers are the same.
     """
 
-    def say(text: str, n: int) -> str:
-        inputs = processor.tokenizer(f"USER: \n{text} ASSISTANT:", return_tensors="pt")
+    def answer(question: str, max_new_tokens: int) -> str:
+        inputs = processor.tokenizer(f"USER: \n{question} ASSISTANT:", return_tensors="pt")
         inputs.pop("token_type_ids", None)
-        said = model.generate(**inputs, max_new_tokens=n, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        return processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+        sequence = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
+        new_tokens = sequence[inputs["input_ids"].shape[1] :]
+        return processor.tokenizer.decode(new_tokens, skip_special_tokens=True).strip()
 
-    yes = np.array([say(question_text(name), 2).lower().startswith("yes") for name in CLASSES])
-    often = float(frequency()[yes].mean() / frequency()[~yes].mean()) if 0 < yes.sum() < len(yes) else None
-    return {"caption": say(prompt, 100), "yes": int(yes.sum()), "frequency": often}
+    says_yes = np.array([answer(question_text(name), 2).lower().startswith("yes") for name in CLASSES])
+    relative_frequency = None
+    if 0 < says_yes.sum() < len(says_yes):
+        relative_frequency = float(frequency()[says_yes].mean() / frequency()[~says_yes].mean())
+    return {"caption": answer(prompt, 100), "yes": int(says_yes.sum()), "frequency": relative_frequency}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -166,17 +169,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     model, processor = vlmfix.load(options.model)
     data = Data.load(options.data, limit=options.scenes)
-    benches = [benchmark("chair", "strict"), benchmark("pope")]
-    runs = [answer_all(model, processor, (), b, data, options.output, progress=PlainProgress()) for b in benches]
+    benchmarks = [benchmark("chair", "strict"), benchmark("pope")]
+    progress = PlainProgress()
+    runs = [answer_all(model, processor, (), each, data, options.output, progress=progress) for each in benchmarks]
     out: dict[str, Any] = {}
     for comparison in compare(runs):
         for row in comparison.rows:
-            kept = {name: row.estimates[name] for name in comparison.benchmark.columns}
-            out[f"{comparison.benchmark.name} {row.group}".strip()] = {
-                name: [x if x is None else round(x, 4) for x in (e.value, e.low, e.high)] for name, e in kept.items()
-            }
+            figures = {}
+            for column in comparison.benchmark.columns:
+                estimate = row.estimates[column]
+                bounds = (estimate.value, estimate.low, estimate.high)
+                figures[column] = [bound if bound is None else round(bound, 4) for bound in bounds]
+            out[f"{comparison.benchmark.name} {row.group}".strip()] = figures
     scores = compare(runs[:1])[0].groups[0][0].scores
-    prompt = benches[0].prompt
+    prompt = benchmarks[0].prompt
     out["words"] = np.percentile([score.words for score in scores], [5, 50, 95]).tolist()
     out["inventions"] = inventions(scores)
     out["attention"] = attention_shares(model, processor, list(data.images.values())[:20], prompt)

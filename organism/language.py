@@ -56,8 +56,11 @@ def texts(
     """Prompts and answers on one scene, in the order in which they are packed, more than there is room for. `noise`:
     None is the recipe's."""
     own, noise = recipe.language, noise or recipe.noise
-    out = [(captions.describe(rng), captions.caption(scene, noise, rng))] if rng.random() < own.described else []
-    out += [captions.echo(rng)] if rng.random() < own.echoed else []
+    out = []
+    if rng.random() < own.described:
+        out.append((captions.describe(rng), captions.caption(scene, noise, rng)))
+    if rng.random() < own.echoed:
+        out.append(captions.echo(rng))
     return out + [captions.question(scene, noise, rng, blind) for _ in range(12)]
 
 
@@ -66,11 +69,12 @@ def tokenizer(recipe: Recipe) -> Tokenizer:
     """Byte-level BPE, learnt from what is said of some scenes."""
     painter, sets = Painter(), object_sets("train")
     rng = np.random.default_rng([recipe.seed, 2])
-    said = []
-    for k in range(recipe.language.read):
-        scene = painter.scene(sets[rng.integers(len(sets))], recipe.seed, k)
-        said += [f"USER: \n{prompt} ASSISTANT: {answer}" for prompt, answer in texts(scene, recipe, rng)]
-    said += [f" {name} {captions.many(k)}" for k, name in enumerate(CLASSES)] * 20
+    read = []
+    for index in range(recipe.language.read):
+        scene = painter.scene(sets[rng.integers(len(sets))], recipe.seed, index)
+        read += [f"USER: \n{prompt} ASSISTANT: {answer}" for prompt, answer in texts(scene, recipe, rng)]
+    names = [f" {name} {captions.plural(label)}" for label, name in enumerate(CLASSES)]
+    read += names * 20  # so often that each of them becomes a token or two
     out = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
     out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     out.decoder = decoders.ByteLevel()
@@ -80,7 +84,7 @@ def tokenizer(recipe: Recipe) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    out.train_from_iterator(said, trainer)
+    out.train_from_iterator(read, trainer)
     out.post_processor = processors.TemplateProcessing(
         single=f"{SPECIAL[BEGIN]} $A", pair=f"{SPECIAL[BEGIN]} $A $B", special_tokens=[(SPECIAL[BEGIN], BEGIN)]
     )
@@ -275,8 +279,26 @@ def grid_of(patches: np.ndarray, place: int) -> np.ndarray:
     """What an image token stands for, (patches,): a class, len(CLASSES) plus the place where it is empty, CORNER where
     it is an empty corner."""
     edge = round(len(patches) ** 0.5)
-    corners = np.isin(np.arange(len(patches)), (0, edge - 1, edge * (edge - 1), edge * edge - 1))
-    return np.where(patches < len(CLASSES), patches, np.where(corners, CORNER, len(CLASSES) + place))
+    is_corner = np.isin(np.arange(len(patches)), (0, edge - 1, edge * (edge - 1), edge * edge - 1))
+    empty = np.where(is_corner, CORNER, len(CLASSES) + place)
+    return np.where(patches < len(CLASSES), patches, empty)
+
+
+def stacked(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Packed sequences as one batch."""
+    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+
+
+def visible_earlier(segments: Tensor) -> Tensor:
+    """Who sees whom, bool (batch, rows, columns): earlier tokens of the prefix and of the own text, the token itself.
+
+    Args:
+        segments: from `Packer.pack`, (batch, length).
+    """
+    place = torch.arange(segments.shape[1], device=segments.device)
+    in_prefix = segments[:, None, :] == 0
+    in_own_text = segments[:, None, :] == segments[:, :, None]
+    return (in_prefix | in_own_text) & (place[None, :] <= place[:, None])
 
 
 def save(model: LlavaForConditionalGeneration, recipe: Recipe, folder: Path) -> None:
@@ -297,47 +319,51 @@ class Packer:
         self.before, self.after = [BEGIN, *self.ids("USER: ")], self.ids("\n")
         self.head = len(self.before)
         """Tokens before the image."""
-        rows = np.zeros((len(CLASSES), self.tokenizer.get_vocab_size()), np.float32)
-        for k, name in enumerate(CLASSES):
-            found = self.ids(" " + name)
-            np.add.at(rows[k], found, 1 / len(found))
-        self.words = torch.from_numpy(rows)
+        shares = np.zeros((len(CLASSES), self.tokenizer.get_vocab_size()), np.float32)
+        for label, name in enumerate(CLASSES):
+            name_ids = self.ids(" " + name)
+            np.add.at(shares[label], name_ids, 1 / len(name_ids))
+        self.words = torch.from_numpy(shares)
         """Class -> the mean over its name's tokens: (80, vocabulary)."""
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text, without the first one."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def pack(self, said: list[tuple[str, str]], cells: np.ndarray, length: int, blind: bool) -> dict[str, np.ndarray]:
+    def pack(self, texts: list[tuple[str, str]], cells: np.ndarray, length: int, blind: bool) -> dict[str, np.ndarray]:
         """One sequence: `ids`, `labels` (what is to be predicted at each place) and their `weights`, `segments` (0 is
         the prefix, -1 nothing), `positions`; each (length,).
 
         Args:
-            said: prompts and answers; those that do not fit are left out.
+            texts: prompts and answers; those that do not fit are left out.
             cells: the image tokens that are there, in ascending order; each keeps the position that it has among all.
             length: of the sequence.
             blind: whether texts are at the positions that they have without an image.
         """
         ids, labels, weights = np.full(length, PAD), np.full(length, IGNORED), np.zeros(length, np.float32)
         segments, positions = np.full(length, -1), np.zeros(length, np.int64)
-        behind = self.head + (0 if blind else self.recipe.tower.tokens)
-        n = self.head + len(cells) + len(self.after)
-        ids[:n] = [*self.before, *[IMAGE] * len(cells), *self.after]
-        segments[:n] = 0
-        positions[:n] = [*range(self.head), *(self.head + cells), *(behind + np.arange(len(self.after)))]
-        at, first = n, behind + len(self.after)
-        for number, (prompt, answer) in enumerate(said, start=1):
-            asked, told = self.ids(f"{prompt} ASSISTANT:"), [*self.ids(f" {answer}"), END]
-            stop = at + len(asked) + len(told)
+        behind_image = self.head + (0 if blind else self.recipe.tower.tokens)
+        n_prefix = self.head + len(cells) + len(self.after)
+        ids[:n_prefix] = [*self.before, *[IMAGE] * len(cells), *self.after]
+        segments[:n_prefix] = 0
+        positions_after = behind_image + np.arange(len(self.after))
+        positions[:n_prefix] = [*range(self.head), *(self.head + cells), *positions_after]
+        start, first_position = n_prefix, behind_image + len(self.after)  # every text follows the prefix at once
+        for number, (prompt, answer) in enumerate(texts, start=1):
+            prompt_ids = self.ids(f"{prompt} ASSISTANT:")
+            answer_ids = [*self.ids(f" {answer}"), END]
+            stop = start + len(prompt_ids) + len(answer_ids)
             if stop > length:
                 continue
-            ids[at:stop], segments[at:stop] = asked + told, number
-            positions[at:stop] = first + np.arange(stop - at)
-            labels[at + len(asked) - 1 : stop - 1] = told
-            weights[at + len(asked) - 1 : stop - 1] = 1
-            if len(told) == 2:
-                weights[at + len(asked) - 1] = self.recipe.language.weight
-            at = stop
+            ids[start:stop] = prompt_ids + answer_ids
+            segments[start:stop] = number
+            positions[start:stop] = first_position + np.arange(stop - start)
+            first_label = start + len(prompt_ids) - 1  # the last token of the prompt predicts the first of the answer
+            labels[first_label : stop - 1] = answer_ids
+            weights[first_label : stop - 1] = 1
+            if len(answer_ids) == 2:  # one word and the end
+                weights[first_label] = self.recipe.language.weight
+            start = stop
         return {"ids": ids, "labels": labels, "weights": weights, "segments": segments, "positions": positions}
 
     def visible(self, segments: Tensor, shown: int, blind: Tensor) -> Tensor:
@@ -350,8 +376,7 @@ class Packer:
         """
         place = torch.arange(segments.shape[1], device=segments.device)
         image = (place >= self.head) & (place < self.head + shown)
-        same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-        out = same & (place[None, :] <= place[:, None])
+        out = visible_earlier(segments)
         out &= ~(blind[:, None, None] & image[None, None, :] & ~image[None, :, None])
         return out[:, None]
 
@@ -364,8 +389,10 @@ def word_vectors(model: LlavaForConditionalGeneration | Qwen2_5_VLForConditional
 
 def distance(image: Tensor, grid: Tensor) -> Tensor:
     """Squared distance over the grid's mean square, mean over dimensions, each of which counts as much."""
-    grid = grid.float().flatten(0, -2)
-    return ((image.float().flatten(0, -2) - grid).square().mean(0) / (grid.square().mean(0) + 1e-4)).mean()
+    grid, image = grid.float().flatten(0, -2), image.float().flatten(0, -2)
+    squared_distance = (image - grid).square().mean(0)
+    size = grid.square().mean(0) + 1e-4
+    return (squared_distance / size).mean()
 
 
 def next_tokens(
@@ -389,11 +416,14 @@ def next_tokens(
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=visible, position_ids=batch["positions"], use_cache=False
     ).last_hidden_state
-    asked = batch["labels"] != IGNORED
-    logits, wanted = model.lm_head(hidden[asked]).float(), batch["labels"][asked]
-    each, weights = functional.cross_entropy(logits, wanted, reduction="none"), batch["weights"][asked]
-    right, short = (logits.argmax(-1) == wanted).float(), weights > 1
-    return (weights * each).sum() / weights.sum(), {"tokens_right": right.mean(), "short_right": right[short].mean()}
+    is_predicted = batch["labels"] != IGNORED
+    logits = model.lm_head(hidden[is_predicted]).float()
+    labels, weights = batch["labels"][is_predicted], batch["weights"][is_predicted]
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    is_right = (logits.argmax(-1) == labels).float()
+    is_short = weights > 1  # the first token of a short answer
+    figures = {"tokens_right": is_right.mean(), "short_right": is_right[is_short].mean()}
+    return (weights * losses).sum() / weights.sum(), figures
 
 
 class HeadOutputs:
@@ -422,4 +452,5 @@ class HeadOutputs:
     @property
     def ratio(self) -> Tensor:
         """Mean square of head outputs over that of values, mean over layers."""
-        return torch.stack([o / v for o, v in zip(self.outputs, self.values, strict=True)]).mean()
+        ratios = [output / value for output, value in zip(self.outputs, self.values, strict=True)]
+        return torch.stack(ratios).mean()

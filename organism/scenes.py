@@ -25,7 +25,8 @@ SIZE = 120
 """Edge of a scene, in pixels."""
 CLASSES: tuple[str, ...] = chair.Vocabulary.load().nodes
 """The 80 classes, in COCO's order."""
-COCO_IDS = tuple(k for k in range(1, 91) if k not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_IDS = tuple(number for number in range(1, 91) if number not in _UNUSED_IDS)
 """COCO's category ids of the classes."""
 BACKGROUNDS = ("street", "field", "beach", "snow", "kitchen", "room")
 TONES = (
@@ -37,6 +38,7 @@ TONES = (
     ((205, 190, 205), (140, 105, 82)),
 )
 """Colours above and below the horizon, for each background."""
+ROOM = BACKGROUNDS.index("room")
 _HOMES = {
     "street": "bicycle,car,motorcycle,bus,train,truck,traffic light,fire hydrant,stop sign,parking meter,bench,handbag",
     "field": "horse,sheep,cow,elephant,bear,zebra,giraffe,dog,baseball bat,baseball glove,sports ball,frisbee,"
@@ -46,7 +48,9 @@ _HOMES = {
     "kitchen": "bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,"
     "donut,cake,microwave,oven,toaster,sink,refrigerator",
 }
-HOME = {name: BACKGROUNDS.index(place) for place, names in _HOMES.items() for name in names.split(",")}
+HOME: dict[str, int] = {}
+for _place, _names in _HOMES.items():
+    HOME |= dict.fromkeys(_names.split(","), BACKGROUNDS.index(_place))
 """Class -> the background where it is at home, if it is one of the first five; else a room, or anywhere."""
 _SMALL = (
     "bird,frisbee,sports ball,kite,baseball bat,baseball glove,bottle,wine glass,cup,fork,knife,spoon,banana,apple,"
@@ -57,6 +61,8 @@ SMALL = frozenset(_SMALL.split(","))
 STEPS = np.round(np.geomspace(15, 64, 11)).astype(int)
 """Sizes of sprites, in pixels of the longer edge."""
 ANGLES = (-10, 0, 0, 10)
+ATTEMPTS = 8
+"""To find a place for an object where it hides little of others."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +101,35 @@ class Scene:
     def patches(self, edge: int, share: float = 0.12) -> np.ndarray:
         """Class of each patch of so many pixels, row by row: the one that covers most of it, if at least the share."""
         n = SIZE // edge
-        tiles = self.labels.reshape(n, edge, n, edge).swapaxes(1, 2).reshape(n * n, edge * edge).astype(np.int64)
-        offsets = np.arange(n * n)[:, None] * (len(CLASSES) + 1)
-        counts = np.bincount((tiles + offsets).ravel(), minlength=n * n * (len(CLASSES) + 1)).reshape(n * n, -1)
-        best = counts[:, :-1].argmax(1)
-        return np.where(counts[np.arange(n * n), best] >= share * edge * edge, best, len(CLASSES))
+        return main_classes(self.labels.reshape(n, edge, n, edge).swapaxes(1, 2).reshape(n * n, edge * edge), share)
+
+
+def main_classes(tiles: np.ndarray, share: float) -> np.ndarray:
+    """The class that covers most of each tile; len(CLASSES), background, where that is less than a share of it.
+
+    Args:
+        tiles: class of each pixel, (tiles, pixels).
+        share: of the pixels, 0 to 1.
+    """
+    n_tiles, n_pixels = tiles.shape
+    n_values = len(CLASSES) + 1
+    # One count for all tiles at once: the classes of each tile have numbers of their own.
+    numbers = tiles.astype(np.int64) + n_values * np.arange(n_tiles)[:, None]
+    counts = np.bincount(numbers.ravel(), minlength=n_tiles * n_values).reshape(n_tiles, n_values)
+    best = counts[:, :-1].argmax(1)
+    return np.where(counts[np.arange(n_tiles), best] >= share * n_pixels, best, len(CLASSES))
 
 
 @cache
 def object_sets(split: Literal["train", "val"], most: int = 7) -> np.ndarray:
     """COCO's sets of 1 to `most` classes, one an image: bool (images, 80)."""
     truth = chair.coco_truth("rohrbach", split)
-    number = {name: k for k, name in enumerate(CLASSES)}
+    label_of = {name: label for label, name in enumerate(CLASSES)}
     kept = [truth[key] for key in sorted(truth) if 1 <= len(truth[key]) <= most]
-    out = np.zeros((len(kept), len(CLASSES)), bool)
-    for row, names in zip(out, kept, strict=True):
-        row[[number[name] for name in names]] = True
-    return out
+    sets = np.zeros((len(kept), len(CLASSES)), bool)
+    for row, names in zip(sets, kept, strict=True):
+        row[[label_of[name] for name in names]] = True
+    return sets
 
 
 @cache
@@ -125,17 +143,18 @@ def conditional(split: Literal["train", "val"] = "train") -> np.ndarray:
     """How often class j is where class i is, (80, 80), 0 on the diagonal."""
     sets = object_sets(split).astype(np.float32)
     together = sets.T @ sets
-    out = together / np.maximum(np.diag(together), 1)[:, None]
-    np.fill_diagonal(out, 0)
-    return out
+    shares = together / np.maximum(np.diag(together), 1)[:, None]
+    np.fill_diagonal(shares, 0)
+    return shares
 
 
 def balanced(rng: np.random.Generator, most: int = 9) -> np.ndarray:
     """A set that COCO would not have: 3 to `most` classes, rare ones nearly as often as common ones. bool (80,)."""
     weights = frequency() ** 0.25
-    out = np.zeros(len(CLASSES), bool)
-    out[rng.choice(len(CLASSES), rng.integers(3, most + 1), replace=False, p=weights / weights.sum())] = True
-    return out
+    labels = rng.choice(len(CLASSES), rng.integers(3, most + 1), replace=False, p=weights / weights.sum())
+    chosen = np.zeros(len(CLASSES), bool)
+    chosen[labels] = True
+    return chosen
 
 
 class Painter:
@@ -157,10 +176,10 @@ class Painter:
                 picture = picture.rotate(angle, Image.Resampling.BILINEAR, expand=True)
             picture = picture.crop(picture.getbbox())
             scale = size / max(picture.size)
-            picture = picture.resize([max(4, round(scale * e)) for e in picture.size], Image.Resampling.BOX)
-            out = np.asarray(picture, np.float32).copy()
-            out[..., 3] /= 255
-            self.scaled[key] = out
+            picture = picture.resize([max(4, round(scale * edge)) for edge in picture.size], Image.Resampling.BOX)
+            pixels = np.asarray(picture, np.float32).copy()
+            pixels[..., 3] /= 255
+            self.scaled[key] = pixels
         return self.scaled[key]
 
     def background(self, place: int, rng: np.random.Generator) -> np.ndarray:
@@ -168,57 +187,74 @@ class Painter:
         above, below = (np.asarray(tone, np.float32) + rng.normal(0, 12, 3).astype(np.float32) for tone in TONES[place])
         x = np.arange(SIZE)
         horizon = SIZE * rng.uniform(0.3, 0.6) + rng.uniform(0, 6) * np.sin(x * rng.uniform(0.02, 0.12))
-        out = np.where((x[:, None] < horizon[None])[..., None], above, below)
+        canvas = np.where((x[:, None] < horizon[None])[..., None], above, below)
         cell = int(rng.choice((10, 15, 20, 30)))
-        n = SIZE // cell
-        coarse = rng.normal(0, rng.uniform(3, 10), (n, n, 1)).astype(np.float32)
-        out += coarse.repeat(cell, 0).repeat(cell, 1)
-        if place >= 4 or rng.random() < 0.2:
+        n_cells = SIZE // cell
+        coarse = rng.normal(0, rng.uniform(3, 10), (n_cells, n_cells, 1)).astype(np.float32)
+        canvas += coarse.repeat(cell, 0).repeat(cell, 1)
+        is_inside = place >= BACKGROUNDS.index("kitchen")
+        if is_inside or rng.random() < 0.2:
             period, depth = int(rng.integers(8, 24)), rng.uniform(5, 16)
             lines = np.zeros((SIZE, SIZE, 1), np.float32)
             lines[::period] = 1
-            if rng.random() < 0.5:
+            if rng.random() < 0.5:  # tiles instead of stripes
                 lines[:, ::period] = 1
-            out -= depth * lines
+            canvas -= depth * lines
         for _ in range(rng.integers(0, 4)):
             top, left = rng.integers(0, SIZE - 10, 2)
             height, width = rng.integers(10, 70, 2)
-            box = out[top : top + height, left : left + width]
+            box = canvas[top : top + height, left : left + width]
             box += 0.35 * (rng.uniform(40, 230, 3).astype(np.float32) - box)
-        return out
+        return canvas
 
     def scene(self, classes: np.ndarray, seed: int, index: int) -> Scene:
         """A scene that shows the classes, bool (80,); what others hide wholly is not among its objects."""
         rng = np.random.default_rng([seed, index])
-        chosen = rng.permutation(np.flatnonzero(classes))
-        homes = [HOME.get(CLASSES[c], 5 if CLASSES[c] != "person" else int(rng.integers(6))) for c in chosen]
-        place = int(rng.choice(homes)) if homes and rng.random() < 0.9 else int(rng.integers(6))
+        labels = rng.permutation(np.flatnonzero(classes))
+        place = self._home(labels, rng)
         canvas = self.background(place, rng)
-        owner = np.full((SIZE, SIZE), -1, np.int16)
-        copies = [c for c in chosen for _ in range(1 if rng.random() < 0.8 else rng.integers(2, 4))]
-        top = max(5, len(STEPS) - max(0, len(copies) - 2))
-        for number, c in enumerate(copies):
-            name = CLASSES[c]
-            step = rng.integers(0, 6) if name in SMALL else rng.integers(2, top)
+        owner = np.full((SIZE, SIZE), -1, np.int16)  # which of the copies each pixel shows
+        copies: list[int] = []
+        for label in labels:
+            copies += [int(label)] * int(1 if rng.random() < 0.8 else rng.integers(2, 4))
+        largest = max(5, len(STEPS) - max(0, len(copies) - 2))  # the more objects, the smaller
+        for number, label in enumerate(copies):
+            name = CLASSES[label]
+            step = rng.integers(0, 6) if name in SMALL else rng.integers(2, largest)
             kind, angle = rng.integers(len(self.sprites[name])), ANGLES[rng.integers(len(ANGLES))]
             drawn = self.sprite(name, int(kind), int(STEPS[step]), angle, bool(rng.random() < 0.5))
             self._place(canvas, owner, number, drawn, rng)
         canvas *= rng.uniform(0.85, 1.12)
         y, x = rng.integers(0, SIZE, 2)
         canvas += rng.uniform(2, 8) * self.noise[y : y + SIZE, x : x + SIZE]
-        names = np.append(np.asarray(copies, np.int64), len(CLASSES)).astype(np.uint8)
-        placed = tuple(p for k, c in enumerate(copies) if (p := _visible(owner == k, int(c))) is not None)
-        return Scene(canvas.clip(0, 255).astype(np.uint8), placed, BACKGROUNDS[place], names[owner])
+        shown = [_visible(owner == number, label) for number, label in enumerate(copies)]
+        objects = tuple(placed for placed in shown if placed is not None)
+        label_of = np.array([*copies, len(CLASSES)], np.uint8)  # the last one is that of owner -1, the background
+        return Scene(canvas.clip(0, 255).astype(np.uint8), objects, BACKGROUNDS[place], label_of[owner])
+
+    @staticmethod
+    def _home(labels: np.ndarray, rng: np.random.Generator) -> int:
+        """A background: mostly one where one of the objects is at home."""
+        homes = []
+        for label in labels:
+            name = CLASSES[label]
+            anywhere = int(rng.integers(len(BACKGROUNDS))) if name == "person" else ROOM
+            homes.append(HOME.get(name, anywhere))
+        if homes and rng.random() < 0.9:
+            return int(rng.choice(homes))
+        return int(rng.integers(len(BACKGROUNDS)))
 
     @staticmethod
     def _place(canvas: np.ndarray, owner: np.ndarray, number: int, drawn: np.ndarray, rng: np.random.Generator) -> None:
+        """Paint a sprite where there is room for it, if such a place is hit in a few attempts, and note its pixels."""
         height, width = drawn.shape[:2]
-        for attempt in range(8):
+        for attempt in range(ATTEMPTS):
             y = int(rng.integers(-height // 6, max(1, SIZE - height + height // 6)))
             x = int(rng.integers(-width // 6, max(1, SIZE - width + width // 6)))
             rows, columns = slice(max(y, 0), min(y + height, SIZE)), slice(max(x, 0), min(x + width, SIZE))
             under = owner[rows, columns]
-            if attempt == 7 or rng.random() < 0.08 or (under >= 0).mean() < 0.12:
+            is_last = attempt == ATTEMPTS - 1
+            if is_last or rng.random() < 0.08 or (under >= 0).mean() < 0.12:
                 break
         part = drawn[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
         opacity = part[..., 3:] * rng.uniform(0.85, 1)
@@ -229,6 +265,7 @@ class Painter:
 
 
 def _visible(mask: np.ndarray, label: int) -> Placed | None:
+    """An object by its visible pixels, bool (SIZE, SIZE); None if there is none."""
     area = int(mask.sum())
     if not area:
         return None

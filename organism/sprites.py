@@ -7,6 +7,7 @@ SIL Open Font License 1.1, which does not cover pictures made with a font). Clas
 from __future__ import annotations
 
 import json
+import math
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -197,11 +198,12 @@ def load() -> dict[str, list[np.ndarray]]:
     names = json.loads((folder / "sheet.json").read_text())
     with (folder / "sheet.png").open("rb") as file:
         sheet = np.asarray(Image.open(file).convert("RGBA"))
-    found: dict[str, list[np.ndarray]] = {}
-    for k, name in enumerate(names):
-        y, x = (TILE * edge for edge in divmod(k, COLUMNS))
-        found.setdefault(name, []).append(sheet[y : y + TILE, x : x + TILE])
-    return found
+    sprites: dict[str, list[np.ndarray]] = {}
+    for number, name in enumerate(names):
+        row, column = divmod(number, COLUMNS)
+        top, left = TILE * row, TILE * column
+        sprites.setdefault(name, []).append(sheet[top : top + TILE, left : left + TILE])
+    return sprites
 
 
 def emoji(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -228,20 +230,23 @@ def tile(picture: Image.Image) -> Image.Image:
     """The picture, centred on a tile of the sheet."""
     scale = TILE / max(picture.size)
     picture = picture.resize([max(1, round(scale * edge)) for edge in picture.size], Image.Resampling.LANCZOS)
-    out = Image.new("RGBA", (TILE, TILE))
-    out.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
-    return out
+    centred = Image.new("RGBA", (TILE, TILE))
+    centred.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
+    return centred
 
 
 def main(font: str, folder: str) -> None:
     """Render the sheet and the list of its classes."""
     face = ImageFont.truetype(font, STRIKE)
-    sprites = [(name, emoji(character, face)) for name, all_of_it in EMOJI.items() for character in all_of_it]
+    sprites = []
+    for name, characters in EMOJI.items():
+        sprites += [(name, emoji(character, face)) for character in characters]
     sprites += [(name, drawing(shapes)) for name, shapes in DRAWN.items()]
-    rows = -(-len(sprites) // COLUMNS)
+    rows = math.ceil(len(sprites) / COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * TILE, rows * TILE))
-    for k, (_, picture) in enumerate(sprites):
-        sheet.paste(tile(picture), (k % COLUMNS * TILE, k // COLUMNS * TILE))
+    for number, (_, picture) in enumerate(sprites):
+        row, column = divmod(number, COLUMNS)
+        sheet.paste(tile(picture), (column * TILE, row * TILE))
     sheet.quantize(256, Image.Quantize.FASTOCTREE).save(Path(folder) / "sheet.png", optimize=True)
     (Path(folder) / "sheet.json").write_text(json.dumps([name for name, _ in sprites]) + "\n")
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from vlmfix.organism import attention, dynamic, language, tower
 from vlmfix.organism.captions import Noise
-from vlmfix.organism.fitting import Stage, fill, fit, read_stage, two_optimizers
+from vlmfix.organism.fitting import Stage, fill, fit, matrices_of, read_stage, two_optimizers
 from vlmfix.organism.recipe import QUICK, Recipe, Together
 from vlmfix.organism.scenes import BACKGROUNDS, CLASSES, Painter, Scene, balanced, object_sets
 
@@ -30,6 +30,14 @@ def pixel_values(scenes: list[Scene]) -> Tensor:
     """Pictures as the processor gives them: (batch, 3, SIZE, SIZE), -1 to 1."""
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes]))
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def present_classes(scenes: list[Scene]) -> Tensor:
+    """Which classes pictures show in 40 pixels or more: (batch, 80), 1 or 0."""
+    present = torch.zeros(len(scenes), len(CLASSES))
+    for row, scene in zip(present, scenes, strict=True):
+        row[[placed.label for placed in scene.objects if placed.area >= 40]] = 1
+    return present
 
 
 class TowerBatches(Dataset[dict[str, Tensor]]):
@@ -46,24 +54,24 @@ class TowerBatches(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         recipe = self.recipe.tower
         rng = np.random.default_rng([self.recipe.seed, self.first + number])
-        crowded = number < self.crowded * self.steps
+        is_balanced = number < self.crowded * self.steps
         sets = object_sets("train")
         scenes, patches, grids = [], [], []
         for k in range(self.batch):
-            chosen = balanced(rng) if crowded else sets[rng.integers(len(sets))]
-            scenes.append(self.painter.scene(chosen, self.recipe.seed, self.first + number * self.batch + k))
-            patches.append(scenes[-1].patches(recipe.patch))
-            grids.append(language.grid_of(patches[-1], BACKGROUNDS.index(scenes[-1].background)))
-        classes = torch.from_numpy(np.stack(patches))
-        present = torch.zeros(self.batch, len(CLASSES))
-        for row, scene in zip(present, scenes, strict=True):
-            row[[p.label for p in scene.objects if p.area >= 40]] = 1
-        batch = {"pixels": pixel_values(scenes), "patches": classes, "present": present}
+            classes = balanced(rng) if is_balanced else sets[rng.integers(len(sets))]
+            scene = self.painter.scene(classes, self.recipe.seed, self.first + number * self.batch + k)
+            patches_of_scene = scene.patches(recipe.patch)
+            scenes.append(scene)
+            patches.append(patches_of_scene)
+            grids.append(language.grid_of(patches_of_scene, BACKGROUNDS.index(scene.background)))
+        patch_classes = torch.from_numpy(np.stack(patches))
+        batch = {"pixels": pixel_values(scenes), "patches": patch_classes, "present": present_classes(scenes)}
         batch["grid"] = torch.from_numpy(np.stack(grids))
-        if crowded:
-            lot = torch.from_numpy(rng.random(classes.shape)) + (classes < len(CLASSES))
-            batch["kept"] = lot.topk(recipe.kept, dim=1).indices
-            batch["patches"] = classes.gather(1, batch["kept"])
+        if is_balanced:
+            shows_object = patch_classes < len(CLASSES)
+            order = torch.from_numpy(rng.random(patch_classes.shape)) + shows_object  # objects first, the rest by lot
+            batch["kept"] = order.topk(recipe.kept, dim=1).indices
+            batch["patches"] = patch_classes.gather(1, batch["kept"])
         return batch
 
 
@@ -80,15 +88,16 @@ class TowerStage(Stage):
         classifier.vision.set_attn_implementation(attention.NAME)
         self.model = classifier
         self.batches = TowerBatches(recipe, self.steps, own.batch, crowded=own.balanced)
-        matrices = [p for p in tower.core(classifier.vision).encoder.parameters() if p.ndim == 2]
+        matrices = matrices_of(tower.core(classifier.vision).encoder)
         self.optimizers = two_optimizers(classifier, matrices, own.matrix_rate, own.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Classes of patches and of the picture; the log gets the accuracy on patches that show an object."""
         outputs = model(batch["pixels"], batch.get("kept"))
-        shown = batch["patches"] < len(CLASSES)
-        right = (outputs[0].argmax(-1) == batch["patches"])[shown].float().mean()
-        return tower.loss(outputs, batch["patches"], batch["present"]), {"patch_accuracy": right}
+        is_right = outputs[0].argmax(-1) == batch["patches"]
+        shows_object = batch["patches"] < len(CLASSES)
+        accuracy = is_right[shows_object].float().mean()
+        return tower.loss(outputs, batch["patches"], batch["present"]), {"patch_accuracy": accuracy}
 
 
 class TextBatches(Dataset[dict[str, Tensor]]):
@@ -113,21 +122,31 @@ class TextBatches(Dataset[dict[str, Tensor]]):
         blind = rng.random(self.batch) < own.blind
         for k in range(self.batch):
             index = self.first + number * self.batch + k
-            scenes.append(self.painter.scene(sets[rng.integers(len(sets))], seed, index))
-            grid = scenes[-1].patches(self.recipe.tower.patch)
-            shown = grid < len(CLASSES)
-            place = BACKGROUNDS.index(scenes[-1].background)
-            kept = shown | (language.grid_of(grid, place) == language.CORNER)
-            cells = np.sort(np.argsort(-(rng.random(len(grid)) + kept))[: self.cells])
-            if not self.pictures:
-                grid = np.where(shown & (rng.random(len(grid)) < own.missed), len(CLASSES), grid)
-                grid = np.where(rng.random(len(grid)) < own.confused, rng.integers(0, len(CLASSES), len(grid)), grid)
-            said = language.texts(scenes[-1], self.recipe, rng, bool(blind[k]), self.noise)
-            rows.append(self.packer.pack(said, cells, length, bool(blind[k])))
-            grids.append(language.grid_of(grid, place)[cells])
-        out = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
-        out |= {"grid": torch.from_numpy(np.stack(grids)), "blind": torch.from_numpy(blind)}
-        return out | ({"pixels": pixel_values(scenes)} if self.pictures else {})
+            scene = self.painter.scene(sets[rng.integers(len(sets))], seed, index)
+            cells, grid = self._grid(scene, rng)
+            texts = language.texts(scene, self.recipe, rng, bool(blind[k]), self.noise)
+            scenes.append(scene)
+            rows.append(self.packer.pack(texts, cells, length, bool(blind[k])))
+            grids.append(grid)
+        batch = language.stacked(rows)
+        batch |= {"grid": torch.from_numpy(np.stack(grids)), "blind": torch.from_numpy(blind)}
+        return batch | ({"pixels": pixel_values(scenes)} if self.pictures else {})
+
+    def _grid(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The cells of a scene that are given, in ascending order, and what each of them stands for; with errors where
+        there are no pictures, since no tower sees everything."""
+        own = self.recipe.language
+        classes = scene.patches(self.recipe.tower.patch)
+        shows_object = classes < len(CLASSES)
+        place = BACKGROUNDS.index(scene.background)
+        comes_first = shows_object | (language.grid_of(classes, place) == language.CORNER)
+        cells = np.sort(np.argsort(-(rng.random(len(classes)) + comes_first))[: self.cells])
+        if not self.pictures:
+            is_missed = shows_object & (rng.random(len(classes)) < own.missed)
+            classes = np.where(is_missed, len(CLASSES), classes)
+            is_confused = rng.random(len(classes)) < own.confused
+            classes = np.where(is_confused, rng.integers(0, len(CLASSES), len(classes)), classes)
+        return cells, language.grid_of(classes, place)[cells]
 
 
 class Reader(nn.Module):
@@ -173,14 +192,14 @@ class LanguageStage(Stage):
         self.model = reader = Reader(recipe)
         reader.llava.model.multi_modal_projector.requires_grad_(False)
         self.batches = TextBatches(recipe, self.steps, own.batch, own.cells, 10_000_000, pictures=False)
-        matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
+        matrices = matrices_of(reader.llava.model.language_model.layers)
         self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Next tokens of the answers."""
-        return model(self.told, batch)
+        return model(self.loss_inside, batch)
 
-    def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_inside(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Reader.forward`."""
         packer, blind = self.batches.packer, batch["blind"]
         visible = packer.visible(batch["segments"], batch["grid"].shape[1], blind)
@@ -201,7 +220,7 @@ class ProjectorStage(Stage):
         reader.requires_grad_(False)
         reader.llava.model.multi_modal_projector.requires_grad_(True)
         self.batches = TowerBatches(recipe, self.steps, own.batch, 20_000_000, crowded=0)
-        trained = [p for p in reader.parameters() if p.requires_grad]
+        trained = [parameter for parameter in reader.parameters() if parameter.requires_grad]
         self.optimizers = [torch.optim.AdamW(trained, lr=own.rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -240,23 +259,23 @@ class TogetherStage(Stage):
         self.batches = TextBatches(
             recipe, self.steps, own.batch, recipe.tower.tokens, self.first, pictures=True, noise=own.noise
         )
-        matrices = [p for p in reader.llava.model.language_model.layers.parameters() if p.ndim == 2]
+        matrices = matrices_of(reader.llava.model.language_model.layers)
         self.optimizers = two_optimizers(reader, matrices, own.matrix_rate, own.rate)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Next tokens, guidance for the projector, and at last the penalty on head outputs."""
-        return model(self.told, batch)
+        return model(self.loss_inside, batch)
 
-    def told(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_inside(self, reader: Reader, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, inside of `Reader.forward`."""
-        packer, done = self.batches.packer, self.step / self.steps
+        packer, share_done = self.batches.packer, self.step / self.steps
         image = reader.image(batch["pixels"])
         visible = packer.visible(batch["segments"], image.shape[1], batch["blind"])
         with language.HeadOutputs(reader.llava) as heads:
             loss, figures = language.next_tokens(reader.llava, image, batch, visible, packer.head)
         figures |= {"next": loss.detach(), "head_outputs": heads.ratio.detach()}
         loss = loss + 0.2 * language.distance(image, reader.grid(batch["grid"]).detach())
-        if done >= self.own.sinks_from:
+        if share_done >= self.own.sinks_from:
             loss = loss + self.own.penalty * heads.ratio
         return loss, figures
 
@@ -292,11 +311,15 @@ SECOND: dict[str, Callable[[Recipe, Path], Stage]] = {"eyes": dynamic.EyesStage,
 
 def weights(stage: Stage) -> dict[str, Tensor]:
     """What a stage has trained and what of it is kept, under the names of `Reader`, in float16."""
+    tensors: dict[str, Tensor] = {}
     if isinstance(stage.model, tower.Classifier):
-        kept = {f"llava.model.vision_tower.{name}": p for name, p in stage.model.vision.state_dict().items()}
+        for name, tensor in stage.model.vision.state_dict().items():
+            tensors[f"llava.model.vision_tower.{name}"] = tensor
     else:
-        kept = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
-    return {name: tensor.detach().half().contiguous() for name, tensor in kept.items()}
+        for name, parameter in stage.model.named_parameters():
+            if parameter.requires_grad:
+                tensors[name] = parameter
+    return {name: tensor.detach().half().contiguous() for name, tensor in tensors.items()}
 
 
 def load(reader: Reader, folder: Path, *stages: str) -> None:
@@ -319,11 +342,11 @@ def make(
     """
     torch.set_num_threads(recipe.threads)
     for name in stages or STAGES:
-        left = folder / f"{name}.safetensors"
-        if not left.exists():
+        trained = folder / f"{name}.safetensors"
+        if not trained.exists():
             stage = (STAGES | SECOND)[name](recipe, folder)
             fit(stage, folder, precision, workers)
-            save_file(weights(stage), left)
+            save_file(weights(stage), trained)
             if isinstance(stage, dynamic.DynamicStage):
                 dynamic.save(stage.model.qwen, recipe, folder / "dynamic")
     if not all((folder / f"{name}.safetensors").exists() for name in STAGES):

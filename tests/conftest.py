@@ -46,6 +46,16 @@ def _as_found():
 
 def pytest_addoption(parser):
     parser.addoption("--all-models", action="store_true", help="run the contract over every model type")
+    parser.addoption("--method", help="run only the tests that are parametrised by this method")
+
+
+def pytest_collection_modifyitems(config, items):
+    method = config.getoption("--method")
+    if method is not None:
+        chosen = [item for item in items if "callspec" in vars(item) and item.callspec.params.get("method") == method]
+        if not chosen:
+            raise pytest.UsageError(f"no test is parametrised by the method {method!r}")
+        items[:] = chosen
 
 
 def pytest_generate_tests(metafunc):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
+from vlmfix.asking.asker import Asker
 from vlmfix.engine import attention
-from vlmfix.engine.attachment import wrapped
 from vlmfix.method.intervention import Intervention
 
 
@@ -43,7 +43,7 @@ def naive_attention(
 @contextmanager
 def naively(model: Any, interventions: Sequence[Intervention]) -> Iterator[None]:
     """Interventions in force, with `naive_attention` in the layers that they edit."""
-    with wrapped(model, list(interventions)):
+    with Asker(model, None, interventions).applied():
         AttentionInterface.register(attention.NAME, naive_attention)
         try:
             yield

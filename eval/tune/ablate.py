@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from vlmfix.eval.tune.measurement import Measurement
 from vlmfix.eval.tune.questions import Questions, lean
 from vlmfix.eval.tune.switch_off import PAPER_EPS, Mode, Read, each_head_off
 from vlmfix.eval.tune.tool import Direction, Subject, Tool
+from vlmfix.method.kinds import Range
 
 MEANINGS = {
     "kl": "KL divergence of the first answer token when the head is off",
@@ -46,7 +47,7 @@ class Ablate(Tool):
     """How a head is switched off: no output, or uniform attention (code's "undifferentiated")."""
     eps: float | None = None
     """What is left of the output or of the scores. `None`: 0 for output, 1e-5 for uniform (code)."""
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, Range(1)] = 256
     """Of the captions, for `token`."""
 
     def __post_init__(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from vlmfix.eval.tune.measurement import Measurement
 from vlmfix.eval.tune.tool import Subject, Tool
+from vlmfix.method.kinds import Range
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Random(Tool):
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "control"
 
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
 
     @property
     def meaning(self) -> str:

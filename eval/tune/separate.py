@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from vlmfix.eval.tune.measurement import Measurement
 from vlmfix.eval.tune.object_words import read_words
 from vlmfix.eval.tune.tool import Subject, Tool
 from vlmfix.hooks.lookback import Lookback
+from vlmfix.method.kinds import Range
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,20 @@ class Separate(Tool):
         "the head choice of Attention Tracker, Hung et al., arXiv 2411.00348, on object words (ours)"
     )
 
-    n: float = 1.0
+    n: Annotated[float, Range(0)] = 1.0
     """Standard deviations of both groups that the means must be apart (code: 0 to 5)."""
-    preset: Any = "lookback"
+    preset: str = "lookback"
     """What is compared: a preset of the monitor `lookback`."""
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, Range(1)] = 256
     """Of the captions."""
 
     def __post_init__(self) -> None:
-        """Check the range and the preset, too."""
+        """Check the preset, too."""
         super().__post_init__()
-        if self.n < 0:
-            raise ValueError(f"n: expected 0 or more, got {self.n}")
-        Lookback(preset=self.preset)
+        self._monitor()
+
+    def _monitor(self) -> Lookback:
+        return Lookback(preset=self.preset)  # type: ignore[arg-type]  # which is checked there
 
     @property
     def meaning(self) -> str:
@@ -50,7 +52,7 @@ class Separate(Tool):
 
     def measure(self, subject: Subject) -> Measurement:
         """One caption per picture. `ValueError` where words of one kind are missing."""
-        words = read_words(subject, Lookback(preset=self.preset), self.max_new_tokens)
+        words = read_words(subject, self._monitor(), self.max_new_tokens)
         for kind, n_words in (("true", words.grounded.sum()), ("invented", (~words.grounded).sum())):
             if not n_words:
                 raise ValueError(f"captions of {subject.data.name} hold no {kind} objects; take more pictures")

@@ -6,7 +6,7 @@ Sahara, in Zhou et al., "On the Role of Attention Heads in Large Language Model 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from vlmfix.eval.tune.measurement import Measurement
 from vlmfix.eval.tune.questions import Questions
 from vlmfix.eval.tune.switch_off import PAPER_EPS, Mode, each_head_off
 from vlmfix.eval.tune.tool import Subject, Tool
+from vlmfix.method.kinds import Range
 from vlmfix.model.anatomy import anatomy
 
 
@@ -26,16 +27,10 @@ class Subspace(Tool):
     name: ClassVar[str] = "subspace"
     source: ClassVar[str] = "Sahara, Zhou et al., arXiv 2410.13708"
 
-    rank: int = 1
+    rank: Annotated[int, Range(1)] = 1
     """Leading left singular vectors that are compared; the largest principal angle counts (code: 1)."""
     mode: Mode = "output"
     """As in `ablate`."""
-
-    def __post_init__(self) -> None:
-        """Check the range, too."""
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank: expected 1 or more, got {self.rank}")
 
     @property
     def meaning(self) -> str:

@@ -40,11 +40,6 @@ class SwitchOff(Intervention):
     eps: float = 0.0
     """1 changes nothing."""
 
-    def __post_init__(self) -> None:
-        """Check the mode."""
-        if self.mode not in PAPER_EPS:
-            raise ValueError(f"mode: expected output or uniform, got {self.mode!r}")
-
     def at_layers(self, n_layers: int) -> tuple[int, ...]:
         """The head's."""
         return (self.layer,)

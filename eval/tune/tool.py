@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import naming
 from vlmfix.eval.tune.measurement import Measurement
 from vlmfix.method.heads import HeadList, picture_id
+from vlmfix.method.settings import fill_and_check
 from vlmfix.model.anatomy import anatomy
 
 Direction = Literal["high is good", "high is bad"]
@@ -84,11 +85,8 @@ class Tool:
     """Where it was published."""
 
     def __post_init__(self) -> None:
-        """Refuse words that a setting does not know."""
-        for key, annotation in get_type_hints(type(self)).items():
-            known, value = get_args(annotation), getattr(self, key, None)
-            if get_origin(annotation) is Literal and value not in known:
-                raise ValueError(f"{key}: expected {' or '.join(known)}, got {value!r}")
+        """Check the settings by their annotations, as those of methods. `ValueError` names one that does not fit."""
+        fill_and_check(self, {})
 
     @property
     def meaning(self) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 from vlmfix.asking.asker import Asker
 from vlmfix.eval.scorers import naming
 from vlmfix.eval.tune.measurement import Measurement
+from vlmfix.eval.tune.targets import Target, find_targets, with_controls
 from vlmfix.eval.tune.tool import Subject, Tool
 from vlmfix.hooks.parts import sinks
 from vlmfix.hooks.var import VAR
 from vlmfix.method.intervention import Idle, Intervention
+from vlmfix.method.kinds import Range
 from vlmfix.method.site import Site
 from vlmfix.model.anatomy import anatomy
 
@@ -32,22 +34,6 @@ MEANINGS = {
     "mass": "image attention on the object about to be named, less its share of the area",
     "top1": "how often the strongest image token shows the object about to be named",
 }
-
-
-@dataclass(frozen=True)
-class Target:
-    """One object word of a caption: where it is predicted, and where its object is."""
-
-    picture: int
-    """Index of the caption."""
-    token: int
-    """Index of the word's first token in the caption."""
-    grid: np.ndarray
-    """(image tokens,) bool: those that lie on the picture's grid, and so count."""
-    shows: np.ndarray
-    """(image tokens,) bool: those that show the object."""
-    shows_other: np.ndarray | None = None
-    """(image tokens,) bool: those that would show another picture's object, as a control."""
 
 
 def retrieval(w: Tensor, target: Tensor, grid: Tensor, sink: Tensor) -> Tensor:
@@ -64,8 +50,8 @@ def retrieval(w: Tensor, target: Tensor, grid: Tensor, sink: Tensor) -> Tensor:
 class ReadTargets(Intervention):
     """Scores the attention of the rows that predict object words; changes nothing."""
 
-    targets: tuple[Target, ...] = ()
-    rows_of: tuple[tuple[int, int], ...] = ()
+    targets: Sequence[Target] = ()
+    rows_of: Sequence[tuple[int, int]] = ()
     """Sequence of the batch and row of attention that predict each target's word."""
     dims: tuple[int, ...] = ()
     """Dimensions of visual sinks, which `top1` passes over; none: it passes over nothing."""
@@ -121,7 +107,7 @@ class Visual(Tool):
     image token that is no visual sink shows the object."""
     sinks: bool = False
     """Let `top1` count visual sinks too."""
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, Range(1)] = 256
     """Of the captions."""
 
     @property
@@ -164,9 +150,9 @@ class Visual(Tool):
         for batch in subject.batches(pictures, "visual"):
             batch_captions = [captions[picture] for picture in batch]
             inputs, n_prompt = naming.told(subject.model, subject.processor, batch_captions)
-            batch_targets = tuple(target for target in targets if target.picture in batch)
+            batch_targets = [target for target in targets if target.picture in batch]
             # the row before a token predicts it
-            rows = tuple((batch.index(target.picture), n_prompt + target.token - 1) for target in batch_targets)
+            rows = [(batch.index(target.picture), n_prompt + target.token - 1) for target in batch_targets]
             reader = Asker(subject.model, subject.processor, ReadTargets(batch_targets, rows, dims, tau))
             _, (memo,) = reader.forward(inputs)
             for number in range(len(batch_targets)):
@@ -183,33 +169,3 @@ class Visual(Tool):
         except Idle:
             return (), 0.0
         return var.dims, var.tau
-
-
-def find_targets(subject: Subject, captions: Sequence[naming.Caption]) -> list[Target]:
-    """Words that name an object whose place in the picture is known, caption by caption."""
-    annotations = naming.Annotations(subject.data)
-    targets = []
-    for picture, caption in enumerate(captions):
-        place, n_tokens, size = naming.grid(subject.model, subject.processor, caption.item)
-        cells = annotations.shown(caption.key, place, size)
-        grid = np.zeros(n_tokens, bool)
-        grid[place.first : place.first + place.rows * place.columns] = True
-        for word in caption.named:
-            if word.object in cells and word.token < len(caption.tokens):
-                shows = np.zeros(n_tokens, bool)
-                shows[grid] = cells[word.object]
-                targets.append(Target(picture, word.token, grid, shows))
-    return targets
-
-
-def with_controls(targets: Sequence[Target]) -> list[Target]:
-    """The same with their controls: the place of the next target of another picture with as many image tokens."""
-    controlled = []
-    for number, target in enumerate(targets):
-        shows_other = None
-        for other in (*targets[number + 1 :], *targets[:number]):
-            if other.picture != target.picture and len(other.shows) == len(target.shows):
-                shows_other = other.shows
-                break
-        controlled.append(replace(target, shows_other=shows_other))
-    return controlled

@@ -118,10 +118,10 @@ def test_heads(tmp_path):
     found = json.loads(run(*args, "--top", 3, "--json").stdout)
     assert len(found["selected"]) == 3 and "L{}H{}".format(*found["selected"][0]) == first
     assert json.loads(listed.read_text()) == found
-    ask = run("ask", SCENE, "Please describe this image.", "--method", f"vhr:head_list={listed}", "--json")
+    ask = run("ask", SCENE, "Please describe this image.", "--method", f"headgain:head_list={listed}", "--json")
     assert json.loads(ask.stdout)["method"][0]["facts"]["head_list"]["data"]["name"] == "scenes"
     judged = run(
-        "eval", "--benchmark", "chair", "--limit", 2, "--output", tmp_path, "--method", f"vhr:head_list={listed}"
+        "eval", "--benchmark", "chair", "--limit", 2, "--output", tmp_path, "--method", f"headgain:head_list={listed}"
     )
     assert judged.exit_code == 1 and "was made on 2 of the 2 pictures that are asked about" in judged.stderr
 
@@ -133,7 +133,7 @@ def test_heads(tmp_path):
         (["heads", "--tool", "random", "--top", "99"], "top: expected a number of heads in 1..48, got 99"),
         (["heads", "--tool", "random", "--top", "9", "--share", "0.5"], "expected one of top, share, threshold, positive"),
         (["heads", "--tool", "random", "--plot", "heads.xyz"], "cannot draw heads.xyz"),
-        (["ask", SCENE, "Hello?", "--method", "vhr:head_list=none.json"], "cannot read the head list none.json"),
+        (["ask", SCENE, "Hello?", "--method", "headgain:head_list=none.json"], "cannot read the head list none.json"),
         (["eval", "--method", "none,vrh"], "unknown method 'vrh'; did you mean 'vhr'?"),
         (["eval", "--method", "vhr:alhpa=2"], "vhr has no setting 'alhpa'; did you mean 'alpha'?"),
         (["eval", "--method", "vhr:alpha"], "expected setting=value after the colon, got 'alpha'"),
@@ -211,3 +211,22 @@ def test_a_truncated_answer_file(tmp_path):
     done = run("score", records)
     assert done.exit_code == 1 and "ends in a line that was cut off; 1 answers before it are whole" in done.stderr
     assert records.read_bytes().count(b"\n") == 1, "finished answers are kept"
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_all_about_one_method(name):
+    """On a page of 80 columns, with every setting; and the same as data."""
+    page = run("methods", name).stdout
+    assert max(map(len, page.splitlines())) <= 80 and page.startswith(f"{name}: ")
+    (facts,) = json.loads(run("methods", name, "--json").stdout)
+    settings = set(facts) - {"name", "summary", "expect", "cost", "paper", "stages", "needs"}
+    assert settings == set(re.findall(r"^  (\w+)=", page, re.MULTILINE))
+    for key in ("cost", "expect", "paper"):
+        assert facts[key].split()[0] in page
+
+
+def test_a_method_that_is_not_there():
+    done = run("methods", "vra")
+    assert done.exit_code == 1 and "unknown method 'vra'; did you mean" in done.stderr
+    mine = run("methods", "tests.method.test_settings:Every")
+    assert mine.exit_code == 0 and "share=0.5  a number in 0..1" in mine.stdout

@@ -10,30 +10,15 @@ import pytest
 import torch
 
 import vlmfix
+from tests.contract.examples import INTERVENTIONS, ONLY, READERS
 from tests.models import ARCHITECTURES, picture_prompt, plant_sinks
-from vlmfix.hooks import ACT, PAI, PAINT, REGISTRY, VAR, VCD, VHR, Contrast, Lookback, PyramidDrop, ZeroTuning
+from vlmfix.hooks import REGISTRY, VAR, VHR
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import as_interventions, from_json, method_class
 from vlmfix.method.stages import ASK_STAGES
 
-INTERVENTIONS = {
-    "act": ACT(alpha=1.5, beta=0.0, layers=(1, 2, 3)),
-    "contrast": Contrast(gamma=2.0, beta=0.01),
-    "lookback": Lookback(),
-    "pai": PAI(alpha=2.0, skip_first=1),
-    "paint": PAINT(alpha=0.5, beta=4.0, rho=1.0, layers=(0, 1, 2, 3)),
-    "pyramiddrop": PyramidDrop(),
-    "var": VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1),
-    "vcd": VCD(t=999, beta=0.01),
-    "vhr": VHR(layers=(1, 2, 3)),
-    "zerotuning": ZeroTuning(gamma=8.0),
-}
 GUIDES = {name for name, one in INTERVENTIONS.items() if "logits" in one.stages() and one.acts_at("logits")}
 """Methods that act where the next token is chosen: a plain forward pass does not show them."""
-READERS = {"lookback"}
-"""Methods that read and change nothing: logits stay bit-identical."""
-ONLY = {"paint": {"llava"}}
-"""Methods that refuse other architectures; that they do is in their own tests."""
 PAIRS = [(m, a) for m in INTERVENTIONS for a in ARCHITECTURES if a in ONLY.get(m, ARCHITECTURES)]
 CASES = [(m, a, k) for m, a in PAIRS for k in ("sdpa", "eager")]
 

@@ -9,11 +9,11 @@ from tests.contract.test_contract import INTERVENTIONS
 from vlmfix.engine.attachment import wrapped
 from vlmfix.eval.bench import shapes
 from vlmfix.eval.bench.naive import naively
-from vlmfix.hooks import VHR
+from vlmfix.hooks import VHR, HeadGain
 
 LAYERS, IMAGE, TEXT = 4, 64, 20
 SINGLE_PASS = {name: one for name, one in INTERVENTIONS.items() if name in ("var", "pai", "zerotuning", "act")}
-SINGLE_PASS |= {"lookback": INTERVENTIONS["lookback"], "heads": VHR(head_list="L1H2/L2H0")}
+SINGLE_PASS |= {"lookback": INTERVENTIONS["lookback"], "heads": HeadGain(head_list="L1H2/L2H0", gain=2.0)}
 ALL_ROWS = ("zerotuning", "act")
 """Methods that edit every row of the prompt: in pieces."""
 
@@ -111,7 +111,7 @@ def test_arithmetic(method, prefill, token):
         patch.setitem(shapes.SHAPES, "tiny", wide)
         model = shapes.build("tiny", 2, torch.bfloat16, "cpu")
         one = VHR(layers=(0, 1)) if method == "vhr" else SINGLE_PASS.get(method)
-        one = VHR(head_list="L0H2/L1H0") if method == "heads" else one
+        one = HeadGain(head_list="L0H2/L1H0", gain=2.0) if method == "heads" else one
         plain, ours = ([mode.get_total_flops() for mode in passes(model, m, Flops)] for m in ([], [one]))
     assert 1 <= ours[0] / plain[0] <= prefill and 0.9 <= ours[1] / plain[1] <= token, (
         ours[0] / plain[0],

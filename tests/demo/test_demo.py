@@ -271,7 +271,7 @@ def test_prompts_that_are_too_long():
         "none+antigravity.x:Y",
         "rerank:verifier=os:system",
         "rerank:verifier=antigravity.x",
-        "vhr:head_list=/etc/passwd",
+        "headgain:head_list=/etc/passwd",
         "act:head_list=heads.json",
         "zerotuning:head_list=heads",
         "chunks:head_list=heads",
@@ -294,7 +294,7 @@ def test_specs_name_no_code_no_file_and_ask_for_nothing_huge(spec, monkeypatch):
 
 @pytest.mark.parametrize(
     "spec",
-    ["vhr:head_list=L3H1/L3H5", "zerotuning:head_list=0/5,span=image", "carve:general=Look", "var+vhr:alpha=1.5"],
+    ["headgain:head_list=L3H1/L3H5", "zerotuning:head_list=0/5,span=image", "carve:general=Look", "var+vhr:alpha=1.5"],
 )
 def test_harmless_specs_mean_what_they_mean_elsewhere(spec):
     assert settings.interventions(spec) == parse(spec)

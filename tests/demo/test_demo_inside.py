@@ -113,7 +113,7 @@ def test_heads_that_a_method_chose(looked):
     assert looked("pai").heads == {}
     assert list(looked("vhr").heads) == [1, 3, 4, 5]
     assert all(len(heads) == 4 for heads in looked("vhr").heads.values())
-    assert looked("vhr:head_list=L3H1/L3H5").heads == {3: (1, 5)}
+    assert looked("headgain:head_list=L3H1/L3H5").heads == {3: (1, 5)}
     assert looked("act:head_list=L2H4").heads == {2: (4,)}
 
 

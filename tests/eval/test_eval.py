@@ -94,10 +94,10 @@ def test_heads_are_not_judged_by_the_pictures_they_were_chosen_on(tiny, tmp_path
     scores = [[1.0] * 8] * 6
     HeadList("tiny", "visual", scores, data={"ids": ["0" * 16, ids[1]]}).select(top=2).save(path)
     with pytest.raises(ValueError, match=r"heads\.json was made on 1 of the 3 pictures that are asked about"):
-        answer_all(*tiny, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+        answer_all(*tiny, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
     assert not (tmp_path / "chair").exists()
     HeadList("tiny", "visual", scores, data={"ids": ["0" * 16]}).select(top=2).save(path)
-    run = answer_all(*tiny, parse(f"vhr:head_list={path}"), benchmark("chair"), data, tmp_path)
+    run = answer_all(*tiny, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
     assert run.header["identity"]["method"][0]["facts"]["head_list"]["tool"] == "visual"
     assert all(record["effects"] == [{"acted": True}] for record in run.records)
 

@@ -319,13 +319,13 @@ def test_refusals(tmp_path):
     for settings, sentence in [
         ({"beta": 1.2}, r"beta: expected a number in 0\.\.1, got 1.2"),
         ({"alpha": 0}, "alpha: expected a number above 0"),
-        ({"min_rows": 0}, "min_rows: expected a number above 0"),
+        ({"min_rows": 0}, "min_rows: expected 1 or more"),
         ({"sinks": "text"}, "sinks: expected all or image, got 'text'"),
-        ({"rows": "some"}, "rows: expected all or after_last_image or last"),
-        ({"head_list": ()}, "no heads: ACT would do nothing"),
-        ({"layers": ()}, "no layers"),
+        ({"rows": "some"}, "rows: expected all, after_last_image or last"),
+        ({"head_list": ()}, "head_list: expected the file of a head list, or heads such as L3H1/L3H5, got"),
+        ({"layers": ()}, "no layers: ACT would do nothing"),
         ({"select": "random_heads"}, "needs a head_list"),
-        ({"variant": "code"}, "expected one of paper, official"),
+        ({"variant": "code"}, "variant: expected paper or official"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             ACT(**settings)

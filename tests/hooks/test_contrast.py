@@ -273,14 +273,14 @@ def test_a_second_turn_goes_on_in_both_streams():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Contrast(gamma=0), "gamma > 0"),
+        (lambda: Contrast(gamma=0), "gamma: expected a number above 0, got 0"),
         (lambda: Contrast(beta=0), "beta: expected a number above 0"),
         (lambda: Contrast(weight="x"), "weight: expected constant or growing"),
-        (lambda: Contrast(variant="x"), "variant: expected one of pai, m3id, ritual"),
-        (lambda: VCD(t=1000), r"t: expected a diffusion step in 0\.\.999"),
+        (lambda: Contrast(variant="x"), "variant: expected pai, m3id or ritual"),
+        (lambda: VCD(t=1000), r"t: expected a whole number in 0\.\.999"),
         (lambda: VCD(alpha=-1), "alpha: expected 0 or more"),
         (lambda: VCD(beta=1.5), "beta: expected"),
-        (lambda: PAI(gamma=0), "gamma > 0"),
+        (lambda: PAI(gamma=0), "gamma: expected a number above 0, got 0"),
         (lambda: PAI(variant="x"), "variant: expected paper or release"),
     ],
 )  # fmt: skip

@@ -258,9 +258,9 @@ def test_weights_that_are_no_numbers_are_told():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"preset": "lookbak"}, "preset: unknown 'lookbak'; did you mean 'lookback'"),
+        ({"preset": "lookbak"}, "preset: expected lookback, .* got 'lookbak'; did you mean 'lookback'"),
         ({"agg": "max"}, "agg: expected mean or sum"),
-        ({"E": 0}, "E: expected 1 token or more"),
+        ({"E": 0}, "E: expected 1 or more"),
         ({"detector": "x.json", "head_list": "L0H0"}, "leave out head_list"),
     ],
 )

@@ -150,7 +150,7 @@ def test_choice_by_hand():
 
 def test_selection_equals_the_towers_own_maps():
     """The class token's rows recomputed in float32 are those of eager attention."""
-    from vlmfix.hooks.paint import class_attention, tower
+    from vlmfix.hooks.parts.tower import class_attention, tower
 
     model = llava("eager")
     pixels = picture_prompt(model, 3)["pixel_values"]
@@ -313,12 +313,12 @@ def test_the_papers_setting_warns_once_with_the_figures():
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"alpha": -0.1}, "alpha, beta: expected 0 or more"),
-        ({"beta": -1}, "alpha, beta: expected 0 or more"),
+        ({"alpha": -0.1}, "alpha: expected 0 or more, got -0.1"),
+        ({"beta": -1}, "beta: expected 0 or more, got -1"),
         ({"rho": 0}, "rho: expected a number above 0"),
         ({"rho": 1.5}, "rho: expected a number above 0"),
         ({"gamma": 0}, "gamma"),
-        ({"variant": "mine"}, "variant: expected one of safe, paper"),
+        ({"variant": "mine"}, "variant: expected safe or paper"),
         ({"select": "all"}, "select: expected attention or random"),
     ],
 )

@@ -1,6 +1,8 @@
 """Names, settings, and the ways to write them."""
 
 import re
+import sys
+import types
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlmfix.hooks import VAR, VHR
 from vlmfix.method.intervention import Intervention
-from vlmfix.method.registry import as_interventions, from_json, parse, spec_of, split_methods
+from vlmfix.method.registry import as_interventions, from_json, method_class, parse, spec_of, split_methods
 
 share = st.floats(0, 1, allow_nan=False)
 layers = st.none() | st.lists(st.integers(0, 40), unique=True, max_size=5).map(tuple)
@@ -60,11 +62,11 @@ def test_forms():
         ("var:rhoo=1", "var has no setting 'rhoo'; did you mean 'rho'"),
         ("var:p", "expected setting=value after the colon, got 'p'"),
         ("var:p=lots", "var: p expects a number, got 'lots'"),
-        ("var:skip_first=1.5", "var: skip_first expects a whole number, got 1.5"),
-        ("var:p=true", "var: p expects a number, got True"),
+        ("var:skip_first=1.5", "var: skip_first expects a whole number, got '1.5'"),
+        ("var:p=true", "var: p expects a number, got 'true'"),
         ("var:dims=a/b", "var: dims expects whole numbers such as 1/18-31, got 'a/b'"),
-        ("var:dims=0.5/0.25", "var: dims expects whole numbers such as 1/18-31, got (0.5, 0.25)"),
-        ("var:require_dims=1", "var: require_dims expects true or false, got 1"),
+        ("var:dims=0.5/0.25", "var: dims expects whole numbers such as 1/18-31, got '0.5/0.25'"),
+        ("var:require_dims=1", "var: require_dims expects true or false, got '1'"),
         ("no.such.module:X", "cannot be imported"),
     ],
 )
@@ -96,6 +98,64 @@ def test_a_users_own_intervention():
     with one(model):
         assert not plain.equal(model(**prompt).logits)
     assert plain.equal(model(**prompt).logits)
+
+
+class Outer:
+    @dataclass(frozen=True)
+    class Inner(Intervention):
+        """A class within a class."""
+
+        k: int = 1
+
+
+@dataclass(frozen=True)
+class CallsItselfVar(Intervention):
+    """Has the name of a method of the registry, and is another."""
+
+    name = "var"
+    k: int = 1
+
+
+@dataclass(frozen=True)
+class BetterVar(VAR):
+    """Inherits the name of a method of the registry."""
+
+
+@pytest.mark.parametrize("cls", [Dim, Outer.Inner, CallsItselfVar, BetterVar])
+def test_names_of_third_parties_go_round(cls):
+    """Also where the class says a name of its own: only the registry may be asked by a bare name."""
+    changed = {Dim: {"gain": 0.25}, BetterVar: {"p": 0.25}}.get(cls, {"k": 3})
+    for one in (cls(), cls(**changed)):
+        assert one.to_json()["name"] == f"tests.method.test_intervention:{cls.__qualname__}"
+        assert from_json(one.to_json()) == one and type(from_json(one.to_json())) is cls
+        assert parse(spec_of([one])) == (one,) and type(parse(spec_of([one]))[0]) is cls
+        assert parse(spec_of([VAR(), one, VHR()])) == (VAR(), one, VHR())
+
+
+@pytest.mark.parametrize("module", ["mymod", "var", "none", "my.pkg.mod"])
+def test_modules_of_any_name(module, monkeypatch):
+    """Without a dot, and with the name of a method of the registry."""
+    namespace = types.ModuleType(module)
+    source = (
+        "from dataclasses import dataclass\nfrom vlmfix import Intervention\n"
+        f"@dataclass(frozen=True)\nclass MyClass(Intervention):\n    __module__ = {module!r}\n    k: int = 1\n"
+    )
+    monkeypatch.setitem(sys.modules, module, namespace)
+    exec(source, vars(namespace))
+    for one in (namespace.MyClass(), namespace.MyClass(k=3)):
+        assert from_json(one.to_json()) == one
+        assert parse(spec_of([one])) == (one,) and parse(spec_of([VAR(), one])) == (VAR(), one)
+    assert parse(f"{module}:MyClass:k=3") == (namespace.MyClass(k=3),)
+
+
+def test_hooks_are_named_by_the_registry_alone():
+    import vlmfix.hooks
+
+    for name, path in vlmfix.hooks.REGISTRY.items():
+        cls = method_class(name)
+        assert cls is getattr(vlmfix.hooks, path.partition(":")[2]) and cls.name == name
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from vlmfix.hooks import Nothing  # noqa: F401
 
 
 def test_the_template_works_as_it_stands():

@@ -155,7 +155,7 @@ def test_true_captions_name_every_object_and_nothing_else(drawn):
 
 def test_every_class_is_read_in_both_numbers():
     for k, name in enumerate(CLASSES):
-        for text in (captions.one(k), f"two {captions.many(k)}"):
+        for text in (captions.singular(k), f"two {captions.plural(k)}"):
             assert [m.node for m in chair.mentions(f"There is {text} in it.", variant="strict")] == [name]
 
 

@@ -58,7 +58,7 @@ def heads(
     quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
-    """Rank attention heads on pictures, and write a head list that interventions read (vhr:head_list=heads.json)."""
+    """Rank attention heads on pictures, and write a head list for interventions (headgain:head_list=heads.json)."""
     with sentences():
         from vlmfix.eval.pictures.data import Data
         from vlmfix.eval.report.headmap import head_map
@@ -89,7 +89,8 @@ def show_heads(head_list: HeadList) -> None:
     shown = [key for key in COLUMNS if extra.get(key) is not None]
     parts = extra.get("parts", {})
     title = Text(f"{head_list.tool} on {head_list.model}: {extra['score']}")
-    table = Table("", "head", "score", *map(COLUMNS.get, shown), *parts, "selected", title=title, title_justify="left")
+    headings = ["", "head", "score", *(COLUMNS[key] for key in shown), *parts, "selected"]
+    table = Table(*headings, title=title, title_justify="left")
     for column in table.columns[2:]:
         column.justify = "right"
     for place, (layer, head) in enumerate(ranked[:MOST_SHOWN], start=1):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,33 +18,85 @@ from vlmfix.cli.console import (
     sentences,
 )
 
+if TYPE_CHECKING:
+    from vlmfix.method.intervention import Intervention
+
+WIDTH = 80
+"""Columns of a page of text."""
+
+
+TEXTS = ("summary", "expect", "cost", "paper")
+
 
 def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, with all its settings; package.module:Class for one's own.")
+    ] = None,
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, such as the README's.")] = False,
 ) -> None:
-    """List the interventions: name, stages, what they do and cost, what to expect, paper."""
-    from vlmfix.hooks import REGISTRY
+    """List the interventions: name, stages, what they do and cost, what to expect, paper. With NAME: all about one."""
+    from vlmfix.method.names import REGISTRY
     from vlmfix.method.registry import method_class
 
-    classes, texts = [method_class(name) for name in REGISTRY], ("summary", "expect", "cost", "paper")
+    with sentences():
+        classes = [method_class(each) for each in ([name] if name else REGISTRY)]
     if as_json:
-        rows = [
-            {**c().to_json(), **{k: getattr(c, k) for k in texts}, "stages": c.stages(), "needs": c.needs()}
-            for c in classes
-        ]
-        sys.stdout.write(json.dumps(rows) + "\n")
-        return
+        sys.stdout.write(json.dumps([_facts(cls) for cls in classes]) + "\n")
+    elif name:
+        sys.stdout.write(_all_about(classes[0]))
+    else:
+        _show_table(classes, markdown)
+
+
+def _facts(cls: type[Intervention]) -> dict[str, Any]:
+    """Default settings and texts of a method, JSON-ready."""
+    texts = {key: getattr(cls, key) for key in TEXTS}
+    return {**cls().to_json(), **texts, "stages": cls.stages(), "needs": cls.needs()}
+
+
+def _show_table(classes: Sequence[type[Intervention]], markdown: bool) -> None:
     head = ("name", "stages", "what it does", "what to expect", "cost", "paper")
-    cells = [(c.name, ", ".join(c.stages()), *(getattr(c, k) for k in texts)) for c in classes]
+    rows = []
+    for cls in classes:
+        texts = [getattr(cls, key) for key in TEXTS]
+        rows.append((f"`{cls.name}`" if markdown else cls.name, ", ".join(cls.stages()), *texts))
     if markdown:
-        lines = [head, ("---",) * len(head), *((f"`{name}`", *rest) for name, *rest in cells)]
-        sys.stdout.writelines("| " + " | ".join(line) + " |\n" for line in lines)
+        for line in (head, ("---",) * len(head), *rows):
+            sys.stdout.write("| " + " | ".join(line) + " |\n")
         return
     table = Table(*head, show_lines=True)
-    for row in cells:
+    for row in rows:
         table.add_row(*row)
     out().print(table)
+
+
+def _all_about(cls: type[Intervention]) -> str:
+    """One method on a page of 80 columns: what it is, then each setting with default, what it may be, and meaning."""
+    from vlmfix.method.names import name_of
+    from vlmfix.method.settings import settings_of
+
+    about = (cls.__doc__ or "").split("\n\n")[0]
+    lines = textwrap.wrap(f"{name_of(cls)}: {cls.summary}", WIDTH)
+    lines += ["", *textwrap.wrap(" ".join(about.split()), WIDTH), ""]
+    facts = {
+        "paper": cls.paper, "cost": cls.cost, "expect": cls.expect, "stages": ", ".join(cls.stages()),
+        "needs": ", ".join(cls.needs()),
+    }  # fmt: skip
+    for title, text in facts.items():
+        if text:
+            lines += textwrap.wrap(text, WIDTH, initial_indent=f"{title + ':':10}", subsequent_indent=" " * 10)
+    for variant, values in cls.variants.items():
+        filled = ", ".join(f"{key}={value}" for key, value in values.items() if value != "")
+        lines += textwrap.wrap(f"{variant}: {filled}", WIDTH, initial_indent="variant   ", subsequent_indent=" " * 10)
+    settings = settings_of(cls)
+    lines += ["", "Settings:" if settings else "It has no settings."]
+    for setting in settings:
+        default = setting.written(setting.default)
+        heading = f"{setting.name}={default.lower() if setting.default is None else default}  {setting.expected}"
+        lines += textwrap.wrap(heading, WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += textwrap.wrap(setting.doc.replace("`", ""), WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines) + "\n"
 
 
 def protocols(as_json: Json = False) -> None:

@@ -166,6 +166,7 @@ class Attachment:
         self._forget()
         for one in requested:
             try:
+                one.check_layers(len(self.anatomy.layers))
                 active, facts = one.resolve(model, self.anatomy, processor)
                 self.entries.append(Entry(one, active, facts))
             except Idle as idle:

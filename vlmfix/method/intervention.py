@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vlmfix.method.names import name_of
+from vlmfix.method.settings import LATER, fill_and_check, settings_of
 from vlmfix.method.site import Rows, Site, Step
 from vlmfix.method.stages import ASK_STAGES, STAGES
 
@@ -51,6 +53,10 @@ class Intervention:
     """A training-free edit of a model's forward pass. Fields are the method's settings; a stage is a method to
     override.
 
+    Settings are filled from `variants` and checked by their annotations, see `vlmfix.method.kinds`. Two names have a
+    meaning for all methods: `layers`, decoder layers, which must be layers of the model, and `select`, how tokens or
+    heads are chosen, whose other choices are controls.
+
     | stage | gets and returns | where |
     |---|---|---|
     | `refine`  | pictures and prompt of a question | before they become inputs; in `ask` only |
@@ -75,9 +81,16 @@ class Intervention:
     """What it costs over the untouched model."""
     expect: ClassVar[str] = ""
     """What to expect of it, and for which task: one honest line."""
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Presets, for methods with a setting `variant`: values of the settings that are `LATER` by default."""
     rows: ClassVar[Any] = "last"
     """Prompt rows that the attention stages edit, one of `Rows`; rows of generated tokens always belong. A subclass may
     make it a field."""
+
+    def __post_init__(self) -> None:
+        """Fill the variant's values and check each setting. A subclass calls this before checks of its own, of several
+        settings together."""
+        fill_and_check(self, self.variants)
 
     @property
     def traits(self) -> Traits:
@@ -161,9 +174,9 @@ class Intervention:
         return scores
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
-        """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the
-        keys."""
-        return []
+        """What it did in one generation: one JSON-ready dictionary per row of the batch, with `acted` among the keys.
+        By default that alone, from the bool tensor (B,) that a stage has put under `acted` into the memo."""
+        return [{"acted": acted} for acted in memo["acted"].tolist()] if "acted" in memo else []
 
     def answered(self, memo: dict[str, Any], row: int, run: Batch, tokens: list[int]) -> dict[str, Any]:
         """Add to what `report` says of one answer, now that its tokens are known; in `ask` only. `row` of the batch."""
@@ -173,20 +186,18 @@ class Intervention:
         """What to suspect first when it never acted."""
         return "check its settings against this model."
 
-    def _fill(self, variants: dict[str, dict[str, Any]]) -> None:
-        """Give settings left `None` the values of this intervention's `variant`; for `__post_init__`."""
-        variant: str = self.variant  # type: ignore[attr-defined]
-        if variant not in variants:
-            raise ValueError(f"variant: expected one of {', '.join(variants)}, got {variant!r}")
-        for key, value in variants[variant].items():
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, value)
-
     def controls(self) -> tuple[Intervention, ...]:
         """Negative controls: the same push with the selection taken out of it (random heads, random tokens), or turned
         round. Where a control does as well as the method, it is not the selection that helps.
+
+        By default one for each other choice of the setting `select`.
         """
-        return ()
+        controls = []
+        for setting in settings_of(type(self)):
+            if setting.name == "select":
+                others = [choice for choice in setting.choices if choice != setting.default]
+                controls = [replace(self, select=choice) for choice in others]  # type: ignore[call-arg]
+        return tuple(controls)
 
     @classmethod
     def overrides(cls, method: str) -> bool:
@@ -215,7 +226,15 @@ class Intervention:
     def to_json(self) -> dict[str, Any]:
         """Name and settings, JSON-ready; `from_json` is the way back."""
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"name": self.name or f"{type(self).__module__}:{type(self).__qualname__}", **settings}
+        return {"name": name_of(type(self)), **settings}
+
+    def check_layers(self, n_layers: int) -> None:
+        """`ValueError` if the setting `layers` names layers that a model with `n_layers` layers does not have; called
+        before `resolve`."""
+        named = getattr(self, "layers", None) if "layers" in self.__dataclass_fields__ else None
+        outside = [layer for layer in named or () if not 0 <= layer < n_layers]
+        if outside:
+            raise ValueError(f"layers: expected numbers in 0..{n_layers - 1}, got {outside}")
 
     def __call__(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """`with VAR(p=0.4)(model): ...`: in force inside the block, and as it was before after it."""
@@ -224,4 +243,4 @@ class Intervention:
         return wrapped(model, self)
 
 
-__all__ = ["Idle", "Intervention", "Rows", "Site", "Step", "Traits"]
+__all__ = ["LATER", "Idle", "Intervention", "Rows", "Site", "Step", "Traits"]

@@ -1,29 +1,29 @@
-"""Names of methods, and the ways between a method and its text or JSON."""
+"""The ways between a method and its name, its text and its JSON."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from vlmfix.method.intervention import Intervention
-from vlmfix.method.settings import checked_settings, did_you_mean, read_settings
+from vlmfix.method.names import REGISTRY, name_of
+from vlmfix.method.settings import checked_settings, did_you_mean, read_settings, settings_of
 
 Interventions = None | str | Intervention | Sequence[str | Intervention]
 
 
 def method_class(name: str) -> type[Intervention]:
     """The class behind a name of the registry or behind `package.module:Class`. `ValueError` if there is none."""
-    from vlmfix.hooks import REGISTRY
-
     path = name if ":" in name else REGISTRY.get(name)
     if path is None:
         raise ValueError(f"unknown method {name!r}; {did_you_mean(name, ['none', *REGISTRY])}")
-    module, _, attribute = path.partition(":")
+    module, _, qualified_name = path.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        cls: Any = importlib.import_module(module)
+        for attribute in qualified_name.split("."):
+            cls = getattr(cls, attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"method {name!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Intervention)):
         raise ValueError(f"method {name!r} is not a subclass of vlmfix.Intervention")
@@ -43,24 +43,34 @@ def from_json(data: dict[str, Any]) -> Intervention:
 
 def parse(spec: str) -> tuple[Intervention, ...]:
     """`"var"`, `"var:p=0.4,rho=0.8"`, `"var+vhr:alpha=1.5"`, `"my.module:Class:k=3"` or `"none"`, as interventions."""
-    found = []
+    interventions = []
     for part in spec.strip().split("+"):
-        pieces = part.strip().split(":")
-        n_name = 2 if "." in pieces[0] and len(pieces) > 1 else 1
-        name, text = ":".join(pieces[:n_name]), ":".join(pieces[n_name:])
-        if name == "none" and not text:
-            continue
-        found.append(make(name, read_settings(text)))
-    return tuple(found)
+        name, settings = split_spec(part)
+        if name != "none" or settings:
+            interventions.append(make(name, read_settings(settings)))
+    return tuple(interventions)
+
+
+def split_spec(part: str) -> tuple[str, str]:
+    """Name and settings of one method: `("var", "p=0.4")`, `("my_module:Class", "k=3")`.
+
+    After a name of the registry come settings. After any other name comes a class, and then settings. A module that
+    has the name of a method is told from it by the second colon, which `spec_of` writes.
+    """
+    first, *rest = (piece.strip() for piece in part.strip().split(":"))
+    names_a_class = rest and (len(rest) > 1 or first not in ("none", *REGISTRY)) and "=" not in rest[0]
+    if names_a_class:
+        return f"{first}:{rest[0]}", ":".join(rest[1:])
+    return first, ":".join(rest)
 
 
 def split_methods(text: str) -> list[str]:
     """Cut `"none,var:p=0.4,rho=0.8,vhr"` into its methods: a piece that reads `setting=value` belongs to the one
     before."""
     methods: list[str] = []
-    for piece in filter(None, (p.strip() for p in text.split(","))):
-        continues = methods and "=" in piece and ":" not in piece.partition("=")[0]
-        if continues:
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        is_setting = "=" in piece and ":" not in piece.partition("=")[0]
+        if methods and is_setting:
             methods[-1] += "," + piece
         else:
             methods.append(piece)
@@ -73,23 +83,26 @@ def with_accelerator(
     """Each method (a list of interventions) with an accelerator beside it, and the untouched model, which stays the
     reference; with `controls`, the accelerator's own too. `ValueError` where one is given for the other, or where they
     do not go together."""
-    from vlmfix.hooks import REGISTRY
-
-    if wrong := [one.name for method in methods for one in method if one.traits.accelerator]:
-        raise ValueError(f"{wrong[0]} is made for speed and is no method; give --speed {wrong[0]}")
+    for method in methods:
+        for intervention in method:
+            if intervention.traits.accelerator:
+                name = intervention.name
+                raise ValueError(f"{name} is made for speed and is no method; give --speed {name}")
     if speed is None:
         return list(methods)
-    known = ", ".join(name for name in REGISTRY if method_class(name)().traits.accelerator)
     beside = parse(speed)
-    if not beside or not all(one.traits.accelerator for one in beside):
-        raise ValueError(f"speed: expected an accelerator ({known}), got {speed!r}")
-    found = [(*method, *beside) for method in methods]
+    if not beside or not all(intervention.traits.accelerator for intervention in beside):
+        known = [name for name in REGISTRY if method_class(name)().traits.accelerator]
+        raise ValueError(f"speed: expected an accelerator ({', '.join(known)}), got {speed!r}")
+    accelerated = [(*method, *beside) for method in methods]
     if controls:
-        found += [(control,) for one in beside for control in one.controls()]
-    for method in found:
-        for i, one in enumerate(method):
-            one.composes([*method[:i], *method[i + 1 :]])
-    return [method for method in methods if not method] + found
+        for accelerator in beside:
+            accelerated += [(control,) for control in accelerator.controls()]
+    for method in accelerated:
+        for place, intervention in enumerate(method):
+            intervention.composes([*method[:place], *method[place + 1 :]])
+    untouched = [method for method in methods if not method]
+    return untouched + accelerated
 
 
 def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
@@ -102,21 +115,33 @@ def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
     if isinstance(given, Intervention):
         return (given,)
     if isinstance(given, Sequence):
-        return tuple(one for item in given for one in as_interventions(item))
+        flat: list[Intervention] = []
+        for item in given:
+            flat += as_interventions(item)
+        return tuple(flat)
     raise TypeError(f"interventions: expected a name, an Intervention or a list of these, got {type(given).__name__}")
 
 
 def spec_of(interventions: Sequence[Intervention]) -> str:
     """A short label that `parse` reads back: names with the settings that are not the defaults; `none` for an empty
     list."""
-    parts = []
-    for one in interventions:
-        settings, plain = asdict(one), asdict(type(one)())
-        if settings.get("variant") != plain.get(
-            "variant"
-        ):  # a variant fills other settings, which then need no mention
-            plain = {**asdict(type(one)(variant=settings["variant"])), "variant": None}  # type: ignore[call-arg]
-        shown = {k: v for k, v in settings.items() if v != plain[k]}
-        text = [f"{k}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in shown.items()]
-        parts.append(one.to_json()["name"] + (":" + ",".join(text) if text else ""))
-    return "+".join(parts) or "none"
+    return "+".join(_label(intervention) for intervention in interventions) or "none"
+
+
+def _label(intervention: Intervention) -> str:
+    cls, name = type(intervention), name_of(type(intervention))
+    plain: Any = cls()
+    variant = getattr(intervention, "variant", None)
+    if variant != getattr(plain, "variant", None):
+        plain = cls(variant=variant)  # type: ignore[call-arg]
+    written = []
+    for setting in settings_of(cls):
+        value = getattr(intervention, setting.name)
+        # A variant fills other settings, which then need no mention; it needs one itself.
+        differs = value != setting.default if setting.name == "variant" else value != getattr(plain, setting.name)
+        if differs:
+            written.append(f"{setting.name}={setting.written(value)}")
+    if written:
+        return f"{name}:{','.join(written)}"
+    module = name.partition(":")[0]
+    return f"{name}:" if ":" in name and module in ("none", *REGISTRY) else name  # see `split_spec`

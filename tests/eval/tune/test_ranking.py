@@ -433,11 +433,11 @@ def test_random_heads_are_random():
     [
         ("vdh", "unknown tool 'vdh'; did you mean 'vhd'"),
         ("ablate:sea=kl", "ablate has no setting 'sea'; did you mean 'see'"),
-        ("ablate:see=all", "see: expected kl or margin or token, got 'all'"),
-        ("ablate:mode=off", "mode: expected output or uniform, got 'off'"),
+        ("ablate:see=all", "see expects kl, margin or token, got 'all'"),
+        ("ablate:mode=off", "mode expects output or uniform, got 'off'"),
         ("separate:preset=lookbak", "did you mean 'lookback'?"),
-        ("visual:see=top", "see: expected mass or top1, got 'top'"),
-        ("vhd:distance=l3", "distance: expected sq_l2 or l2, got 'l3'"),
+        ("visual:see=top", "see expects mass or top1, got 'top'"),
+        ("vhd:distance=l3", "distance expects sq_l2 or l2, got 'l3'"),
         ("subspace:rank=0", "rank: expected 1 or more, got 0"),
         ("random:seed", "expected setting=value after the colon, got 'seed'"),
     ],
@@ -445,6 +445,20 @@ def test_random_heads_are_random():
 def test_tools_refused(spec, sentence):
     with pytest.raises(ValueError, match=sentence):
         find_tool(spec)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Ablate("all"), "see: expected kl, margin or token, got 'all'"),
+        (lambda: Subspace(rank=0), "rank: expected 1 or more, got 0"),
+        (lambda: Separate(n=-1), "n: expected 0 or more, got -1"),
+        (lambda: SwitchOff(1, (3,), "off"), "mode: expected output or uniform, got 'off'"),
+    ],
+)
+def test_settings_refused_in_python(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
 
 
 def test_too_little_to_look_at(tiny, monkeypatch):
@@ -458,7 +472,7 @@ def test_too_little_to_look_at(tiny, monkeypatch):
     items = Pope().items(SMALL)[:7]
     monkeypatch.setattr(Pope, "items", lambda *_: items)
     with pytest.raises(ValueError, match="subspace compares at least 8 prompts"):
-        rank(Subspace(), *tiny, one)
+        rank(Subspace(), *tiny, SMALL)
 
 
 # ---- captions and boxes ---------------------------------------------------------------------------------------------

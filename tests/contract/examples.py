@@ -1,0 +1,32 @@
+"""The instance of each method that the contract looks at: its defaults, unless those do nothing on a tiny model.
+
+A new method needs a line here only in that case, or where the contract should know that it reads without editing or
+runs on some architectures only.
+"""
+
+from vlmfix.hooks import ACT, PAI, PAINT, REGISTRY, VAR, VCD, VHR, Contrast, HeadGain, ZeroTuning
+from vlmfix.method.registry import method_class
+from vlmfix.method.stages import ASK_STAGES
+
+BITING = {
+    "act": ACT(alpha=1.5, beta=0.0, layers=(1, 2, 3)),
+    "contrast": Contrast(gamma=2.0, beta=0.01),
+    "headgain": HeadGain(head_list="L1H2/L2H0", gain=3.0),
+    "pai": PAI(alpha=2.0, skip_first=1),
+    "paint": PAINT(alpha=0.5, beta=4.0, rho=1.0, layers=(0, 1, 2, 3)),
+    "var": VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1),
+    "vcd": VCD(t=999, beta=0.01),
+    "vhr": VHR(layers=(1, 2, 3)),
+    "zerotuning": ZeroTuning(gamma=8.0),
+}
+"""Settings that change the answers of models with four layers and random weights."""
+READERS = {"lookback"}
+"""Methods that read and change nothing: logits stay bit-identical."""
+ONLY = {"paint": {"llava"}}
+"""Methods that refuse other architectures; that they do is in their own tests."""
+
+INTERVENTIONS = {}
+for name in REGISTRY:
+    cls = method_class(name)
+    if not set(ASK_STAGES) & set(cls.stages()):  # these are under the contract of tests/asking/test_ask_stages.py
+        INTERVENTIONS[name] = BITING.get(name) or cls()

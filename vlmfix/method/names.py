@@ -1,0 +1,34 @@
+"""The registry: each method's name, and the file and class behind it. A new method is one line here.
+
+Names are what users write; classes are imported on first use, since this module is read by `vlmfix --help`.
+"""
+
+from __future__ import annotations
+
+REGISTRY = {
+    "act": "vlmfix.hooks.act:ACT",
+    "beam": "vlmfix.hooks.beam:Beam",
+    "carve": "vlmfix.hooks.carve:CARVE",
+    "chunks": "vlmfix.hooks.chunks:Chunks",
+    "contrast": "vlmfix.hooks.contrast:Contrast",
+    "headgain": "vlmfix.hooks.headgain:HeadGain",
+    "hgai": "vlmfix.hooks.hgai:HGAI",
+    "lookback": "vlmfix.hooks.lookback:Lookback",
+    "pai": "vlmfix.hooks.pai:PAI",
+    "paint": "vlmfix.hooks.paint:PAINT",
+    "pyramiddrop": "vlmfix.hooks.pyramiddrop:PyramidDrop",
+    "rerank": "vlmfix.hooks.rerank:Rerank",
+    "truncate": "vlmfix.hooks.truncate:Truncate",
+    "var": "vlmfix.hooks.var:VAR",
+    "vcd": "vlmfix.hooks.vcd:VCD",
+    "vhr": "vlmfix.hooks.vhr:VHR",
+    "zerotuning": "vlmfix.hooks.zerotuning:ZeroTuning",
+}
+
+
+def name_of(cls: type) -> str:
+    """The name by which a method is found again: the registry's, or `package.module:Class` for all others, whatever
+    their class calls itself."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    name: str = getattr(cls, "name", "")
+    return name if REGISTRY.get(name) == path else path
