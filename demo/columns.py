@@ -68,7 +68,7 @@ class Column:
 
 def monitors(studio: Studio, picture: Image.Image, chosen: Sequence[Intervention]) -> tuple[Intervention, ...]:
     """The monitor that tells doubtful words, for a picture that is not known, where it can be in force."""
-    if truth(picture) is not None or "weights" not in anatomy(studio.model).stages:
+    if truth(picture) is not None or "attention" in anatomy(studio.model).lacks:
         return ()
     if any(method.name == "lookback" or method.acts_at("decode") for method in chosen):
         return ()

@@ -16,7 +16,7 @@ from vlmfix.demo.studio import Studio, problem
 from vlmfix.demo.watch import Inspection, Seen, Shown
 from vlmfix.eval.scorers.chair import mentions
 from vlmfix.eval.tune.vhd import divergence
-from vlmfix.hooks import carve
+from vlmfix.hooks.parts.refined import redraw, unpack
 
 SAME = 1e-3
 """Attention that differs by less is the same: passes with and without a cache round differently."""
@@ -156,11 +156,11 @@ def _carve_figures(effects: dict[str, Any], picture: Image.Image) -> list[str]:
     if effects["mask"] is None:
         mask, kept = None, "a square window"
     else:
-        mask = carve.unpack(effects["mask"])
+        mask = unpack(effects["mask"])
         kept = f"{100 * effects['area']:.0f} % of the pixels, with {100 * effects['share']:.0f} % of the contrast"
     width, height = effects["size"]
     masked = maps.masked(picture, mask, tuple(effects["box"]))
-    refined = carve.redraw(effects, picture)
+    refined = redraw(effects, picture)
     figures.append(maps.figure(masked, "Mask and box", f"Kept: {kept}.", "mask"))
     figures.append(maps.figure(refined, "Refined picture", f"Enlarged to {width} x {height}.", "crop"))
     return figures

@@ -13,14 +13,13 @@ where the mask takes in everything, the picture is not shown twice; captioning p
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import random
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from vlmfix.hooks.parts.captioning import asks_for_a_caption
+from vlmfix.hooks.parts.refined import pack, redraw
 from vlmfix.method.intervention import LATER, Idle, Intervention, Traits
 from vlmfix.method.kinds import Layers, Range
 from vlmfix.method.layers import layers_of
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlmfix.asking.look import Look, Looked
-    from vlmfix.asking.pictures import Picture
     from vlmfix.model.anatomy import Anatomy
 
 PAPER: dict[str, Any] = {
@@ -49,14 +47,6 @@ ONE_WORD = "Answer the question using a single word or phrase."
 OFFICIAL_LAYERS = range(20, 26)
 KEPT = 64
 """Pictures whose general instruction is remembered."""
-_NOUN = r"(?:image|picture|photo(?:graph)?|scene)\b"
-_CAPTION = re.compile(
-    r"^(?!\W*(?:is|are|was|were|do|does)\b).*(?:"
-    rf"\b(?:describe|description|caption|summari[sz]e)(?:\s+(?:of|for|the|this|that|an?|given|provided|whole|entire))*\s+{_NOUN}"
-    rf"|\bwhat(?:'s| is| do you see| can you see)(?: shown| depicted| happening)? in (?:the|this) {_NOUN}"
-    r"|\b(?:write|give|provide|generate)\s+(?:\w+\s+){0,4}(?:caption|description)\W*$)",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -152,8 +142,8 @@ class CARVE(Intervention):
             raise Idle(f"the released code reads layers {beyond}, and this model has {n}; give layers that it has")
         side = self.side
         if side is None and self.region == "box":
-            given = getattr(getattr(config, "vision_config", None), "image_size", None) or 224
-            side = given if isinstance(given, int) else given[0]
+            input_size = getattr(getattr(config, "vision_config", None), "image_size", None) or 224
+            side = input_size if isinstance(input_size, int) else input_size[0]
         return replace(self, layers=own_layers, side=side), {}
 
     def _default_layers(self, n: int, kind: str) -> tuple[int, ...]:
@@ -185,43 +175,50 @@ class CARVE(Intervention):
             return images, prompt, {"acted": False}
         if len(images) > 1:
             raise ValueError(f"CARVE refines one image per question; got {len(images)}")
-        if not self.captions and (_CAPTION.search(prompt) or prompt.strip() == self.general.strip()):
+        if not self.captions and (asks_for_a_caption(prompt) or prompt.strip() == self.general.strip()):
             raise ValueError(
                 f"CARVE cuts out what a question is about, and {prompt!r} asks about all of the picture: question and "
                 f"general instruction would be the same, and only noise decide. Leave carve out for captions, or set "
                 f"captions=true to do it all the same"
             )
         (picture,) = images
-        question = self._suffixed(prompt)
-        n_tokens = 1 if self.steps == "start" else self.look_tokens
-        asked = look(images, question, n_tokens)
+        question, digest = self._suffixed(prompt), hashlib.sha256(picture.tobytes()).hexdigest()
+        asked = look(images, question, self._look_length)
         q = self._maps(asked)
-        digest = hashlib.sha256(picture.tobytes()).hexdigest()
-        key = digest, picture.size, q.shape[-1]
-        known = look.kept.pop(key, None)
-        if known is None:
-            told = look(images, self._suffixed(self.general), n_tokens)
-            known = self._maps(told), told.ended
-        look.kept[key] = known
-        for old in list(look.kept)[:-KEPT]:
-            look.kept.pop(old, None)
-        g, ended = known
-        heat, covers = self._heat(look, asked, picture, q, g, (asked.ended, ended))
-        found = self._cut(picture, heat, covers, random.Random(digest + prompt))
-        facts = {
-            "acted": found is not None,
+        g, general_ended = self._general_look(look, picture, (digest, picture.size, q.shape[-1]))
+        heat, covers = self._heat(look, asked, picture, q, g, (asked.ended, general_ended))
+        cut = self._cut(picture, heat, covers, random.Random(digest + prompt))
+        facts: dict[str, Any] = {
+            "acted": cut is not None,
             **({} if question == prompt else {"question": question}),
             "first": asked.text,
             "T_Q": len(q),
             "T_G": len(g),
             "covers": list(covers),
-            "heat": [[float(f"{x:.4g}") for x in row] for row in heat.tolist()],
-            **(found or {}),
+            "heat": [[float(f"{value:.4g}") for value in row] for row in heat.tolist()],
+            **(cut or {}),
         }
-        if found is None:
+        if cut is None:
             return images, question, facts
         refined = redraw(facts, picture)
         return ([picture, refined] if self.final == "both" else [refined]), question, facts
+
+    @property
+    def _look_length(self) -> int:
+        """Tokens that a look may take."""
+        return 1 if self.steps == "start" else self.look_tokens
+
+    def _general_look(self, look: Look, picture: Image, key: Any) -> tuple[NDArray[Any], bool]:
+        """Attention with the general instruction, and whether the look came to an end. It is the same for every
+        question about a picture, and kept for the latest pictures."""
+        known = look.kept.pop(key, None)
+        if known is None:
+            general = look([picture], self._suffixed(self.general), self._look_length)
+            known = self._maps(general), general.ended
+        look.kept[key] = known  # as the newest
+        for oldest in list(look.kept)[:-KEPT]:
+            look.kept.pop(oldest, None)
+        return known
 
     def _suffixed(self, text: str) -> str:
         return text if text.rstrip().endswith(self.suffix) else f"{text} {self.suffix}"
@@ -231,11 +228,11 @@ class CARVE(Intervention):
         import torch
         from torch.nn.functional import pad
 
-        n, found = looked.geometry.n, []
+        n, maps = looked.geometry.n, []
         for layer in self.layers or ():
             rows = torch.stack([pad(row, (first, 0))[:n] for first, row in looked.memo["rows"][layer]])
-            found.append(rows[:, looked.geometry.image[0].to(rows.device)].cpu())
-        return torch.stack(found, dim=1)[: len(looked.token_ids)].numpy()
+            maps.append(rows[:, looked.geometry.image[0].to(rows.device)].cpu())
+        return torch.stack(maps, dim=1)[: len(looked.token_ids)].numpy()
 
     def _heat(
         self, look: Look, asked: Looked, picture: Image, q: Any, g: Any, ended: tuple[bool, bool]
@@ -280,37 +277,4 @@ class CARVE(Intervention):
         if exact:
             box = regions.widened(box, picture.size)
         size = regions.enlarged(box, picture.size, exact)
-        return {"box": list(box), "size": list(size), "mask": _pack(mask), **facts}
-
-
-def redraw(did: dict[str, Any], picture: Picture) -> Image:
-    """The refined picture of a record: `did` is CARVE's part of `Record.effects`, `picture` what was asked about (an
-    image or a path). The picture itself where CARVE did not act."""
-    from vlmfix.asking.pictures import open_picture
-    from vlmfix.hooks.parts import regions
-
-    whole = open_picture(picture)
-    if not did["acted"]:
-        return whole
-    mask = None if did["mask"] is None else unpack(did["mask"])
-    if mask is not None and mask.shape != whole.size[::-1]:
-        raise ValueError(f"the record is of a picture of {mask.shape[::-1]} pixels, got one of {whole.size}")
-    x0, y0, x1, y1 = did["box"]
-    return regions.carve(whole, mask, (x0, y0, x1, y1), tuple(did["size"]))
-
-
-def unpack(mask: str) -> NDArray[Any]:
-    """The mask of a record, (height, width) bool."""
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(mask))))
-
-
-def _pack(mask: Any) -> str:
-    """As a PNG of one bit per pixel, in base64."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(mask).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+        return {"box": list(box), "size": list(size), "mask": pack(mask), **facts}

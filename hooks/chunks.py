@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.hooks.lookback import Lookback
-from vlmfix.hooks.rerank import one_by_one, proposals, round_seed
+from vlmfix.hooks.parts.sampling import one_by_one, proposals, round_seed
 from vlmfix.method.kinds import Range
 
 if TYPE_CHECKING:
@@ -52,23 +52,27 @@ class Chunks(Lookback):
 
     def _answer(self, run: Batch) -> tuple[list[int], dict[str, Any]]:
         """Tokens of one answer, and what to record of it. The last chunk is shorter where the limit is no multiple."""
-        index, sampling = run.index(self), {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        index = run.index(self)
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         accepted: list[int] = []
         rounds: list[dict[str, Any]] = []
-        while run.end(accepted) is None and (left := run.settings["max_new_tokens"] - len(accepted)) > 0:
-            found = proposals(run, accepted, self.k, min(self.c, left), round_seed(run, len(rounds)), **sampling)
+        n_left = run.settings["max_new_tokens"]
+        while run.end(accepted) is None and n_left > 0:
+            seed = round_seed(run, len(rounds))
+            candidates = proposals(run, accepted, self.k, min(self.c, n_left), seed, **sampling)
             best = 0
-            scores: list[Any] = [None] * len(found)
-            if any(one.tokens != found[0].tokens for one in found):
-                r = self.ratios(found[0].source[0].memos[index])[:, len(accepted) :]
-                scores = [float(self.score(r[row, : len(one.tokens)])) for row, one in enumerate(found)]
+            scores: list[Any] = [None] * len(candidates)
+            if any(candidate.tokens != candidates[0].tokens for candidate in candidates):
+                r = self.ratios(candidates[0].source[0].memos[index])[:, len(accepted) :]
+                for row, candidate in enumerate(candidates):
+                    scores[row] = float(self.score(r[row, : len(candidate.tokens)]))
                 best = scores.index(max(scores))  # the first of equals
-            told = [
-                {"text": run.text(one.tokens), "tokens": len(one.tokens), "score": score}
-                for one, score in zip(found, scores, strict=True)
-            ]
-            rounds.append({"candidates": told, "chosen": best})
-            accepted += found[best].tokens
-            run.sources[0] = found[best].source
-        sampled = sum(one["tokens"] for r in rounds for one in r["candidates"])
-        return accepted, {"acted": True, "tokens_sampled": sampled, "tokens_kept": len(accepted), "rounds": rounds}
+            facts = []
+            for candidate, score in zip(candidates, scores, strict=True):
+                facts.append({"text": run.text(candidate.tokens), "tokens": len(candidate.tokens), "score": score})
+            rounds.append({"candidates": facts, "chosen": best})
+            accepted += candidates[best].tokens
+            run.sources[0] = candidates[best].source
+            n_left = run.settings["max_new_tokens"] - len(accepted)
+        n_sampled = sum(fact["tokens"] for each in rounds for fact in each["candidates"])
+        return accepted, {"acted": True, "tokens_sampled": n_sampled, "tokens_kept": len(accepted), "rounds": rounds}

@@ -19,7 +19,7 @@ from vlmfix.method.site import Step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmfix.engine.state import Prompt
+    from vlmfix.method.prompt import Prompt
 
 
 def contrasted(scores: Tensor, other: Tensor, weight: float, beta: float) -> Tensor:

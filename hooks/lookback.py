@@ -11,13 +11,15 @@ attention to the text written so far (arXiv 2511.11502). It only reads: logits s
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isnan
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.method.heads import head_names, parse_heads, resolve_heads
+from vlmfix.hooks.parts import ratios
+from vlmfix.hooks.parts.detector import Detector
+from vlmfix.hooks.parts.listed import listed_heads
+from vlmfix.hooks.var import VAR
+from vlmfix.method.heads import parse_heads
 from vlmfix.method.intervention import LATER, Idle, Intervention, Traits
 from vlmfix.method.kinds import Heads, Range
 from vlmfix.method.site import Site
@@ -37,52 +39,6 @@ PRESETS = {
     "prelim": ("sum", 0.0),
 }
 """Preset -> how weights are put together over a set of keys, and what is added to the denominator."""
-
-
-@dataclass(frozen=True)
-class Detector:
-    """P(grounded) = sigmoid(w . v + b), where v is the mean of R over the tokens of a word. A JSON file."""
-
-    model: str
-    """Name of the model that it was fitted on; it fits no other."""
-    preset: str
-    agg: str
-    exclude_sinks: bool
-    layers: int
-    heads: int
-    """L and H; w has L*H entries, that of head h in layer l at l*H + h."""
-    w: tuple[float, ...]
-    b: float
-    threshold: float
-    """P below which words of the calibration pictures are best called invented (Youden's index)."""
-    n_images: int
-    """Pictures that it was fitted on."""
-    ids: tuple[str, ...]
-    """The `picture_id` of each: no result may be reported on these."""
-    auroc: dict[str, Any]
-    """On held-out pictures: figures with 95 % intervals, with what they are compared to."""
-
-    @classmethod
-    def read(cls, path: str | Path) -> Detector:
-        """From its file. `ValueError` if there is none or it is something else."""
-        try:
-            data = json.loads(Path(path).read_text("utf-8"))
-            return cls(**{**data, "w": tuple(map(float, data["w"])), "ids": tuple(data["ids"])})
-        except OSError as error:
-            raise ValueError(
-                f"detector {path} cannot be read ({error.strerror}); see vlmfix calibrate lookback"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            names = ", ".join(f.name for f in fields(cls))
-            raise ValueError(f"{path} is no detector: expected a JSON object with {names}") from error
-
-    def write(self, path: str | Path) -> None:
-        """To a file. `ValueError` if that cannot be."""
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps(asdict(self)) + "\n", "utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -134,34 +90,36 @@ class Lookback(Intervention):
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[Intervention, dict[str, Any]]:
         """Find the sinks, and check that heads and detector are this model's."""
-        n, name, found = len(anatomy.layers) * anatomy.n_heads, getattr(model.config, "_name_or_path", None), self
+        resolved = self
         facts: dict[str, Any] = {}
         if self.head_list is not None:
-            heads, facts = resolve_heads(str(self.head_list), len(anatomy.layers), anatomy.n_heads, name)
-            found = replace(self, head_list=head_names(heads))
+            names, facts = listed_heads(self.head_list, model, anatomy)
+            resolved = replace(self, head_list=names)
         if self.detector is not None:
-            own = asdict(Detector.read(self.detector))
+            detector = Detector.read(self.detector)
             here = {
-                "model": name,
+                "model": getattr(model.config, "_name_or_path", None),
                 "layers": len(anatomy.layers),
                 "heads": anatomy.n_heads,
-                **{key: getattr(self, key) for key in ("preset", "agg", "exclude_sinks")},
+                "preset": self.preset,
+                "agg": self.agg,
+                "exclude_sinks": self.exclude_sinks,
             }
-            if apart := [key for key in here if own[key] != here[key]]:
-                theirs, ours = (", ".join(f"{key} {x[key]}" for key in apart) for x in (own, here))
-                raise ValueError(f"detector {self.detector} was fitted on {theirs}; here: {ours}. Calibrate it anew")
-            if len(own["w"]) != n:
-                raise ValueError(f"detector {self.detector} has {len(own['w'])} weights, expected {n}")
-            facts["detector"] = {"file": self.detector, **{key: own[key] for key in ("w", "b", "threshold")}}
+            detector.check(self.detector, here)
+            facts["detector"] = {
+                "file": self.detector, "w": detector.w, "b": detector.b, "threshold": detector.threshold,
+            }  # fmt: skip
         if self.exclude_sinks:
-            from vlmfix.hooks.var import VAR
-
             try:
-                var, more = VAR(dims=self.dims, tau=self.tau).resolve(model, anatomy, processor)  # type: ignore[arg-type]
-                found, facts = replace(found, dims=var.dims, tau=var.tau), {**facts, **more}
+                var, var_facts = self._var().resolve(model, anatomy, processor)
+                resolved, facts = replace(resolved, dims=var.dims, tau=var.tau), {**facts, **var_facts}
             except Idle as idle:
                 facts["sinks"] = str(idle)
-        return found, facts
+        return resolved, facts
+
+    def _var(self) -> VAR:
+        """VAR, whose rule says what a sink is."""
+        return VAR(dims=self.dims, tau=self.tau)  # type: ignore[arg-type]
 
     def acts_at(self, stage: str) -> bool:
         """Layer inputs are needed to find sinks only."""
@@ -169,9 +127,7 @@ class Lookback(Intervention):
 
     def layer_input(self, x: Tensor, site: Site) -> None:
         """Mark sinks, as VAR does."""
-        from vlmfix.hooks.var import VAR
-
-        VAR(dims=self.dims, tau=self.tau).layer_input(x, site)  # type: ignore[arg-type]
+        self._var().layer_input(x, site)
 
     def _keys(self, g: Geometry) -> tuple[Tensor, Tensor]:
         """A and B, bool of shape (B, K)."""
@@ -188,11 +144,11 @@ class Lookback(Intervention):
         """Note R of these rows; NaN where A or B has no keys yet."""
         import torch
 
-        memo, key = site.memo, (site.start, a.shape[-1], a.device)
-        if site.n_prompt or memo.get("pass") != key:  # for one new token, the sets are the same in all layers
-            at = torch.arange(a.shape[-1], device=a.device) + site.first_key
-            sees = at <= site.positions[:, None]  # (R, K)
-            memo["pass"], memo["sets"] = key, [s[:, None] & sees for s in self._keys(site.geometry)]
+        memo, this_pass = site.memo, (site.start, a.shape[-1], a.device)
+        if site.n_prompt or memo.get("pass") != this_pass:  # for one new token, the sets are the same in all layers
+            place = torch.arange(a.shape[-1], device=a.device) + site.first_key
+            sees = place <= site.positions[:, None]  # (R, K)
+            memo["pass"], memo["sets"] = this_pass, [keys[:, None] & sees for keys in self._keys(site.geometry)]
         looked, rest = memo["sets"]  # (B, R, K)
         if self.acts_at("layer_input"):
             sink = memo["sinks"][site.layer][:, site.first_key :][:, : a.shape[-1]]
@@ -203,53 +159,24 @@ class Lookback(Intervention):
         mass = mass / n if self.agg == "mean" else mass
         ratio = mass[..., 0] / (mass.sum(-1) + PRESETS[self.preset][1])
         ratio = ratio.nan_to_num(nan=torch.inf).where((n > 0).all(-1), torch.nan)  # inf: the weights were no numbers
-        memo["n_layers"] = site.n_layers
-        steps = memo.setdefault("steps", {}).setdefault(site.layer, {"start": None, "r": [], "rows": []})
-        if site.n_prompt and steps["start"] != key:  # a new prompt, or all of it again without a cache
-            steps.update(start=key, r=[], rows=[])
-        steps["r"].append(ratio)
-        steps["rows"].append(site.rows)
+        ratios.note(ratio, site, this_pass)
         return a
 
     def ratios(self, memo: dict[str, Any]) -> Tensor:
         """R (B, T, L, H) of the answers of one generation, on the CPU; NaN where A or B was empty, after the last token
         of answers that were shorter, and for heads that a layer does not have. `ValueError` where attention weights
         were no numbers."""
-        import torch
-
-        key = [len(steps["r"]) for steps in memo.get("steps", {}).values()], memo.get("pass")
-        if memo.get("stacked", (None,))[0] == key:
-            return memo["stacked"][1]
-        layers = {}
-        for layer, steps in memo.get("steps", {}).items():
-            rows = torch.cat(steps["rows"], 1).cpu()  # (B, R)
-            order = rows.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(rows.sum(1).max())]
-            r = torch.cat(steps["r"], -1).cpu()  # (B, H, R)
-            r = r.where(rows[:, None], torch.nan).gather(-1, order[:, None].expand(-1, r.shape[1], -1))
-            if (bad := r.isinf().flatten(0, 1).any(0)).any():
-                raise ValueError(
-                    f"attention weights of layer {layer} are no numbers at step {int(bad.to(torch.int8).argmax())}; "
-                    f"load the model in bfloat16 or float32"
-                )
-            layers[layer] = r.transpose(1, 2)  # (B, T, H)
-        every = torch.empty(0, 0, 0, 0)
-        if layers:
-            n_heads, some = max(r.shape[-1] for r in layers.values()), next(iter(layers.values()))
-            every = some.new_full((*some.shape[:2], memo["n_layers"], n_heads), torch.nan)
-            for layer, found in layers.items():
-                every[:, :, layer, : found.shape[-1]] = found
-        memo["stacked"] = key, every
-        return every
+        return ratios.in_order(memo)
 
     def score(self, r: Tensor) -> Tensor:
         """Score in 0..1, higher: more likely grounded, of spans of tokens; r (..., T, L, H) gives (...)."""
         import torch
 
         if self.detector is not None:
-            found = Detector.read(self.detector)
-            return (features(r) @ r.new_tensor(found.w) + found.b).sigmoid()
+            return Detector.read(self.detector).score(r)
         heads, r = parse_heads(str(self.head_list or "")), r.nanmean(-3)  # (..., L, H)
-        plain = (r.flatten(-2) if heads is None else torch.stack([r[..., i, h] for i, h in heads], -1)).nanmean(-1)
+        chosen = r.flatten(-2) if heads is None else torch.stack([r[..., layer, head] for layer, head in heads], -1)
+        plain = chosen.nanmean(-1)
         return 1 - plain if self.preset == "prelim" else plain
 
     def _span(self, r: Tensor) -> Tensor:
@@ -258,7 +185,8 @@ class Lookback(Intervention):
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there was something to compare, and `score` of the whole answer."""
         r = self.ratios(memo)
-        return [{"acted": not isnan(s), "score": _number(s)} for s in self._span(r).tolist()] if len(r) else []
+        scores = self._span(r).tolist() if len(r) else []
+        return [{"acted": not isnan(score), "score": _number(score)} for score in scores]
 
     def answered(self, memo: dict[str, Any], row: int, run: Batch, tokens: list[int]) -> dict[str, Any]:
         """`per_token`: the score of each token; `per_word`: of each word, with the `steps` of its tokens; `score`."""
@@ -284,13 +212,6 @@ class Lookback(Intervention):
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""
         return "the prompts held no image tokens; preset=lookback_text needs none."
-
-
-def features(r: Tensor) -> Tensor:
-    """Means over the tokens of spans: r (..., T, L, H) gives (..., L*H). Heads that a layer does not have count 0;
-    all are NaN where there was nothing to compare."""
-    v = r.nanmean(-3).flatten(-2)
-    return v.where(v.isnan().all(-1, keepdim=True), v.nan_to_num(0.0))
 
 
 def _number(x: float) -> float | None:

@@ -7,112 +7,28 @@ of them follow. The paper verifies with open-vocabulary detectors; the default h
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from vlmfix.hooks.lookback import Detector, Lookback
+from vlmfix.hooks.lookback import Lookback
+from vlmfix.hooks.parts import verifiers
+from vlmfix.hooks.parts.detector import Detector
+from vlmfix.hooks.parts.sampling import Candidate, end_token, one_by_one, proposals, round_seed
+from vlmfix.hooks.parts.sentences import sentence_end
+from vlmfix.hooks.parts.verifiers import Verdict
 from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.kinds import Range
 from vlmfix.method.settings import did_you_mean
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor, nn
 
     from vlmfix.asking.batch import Batch
     from vlmfix.model.anatomy import Anatomy
 
 VERIFIERS = ("self", "lookback", "oracle")
-Verdict = tuple[str, Literal["present", "absent", "unsure"], float]
-"""Object, verdict, P(present)."""
-ABBREVIATIONS = frozenset(["mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "e.g", "i.e", "approx"])
-_END = re.compile(r"[.!?]+[\"')\]]*(?=\s)|\n\s*\n")
 _YES_NO = re.compile(r"(is|are|was|were|do|does|did|has|have|can|could)\b[^?]*\?\s*$|.*\byes or no\b", re.I | re.S)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to go on."""
-
-    tokens: list[int]
-    """The end token included."""
-    logp: list[float]
-    """Log-probability of each token, natural logarithm, before temperature and the like."""
-    source: tuple[Any, int]
-    """Generation and row that it came from."""
-
-    @property
-    def likelihood(self) -> float:
-        """Mean log-probability of its tokens."""
-        return sum(self.logp) / len(self.logp)
-
-    def cut(self, n: int | None) -> Candidate:
-        """Its first tokens; all for `None`."""
-        return replace(self, tokens=self.tokens[:n], logp=self.logp[:n])
-
-
-def proposals(
-    run: Batch, accepted: Sequence[int], n: int, length: int, seed: int, stop: Any = None, **sampling: Any
-) -> list[Candidate]:
-    """`n` continuations of an answer to one question, of up to `length` tokens; greedy without `sampling`."""
-    import torch
-    from transformers import StoppingCriteriaList
-
-    inputs, device = run.after(accepted), run.model.device
-    start = inputs["input_ids"].shape[1]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        out = run.model.generate(
-            **inputs,
-            **{
-                **run.settings,
-                **(sampling or {"temperature": None, "top_p": None, "top_k": None}),
-                "do_sample": bool(sampling),
-                "num_return_sequences": n,
-                "max_new_tokens": length,
-                "return_dict_in_generate": True,
-                "output_logits": True,
-                "stopping_criteria": None
-                if stop is None
-                else StoppingCriteriaList([lambda ids, _: stop(ids[:, start:])]),
-            },
-            prompt_end=run.inputs["input_ids"].shape[1],
-        )
-    new = out.sequences[:, start:]
-    logp = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, new[..., None])[..., 0]  # (n, T)
-    generation, found = run.last_generation, []
-    for row, (tokens, values) in enumerate(zip(new.tolist(), logp.tolist(), strict=True)):
-        found.append(Candidate(tokens, values, (generation, row)).cut(run.end(tokens)))
-    return found
-
-
-def round_seed(run: Batch, n: int) -> int:
-    """Seed of round `n`: belongs to the question, so that neither its batch nor what was asked before matters."""
-    (images, prompt), h = run.questions[0], hashlib.sha256()
-    for image in images:
-        h.update(image.tobytes())
-    h.update(f"{prompt}|{run.seed or 0}|{n}".encode())
-    return int.from_bytes(h.digest()[:7], "big")
-
-
-def sentence_end(text: str) -> int | None:
-    """Characters up to the end of the first sentence, its closing mark included; `None` if none has ended yet.
-
-    A full stop, ! or ? before white space (more of a number may follow else), or a blank line; not after an
-    abbreviation or initial.
-    """
-    for m in _END.finditer(text):
-        word = text[: m.start()].rsplit(None, 1)[-1:] or [""]
-        stops = m[0].startswith(".") and (
-            word[0].strip("(\"'").lower() in ABBREVIATIONS or re.fullmatch(r"[A-Z]", word[0])
-        )
-        if not stops and text[: m.start()].strip():
-            return m.end() if m[0].strip() else m.start()
-    return None
 
 
 @dataclass(frozen=True)
@@ -174,7 +90,7 @@ class Rerank(Lookback):
             if ":" not in self.verifier:
                 hint = did_you_mean(self.verifier, VERIFIERS)
                 raise ValueError(f"verifier: unknown {self.verifier!r}; {hint} Or name package.module:function")
-            self._function()
+            verifiers.verifier_function(self.verifier)
         lo, hi = self._limits
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= 1, got {lo!r} and {hi!r}")
@@ -197,16 +113,16 @@ class Rerank(Lookback):
         """The lookback verifier needs a threshold that belongs to this model."""
         if self.verifier != "lookback":
             return self, {}
-        found, facts = super().resolve(model, anatomy, processor)
+        resolved, facts = super().resolve(model, anatomy, processor)
         if self.hi is None and self.detector is None:
             raise ValueError(
                 "verifier lookback needs a calibrated threshold: detector=FILE, made by vlmfix calibrate lookback, or "
                 "hi=..., a score of the monitor on this model"
             )
         if self.hi is None:
-            at = Detector.read(self.detector).threshold  # type: ignore[arg-type]
-            found = replace(found, hi=at)  # type: ignore[call-arg]
-        return found, facts
+            threshold = Detector.read(str(self.detector)).threshold
+            resolved = replace(resolved, hi=threshold)  # type: ignore[call-arg]
+        return resolved, facts
 
     def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """One question after the other."""
@@ -222,172 +138,143 @@ class Rerank(Lookback):
         """Tokens of one answer, and what to record of it."""
         accepted: list[int] = []
         rounds: list[dict[str, Any]] = []
-        earlier: set[str] = set()
+        earlier_sentences: set[str] = set()
         for _ in range(self.max_sentences):
-            for _ in range(1 + (self.all_bad == "drop")):
-                candidates, facts = self._round(run, accepted, len(rounds), earlier)
+            for _ in range(2 if self.all_bad == "drop" else 1):
+                candidates, facts = self._round(run, accepted, len(rounds), earlier_sentences)
                 chosen = self._best(candidates, facts)
-                rounds.append({"candidates": facts, "chosen": chosen, "all_bad": not any(f["clean"] for f in facts)})
+                all_bad = not any(fact["clean"] for fact in facts)
+                rounds.append({"candidates": facts, "chosen": chosen, "all_bad": all_bad})
                 if chosen is not None:
                     break
             if chosen is None:
                 accepted += end_token(run)
                 break
+            sentence = facts[chosen]["text"]
             accepted += candidates[chosen].tokens
             run.sources[0] = candidates[chosen].source
-            earlier.add(facts[chosen]["text"])
-            full = len(accepted) >= run.settings["max_new_tokens"]
-            if full or not facts[chosen]["text"] or run.end(accepted) is not None:
+            earlier_sentences.add(sentence)
+            is_full = len(accepted) >= run.settings["max_new_tokens"]
+            if is_full or not sentence or run.end(accepted) is not None:
                 break
-        counts = {
-            "tokens_sampled": sum(f["tokens"] for r in rounds for f in r["candidates"]),
-            "tokens_kept": len(accepted),
-            "objects_verified": sum(len(f["verdicts"]) for r in rounds for f in r["candidates"]),
+        return accepted, self._effect(rounds, len(accepted))
+
+    def _effect(self, rounds: list[dict[str, Any]], n_kept: int) -> dict[str, Any]:
+        """What a record says of one answer."""
+        every: list[dict[str, Any]] = []
+        for each in rounds:
+            every += each["candidates"]
+        return {
+            "acted": not self.greedy_first or any(each["chosen"] != 0 for each in rounds),
+            "tokens_sampled": sum(fact["tokens"] for fact in every),
+            "tokens_kept": n_kept,
+            "objects_verified": sum(len(fact["verdicts"]) for fact in every),
+            "rounds": rounds,
         }
-        acted = not self.greedy_first or any(r["chosen"] != 0 for r in rounds)
-        return accepted, {"acted": acted, **counts, "rounds": rounds}
 
     def _round(
-        self, run: Batch, accepted: list[int], index: int, earlier: set[str]
+        self, run: Batch, accepted: list[int], index: int, earlier_sentences: set[str]
     ) -> tuple[list[Candidate], list[dict[str, Any]]]:
         """Next sentences, and what there is to say of each."""
         import torch
 
-        left = run.settings["max_new_tokens"] - len(accepted)
-        raw = lambda tokens: run.processor.decode(tokens, skip_special_tokens=True)  # noqa: E731
+        candidates: list[Candidate] = []
+        facts: list[dict[str, Any]] = []
+        length, seed = run.settings["max_new_tokens"] - len(accepted), round_seed(run, index)
 
         def stop(new: Tensor) -> Tensor:
-            return new.new_tensor([sentence_end(raw(row)) is not None for row in new], dtype=torch.bool)
+            ended = [sentence_end(_raw_text(run, row)) is not None for row in new]
+            return new.new_tensor(ended, dtype=torch.bool)
 
-        def judged(n: int, **sampling: Any) -> list[tuple[Candidate, dict[str, Any]]]:
-            found = proposals(run, accepted, n, left, round_seed(run, index), stop, **sampling) if n else []
-            return [(cut := _cut(c, raw), self._judge(run, accepted, cut, earlier)) for c in found]
+        def sample(n: int, **sampling: Any) -> None:
+            for proposal in proposals(run, accepted, n, length, seed, stop, **sampling):
+                candidate = _first_sentence(run, proposal)
+                candidates.append(candidate)
+                facts.append(self._judge(run, accepted, candidate, earlier_sentences))
 
-        pairs = judged(1) if self.greedy_first else []
-        if not any(facts["clean"] for _, facts in pairs):
-            pairs += judged(self.n - len(pairs), temperature=self.temperature, top_p=self.top_p, top_k=0)
-        return [c for c, _ in pairs], [facts for _, facts in pairs]
+        if self.greedy_first:
+            sample(1)
+        n_more = self.n - len(candidates)
+        if n_more and not any(fact["clean"] for fact in facts):
+            sample(n_more, temperature=self.temperature, top_p=self.top_p, top_k=0)
+        return candidates, facts
 
-    def _judge(self, run: Batch, accepted: list[int], one: Candidate, earlier: set[str]) -> dict[str, Any]:
-        sentence = run.text(one.tokens)
-        verdicts = self._verify(run, accepted, sentence, one)
-        repeat = sentence in earlier  # else text that loops would always be clean
-        clean = not repeat and all(verdict != "absent" for _, verdict, _ in verdicts)
-        facts = {"text": sentence, "tokens": len(one.tokens), "verdicts": [list(v) for v in verdicts]}
-        return {**facts, "likelihood": one.likelihood, "repeat": repeat, "clean": clean}
+    def _judge(
+        self, run: Batch, accepted: list[int], candidate: Candidate, earlier_sentences: set[str]
+    ) -> dict[str, Any]:
+        """What a record says of a candidate. It is clean if no object is absent, and if it is no repetition: text that
+        loops would always be clean else."""
+        sentence = run.text(candidate.tokens)
+        verdicts = self._verify(run, accepted, sentence, candidate)
+        repeat = sentence in earlier_sentences
+        return {
+            "text": sentence,
+            "tokens": len(candidate.tokens),
+            "verdicts": [list(verdict) for verdict in verdicts],
+            "likelihood": candidate.likelihood,
+            "repeat": repeat,
+            "clean": not repeat and all(word != "absent" for _, word, _ in verdicts),
+        }
 
     def _best(self, candidates: list[Candidate], facts: list[dict[str, Any]]) -> int | None:
         """Index of the candidate to go on from; `None` where none is good enough."""
-        count = lambda i, kind: sum(verdict == kind for _, verdict, _ in facts[i]["verdicts"])  # noqa: E731
-        clean = [i for i, f in enumerate(facts) if f["clean"]]
+
+        def count(i: int, wanted: str) -> int:
+            return sum(word == wanted for _, word, _ in facts[i]["verdicts"])
+
+        clean = [i for i, fact in enumerate(facts) if fact["clean"]]
+        if clean and self.choose == "likely":
+            return max(clean, key=lambda i: candidates[i].likelihood)
+        if clean and self.choose == "objects":
+            return max(clean, key=lambda i: count(i, "present"))
         if clean:
-            keys = {
-                "first": lambda i: 0,
-                "likely": lambda i: candidates[i].likelihood,
-                "objects": lambda i: count(i, "present"),
-            }
-            return max(clean, key=keys[self.choose])
+            return clean[0]
         if self.all_bad != "least":
             return None
-        everyone = range(len(facts))
-        return min(everyone, key=lambda i: (facts[i]["repeat"], count(i, "absent"), -candidates[i].likelihood))
+        return min(range(len(facts)), key=lambda i: (facts[i]["repeat"], count(i, "absent"), -candidates[i].likelihood))
 
-    def _verify(self, run: Batch, accepted: list[int], sentence: str, one: Candidate) -> list[Verdict]:
-        """Verdicts on the objects that a sentence names."""
+    def _verify(self, run: Batch, accepted: list[int], sentence: str, candidate: Candidate) -> list[Verdict]:
+        """Verdicts on the objects that a sentence names, in the order of their first mention."""
         from vlmfix.eval.scorers import chair
 
-        first = {m.node: m for m in reversed(chair.mentions(sentence))}
-        images, prompt = run.questions[0]
-        if self.verifier == "lookback":
-            generation, row = one.source
-            r, written = self.ratios(generation.memos[run.index(self)])[row], run.written(one.tokens)
-            at = {o: len(accepted) + written.tokens_of(m.start, m.end)[0] for o, m in first.items()}
-            return [self._verdict(o, float(self.score(r[step : step + 1]))) for o, step in at.items()]
-        kept = run.kept(self)
-        known: dict[str, Verdict] = kept.setdefault(tuple(_sha(image) for image in images), {})
-        new = [o for o in first if o not in known]
-        if new and self.verifier == "self":
-            known.update({o: self._verdict(o, p) for o, p in zip(new, says_yes(run, new), strict=True)})
-        elif new and self.verifier == "oracle":
-            known.update({o: self._verdict(o, float(o in self._objects(images, kept))) for o in new})
-        elif new:
-            told = list(self._function()(images, prompt, run.text(accepted), sentence, new))
-            if [o for o, *_ in told] != new or any(v not in ("present", "absent", "unsure") for _, v, _ in told):
-                raise ValueError(
-                    f"verifier {self.verifier}: expected (object, present/absent/unsure, score) for each of {new}, "
-                    f"got {told}"
-                )
-            known.update({o: (o, verdict, float(score)) for o, verdict, score in told})
-        return [known[o] for o in first]
-
-    def _verdict(self, name: str, score: float) -> Verdict:
+        mentions = {mention.node: mention for mention in reversed(chair.mentions(sentence))}
         lo, hi = self._limits
-        return name, "present" if score >= hi else "absent" if score <= lo else "unsure", score
-
-    def _function(self) -> Callable[..., Any]:
-        module, _, name = self.verifier.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"verifier {self.verifier!r} cannot be imported: {error}") from error
-        if not callable(found):
-            raise ValueError(f"verifier {self.verifier!r} is no function")
-        return found
-
-    def _objects(self, images: Sequence[Image], kept: dict[Any, Any]) -> frozenset[str]:
-        """Annotated objects in any of the pictures."""
-        from vlmfix.asking.pictures import open_picture
-        from vlmfix.eval.pictures.data import Data
-
-        if "oracle" not in kept:
-            data = Data.load(self.truth)
-            kept["oracle"] = {_sha(open_picture(path)): data.truth[key] for key, path in data.images.items()}
-        if any(_sha(image) not in kept["oracle"] for image in images):
-            raise ValueError(
-                f"{self.name}: the oracle knows the pictures of {self.truth!r} only; set truth to their folder"
-            )
-        return frozenset().union(*(kept["oracle"][_sha(image)] for image in images))
+        if self.verifier == "lookback":
+            generation, row = candidate.source
+            ratios, written = self.ratios(generation.memos[run.index(self)])[row], run.written(candidate.tokens)
+            verdicts = []
+            for name, mention in mentions.items():
+                step = len(accepted) + written.tokens_of(mention.start, mention.end)[0]
+                verdicts.append(verifiers.verdict(name, float(self.score(ratios[step : step + 1])), lo, hi))
+            return verdicts
+        images, prompt = run.questions[0]
+        shelf = run.kept(self)
+        known: dict[str, Verdict] = shelf.setdefault(tuple(map(verifiers.picture_key, images)), {})
+        new = [name for name in mentions if name not in known]
+        if new and self.verifier == "self":
+            for name, p_yes in zip(new, verifiers.says_yes(run, new), strict=True):
+                known[name] = verifiers.verdict(name, p_yes, lo, hi)
+        elif new and self.verifier == "oracle":
+            objects = verifiers.annotated_objects(self.truth, images, shelf)
+            for name in new:
+                known[name] = verifiers.verdict(name, float(name in objects), lo, hi)
+        elif new:
+            for verdict in verifiers.by_function(self.verifier, images, prompt, run.text(accepted), sentence, new):
+                known[verdict[0]] = verdict
+        return [known[name] for name in mentions]
 
 
-def one_by_one(
-    run: Batch, answer: Callable[[Batch], tuple[list[int], dict[str, Any]]]
-) -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """What a `decode` stage returns, question by question, each as a batch of its own."""
-    answers, said = [], []
-    for i in range(len(run.questions)):
-        single = run.single(i)
-        tokens, facts = answer(single)
-        if single.sources:  # none where not even one sentence was accepted
-            run.sources[i] = single.sources[0]
-        answers.append(tokens)
-        said.append(facts)
-    return answers, said
+def _raw_text(run: Batch, tokens: Any) -> str:
+    """With the white space at its ends."""
+    return run.processor.decode(tokens, skip_special_tokens=True)
 
 
-def end_token(run: Batch) -> list[int]:
-    """The model's end token, for answers that a method ends."""
-    end = run.model.generation_config.eos_token_id
-    return [] if end is None else [end[0] if isinstance(end, list) else end]
-
-
-def says_yes(run: Batch, objects: Sequence[str]) -> list[float]:
-    """P(yes) / (P(yes) + P(no)) of the untouched model's first token, on POPE's question for each object."""
-    from vlmfix.eval.benchmarks.pope_building import question_text
-
-    images, _ = run.questions[0]
-    try:
-        return run.untouched_p_yes([(images, question_text(o)) for o in objects])
-    except ValueError as error:
-        raise ValueError(f"{error}; the model cannot verify itself: name a verifier") from None
-
-
-def _cut(one: Candidate, raw: Callable[[Sequence[int]], str]) -> Candidate:
+def _first_sentence(run: Batch, candidate: Candidate) -> Candidate:
     """Up to the end of the first sentence, if something comes after it."""
-    end = sentence_end(raw(one.tokens))
+    end = sentence_end(_raw_text(run, candidate.tokens))
     if end is None:
-        return one
-    return one.cut(next(k for k in range(1, len(one.tokens) + 1) if len(raw(one.tokens[:k])) >= end))
-
-
-def _sha(image: Image) -> str:
-    return hashlib.sha256(image.tobytes()).hexdigest()
+        return candidate
+    for n in range(1, len(candidate.tokens) + 1):
+        if len(_raw_text(run, candidate.tokens[:n])) >= end:
+            return candidate.cut(n)
+    return candidate

@@ -23,7 +23,7 @@ from vlmfix.method.site import Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.engine.state import Prompt
+    from vlmfix.method.prompt import Prompt
     from vlmfix.model.anatomy import Anatomy
 
 LLAVA_TYPES = ("llava", "llava_next")
@@ -110,8 +110,8 @@ class VHR(Intervention):
 
     @property
     def traits(self) -> Traits:
-        """The choice of heads needs the end of the prompt."""
-        return Traits(whole_prompt=True)
+        """The choice of heads needs the end of the prompt, and head outputs without the picture."""
+        return Traits(whole_prompt=True, captures=("heads",))
 
     def __post_init__(self) -> None:
         """Warn where captions are known to degrade."""
@@ -140,9 +140,9 @@ class VHR(Intervention):
         has_image = prompt.geometry.image.any(1)
         memo.update(has_image=has_image, choices={}, gain={})
         if self.layers and bool(has_image.any()):
-            memo["text"] = prompt.image_free_heads(self.layers)
+            memo["text"] = prompt.capture("heads", self.layers, image=False)
             if not self.progressive:
-                memo["visual"] = prompt.heads(self.layers)
+                memo["visual"] = prompt.capture("heads", self.layers)
 
     def heads(self, o: Tensor, site: Site) -> Tensor:
         """Choose once, at the prefill; then scale at all positions."""

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlmfix.asking.asker import Asker, ask, ask_batch
     from vlmfix.asking.record import Record
-    from vlmfix.engine.attachment import effects, unwrap, wrap
+    from vlmfix.engine.wrap import effects, unwrap, wrap
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
     from vlmfix.model.loading import load
@@ -20,12 +20,12 @@ _HOMES = {
     "Intervention": "method.intervention",
     "Record": "asking.record",
     "Site": "method.site",
-    "effects": "engine.attachment",
+    "effects": "engine.wrap",
     "ask": "asking.asker",
     "ask_batch": "asking.asker",
     "load": "model.loading",
-    "unwrap": "engine.attachment",
-    "wrap": "engine.attachment",
+    "unwrap": "engine.wrap",
+    "wrap": "engine.wrap",
 }
 __all__ = [
     "Asker",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from vlmfix.asking.asker import Asker
-from vlmfix.engine.state import Prompt
 from vlmfix.eval.bench.naive import naively
 from vlmfix.eval.bench.shapes import SINK
 from vlmfix.eval.bench.timing import Timing, measure, summary
 from vlmfix.hooks import VCD
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.prompt import Prompt
 from vlmfix.method.registry import parse, spec_of
 from vlmfix.method.stages import ASK_STAGES, ATTENTION_STAGES
 

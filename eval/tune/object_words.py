@@ -17,7 +17,8 @@ from vlmfix.asking.words import Written
 from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.scorers import chair
 from vlmfix.eval.tune.tool import Subject
-from vlmfix.hooks.lookback import Lookback, features
+from vlmfix.hooks.lookback import Lookback
+from vlmfix.hooks.parts.detector import features
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from vlmfix.asking.asker import Asker
-from vlmfix.engine.state import Prompt
 from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.tune.measurement import Measurement
 from vlmfix.eval.tune.tool import Subject, Tool
 from vlmfix.hooks.vhr import Choice, choose
-from vlmfix.method.intervention import Intervention
+from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.prompt import Prompt
 from vlmfix.method.site import Site
 from vlmfix.model.anatomy import anatomy
 
@@ -29,10 +29,15 @@ from vlmfix.model.anatomy import anatomy
 class ReadHeads(Intervention):
     """Reads head outputs at the last prompt position, with the image and without; changes nothing."""
 
+    @property
+    def traits(self) -> Traits:
+        """It needs head outputs of a pass of its own."""
+        return Traits(captures=("heads",))
+
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Run the prompt once without its image tokens."""
         layers = range(len(anatomy(prompt.model).layers))
-        memo.update(text=prompt.image_free_heads(layers), visual={})
+        memo.update(text=prompt.capture("heads", layers, image=False), visual={})
 
     def heads(self, o: Tensor, site: Site) -> Tensor:
         """Note the outputs (B, H, d) with the image."""

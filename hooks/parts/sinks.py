@@ -86,10 +86,10 @@ class Calibration:
 
     def explain(self) -> str:
         """Why nothing was found, in one clause."""
-        d, phi, ratio = self.peak
-        rejected = "".join(f"; dimension {d} rejected: {why}" for d, why in self.dropped)
+        dim, phi, ratio = self.peak
+        rejected = "".join(f"; dimension {other} rejected: {why}" for other, why in self.dropped)
         return (
-            f"the loudest is {d} with phi {phi:.3g} (tau {self.tau:.3g}) and {ratio:.3g} times the median activation "
+            f"the loudest is {dim} with phi {phi:.3g} (tau {self.tau:.3g}) and {ratio:.3g} times the median activation "
             f"(at least 100 is massive){rejected}; give dims=... if you know them"
         )
 
@@ -135,41 +135,44 @@ def calibrate(x: Tensor, tau: float, first: int = 0) -> Calibration:
     on = cand >= 0.5
     on[:2], on[n_layers - 1 :] = False, False
     inner = slice(min(2, n_layers - 1), max(n_layers - 1, 1))
-    flat = int(p_first[inner].argmax())
-    layer, d = flat // width + (inner.start or 0), flat % width
-    peak = (d, float(p_first[layer, d]), float((c[:, layer, d] / med[:, layer, 0]).mean()))
+    loudest = int(p_first[inner].argmax())
+    layer, dim = loudest // width + (inner.start or 0), loudest % width
+    peak = (dim, float(p_first[layer, dim]), float((c[:, layer, dim] / med[:, layer, 0]).mean()))
     layers = on.any(1).nonzero()[:, 0].tolist()
     if not layers:
         return Calibration((), tau, "none", None, "calibrated", peak)
+    # From the first such layer to the last, a dimension must be massive in half of the layers, on carriers alone.
     span = slice(layers[0], layers[-1] + 1)
-    frac, p_d, o_d = on[span].float().mean(0), p_first[span].median(0).values, others[span].median(0).values
+    share_on = on[span].float().mean(0)
+    p_carrier, p_others = p_first[span].median(0).values, others[span].median(0).values
     dropped, kept = [], []
-    for d in (frac >= 0.5).nonzero()[:, 0].tolist():
-        if o_d[d] >= 0.25 * p_d[d] or o_d[d] >= tau / 2:
-            dropped.append((d, "large on all tokens"))
+    for dim in (share_on >= 0.5).nonzero()[:, 0].tolist():
+        if p_others[dim] >= 0.25 * p_carrier[dim] or p_others[dim] >= tau / 2:
+            dropped.append((dim, "large on all tokens"))
         else:
-            kept.append(d)
-    top = max((float(p_d[d]) for d in kept), default=0.0)
+            kept.append(dim)
+    top = max((float(p_carrier[dim]) for dim in kept), default=0.0)
     if top < tau:
-        dropped += [(d, f"phi {float(p_d[d]):.3g} is below tau") for d in kept]
+        dropped += [(dim, f"phi {float(p_carrier[dim]):.3g} is below tau") for dim in kept]
         return Calibration((), tau, "none", None, "calibrated", peak, dropped=tuple(dropped))
-    strong = sorted((d for d in kept if p_d[d] >= 0.3 * top), key=lambda d: -float(p_d[d]))
+    strong = [dim for dim in kept if p_carrier[dim] >= 0.3 * top]
+    strong.sort(key=lambda dim: -float(p_carrier[dim]))
     dims = tuple(strong[:3])
-    tier = "strict" if all(float(strict[span, d].mean()) >= 0.5 for d in dims) else "relative"
+    is_strict = all(float(strict[span, dim].mean()) >= 0.5 for dim in dims)
+    tier = "strict" if is_strict else "relative"
     return Calibration(dims, tau, tier, layers[0], "calibrated", peak, tuple(kept), tuple(dropped))
 
 
 def resolve(model: nn.Module, anatomy: Anatomy, tau: float, processor: Any = None) -> Calibration:
     """D_sink of a loaded model: the table's, as far as the loaded weights bear it out, else what calibration finds."""
-    found = calibrate(probe(model, anatomy, processor), tau)
+    calibration = calibrate(probe(model, anatomy, processor), tau)
     entry = recognise(anatomy)
     if entry is not None:
-        confirmed = tuple(d for d in entry.dims if d in found.massive)
+        confirmed = tuple(dim for dim in entry.dims if dim in calibration.massive)
         if confirmed:
-            return replace(
-                found, dims=confirmed, origin=f"table ({entry.name}: {entry.source}), verified on the weights"
-            )
-    return found
+            origin = f"table ({entry.name}: {entry.source}), verified on the weights"
+            return replace(calibration, dims=confirmed, origin=origin)
+    return calibration
 
 
 def recognise(anatomy: Anatomy) -> Known | None:

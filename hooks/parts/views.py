@@ -39,10 +39,10 @@ def view(config: Any, processor: Any, inputs: dict[str, Any], size: tuple[int, i
     grid, pixels = inputs.get("image_grid_thw"), inputs.get("pixel_values")
     if grid is not None:
         rows, columns = (int(x) // vision.spatial_merge_size for x in grid[0, 1:])
-        found = View(rows, columns, 0, whole)
+        grid_view = View(rows, columns, 0, whole)
     elif kind in WHOLE_FIRST:
         side = vision.image_size // vision.patch_size
-        found = View(side, side, 0, whole)
+        grid_view = View(side, side, 0, whole)
     else:
         if pixels is None or pixels.dim() < 4:
             raise TypeError(f"cannot tell the grid of image tokens of a {kind} model from its inputs")
@@ -55,10 +55,13 @@ def view(config: Any, processor: Any, inputs: dict[str, Any], size: tuple[int, i
         columns = per_tile // max(rows, 1)
         if not rows or rows * columns * n_tiles != n or rows * width != columns * height:
             raise TypeError(f"the {n} image tokens of a {kind} model lie on no grid over {n_tiles} x {width}x{height}")
-        found = View(rows, columns, n - per_tile, whole if n_tiles > 1 else covered(processor, size))
-    if found.first + found.rows * found.columns > n or (grid is not None and found.rows * found.columns != n):
-        raise ValueError(f"expected at least {found.rows} x {found.columns} image tokens of the picture, got {n}")
-    return found
+        grid_view = View(rows, columns, n - per_tile, whole if n_tiles > 1 else covered(processor, size))
+    n_on_grid = grid_view.rows * grid_view.columns
+    if grid_view.first + n_on_grid > n or (grid is not None and n_on_grid != n):
+        raise ValueError(
+            f"expected at least {grid_view.rows} x {grid_view.columns} image tokens of the picture, got {n}"
+        )
+    return grid_view
 
 
 def check_grid(config: Any) -> None:

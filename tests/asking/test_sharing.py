@@ -12,7 +12,8 @@ from vlmfix.asking.asker import Asker, ask_batch
 from vlmfix.asking.batch import Batch
 from vlmfix.asking.prefix import ContinuedBatch
 from vlmfix.asking.words import spellings
-from vlmfix.engine.attachment import Attachment, attached, effects, in_force, wrapped
+from vlmfix.engine.attachment import Attachment, attached
+from vlmfix.engine.wrap import effects, in_force, wrapped
 from vlmfix.eval.benchmarks.benchmark import Item, benchmark
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.batches import end_of_batch, share_of

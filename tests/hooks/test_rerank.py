@@ -13,10 +13,13 @@ from tests.models import ARCHITECTURES, picture_prompt
 from vlmfix.asking.batch import Batch
 from vlmfix.asking.pictures import open_picture
 from vlmfix.cli import app
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.pictures.data import Data
 from vlmfix.hooks import Chunks, Lookback, Rerank
-from vlmfix.hooks.rerank import Candidate, proposals, round_seed, says_yes, sentence_end
+from vlmfix.hooks.parts.sampling import Candidate, proposals, round_seed
+from vlmfix.hooks.parts.sentences import sentence_end
+from vlmfix.hooks.parts.verifiers import says_yes
 
 SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
 PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]

@@ -18,7 +18,8 @@ from vlmfix.asking.pictures import Picture, Question, read_questions
 from vlmfix.asking.prefix import ContinuedBatch, can_share, prefixed_for_all
 from vlmfix.asking.record import Record
 from vlmfix.asking.words import FirstWords, p_yes, yes_no_tokens
-from vlmfix.engine.attachment import Attachment, attached, describe, in_force
+from vlmfix.engine.attachment import Attachment, attached, describe
+from vlmfix.engine.wrap import in_force
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import Interventions, as_interventions
 

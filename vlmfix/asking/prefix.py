@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmfix.asking.batch import NO_SAMPLING, Batch, chat
-from vlmfix.engine.attachment import Attachment, Left, attached, in_force
+from vlmfix.engine.attachment import Attachment, Left, attached
+from vlmfix.engine.wrap import in_force
 
 BOTH_WAYS = ("token_type_ids",)
 """Inputs of models whose prompts see both ways: there a question changes what comes before it."""

@@ -15,7 +15,7 @@ from tests.models import ARCHITECTURES, llava, picture_prompt
 from vlmfix.asking.asker import Asker
 from vlmfix.asking.words import spellings
 from vlmfix.engine import attention
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.benchmarks.pope import Pope
 from vlmfix.eval.pictures.data import Data
