@@ -11,8 +11,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from vlmfix.eval.benchmarks.benchmark import benchmark
-from vlmfix.eval.report.report import LESS_IS_BETTER, MORE_IS_BETTER, controls_of, figure, interval, number
+from vlmfix.eval.benchmarks.benchmark import Figure, benchmark_class
+from vlmfix.eval.report.figures import figure, interval, number
+from vlmfix.eval.run.controls import controls_of
 from vlmfix.eval.scorers.stats import Difference, Estimate
 from vlmfix.method.registry import parse, spec_of
 
@@ -39,8 +40,8 @@ class Board:
     """Methods on one benchmark and model."""
 
     title: str
-    columns: dict[str, tuple[str, float]]
-    """Metric -> unit and factor."""
+    columns: dict[str, Figure]
+    """Name -> figure."""
     lines: tuple[Line, ...]
     pictures: int
     command: str
@@ -60,7 +61,7 @@ class Board:
     def ranked(self, metric: str) -> list[str]:
         """Methods, the best first; for figures that are neither good nor bad, the highest."""
         of = {line.method: line.estimates[metric].value for line in self.lines}
-        sign = 1 if metric in LESS_IS_BETTER else -1
+        sign = 1 if self.columns[metric].better == "less" else -1
         return sorted(self.owned(), key=lambda m: (of[m] is None, sign * (of[m] or 0.0), m))
 
     def html(self, metric: str) -> str:
@@ -91,24 +92,25 @@ class Board:
         )
 
     def _value(self, line: Line, metric: str) -> str:
-        e, factor = line.estimates[metric], self.columns[metric][1]
+        e, factor = line.estimates[metric], self.columns[metric].factor
         return f"{number(e.value, factor)}<small>{interval(e, factor)}</small>"
 
     def _difference(self, line: Line, metric: str) -> str:
         if line.differences is None:
             return ""
-        d, factor = line.differences[metric], self.columns[metric][1]
+        d, factor = line.differences[metric], self.columns[metric].factor
         if d.value == d.low == d.high == 0:
             return "same"
         kind = ""
-        if d.clear and metric in LESS_IS_BETTER | MORE_IS_BETTER:
-            kind = "good" if ((d.value or 0) < 0) == (metric in LESS_IS_BETTER) else "bad"
+        better = self.columns[metric].is_better(d.value)
+        if d.clear and better is not None:
+            kind = "good" if better else "bad"
         said = figure(d, factor, signed=True).split(" ", 1)
         return f'<b class="{kind}">{said[0]}</b><small>{"".join(said[1:])}</small>'
 
 
-def _named(metric: str, columns: dict[str, tuple[str, float]]) -> str:
-    return escape(f"{metric} {columns[metric][0]}".strip())
+def _named(metric: str, columns: dict[str, Figure]) -> str:
+    return escape(f"{metric} {columns[metric].unit}".strip())
 
 
 def _wrapping(label: str) -> str:
@@ -137,10 +139,11 @@ def boards() -> dict[str, Board]:
 def _board(comparison: dict[str, Any], group: str) -> Board:
     rows = [row for row in comparison["rows"] if row["group"] == group]
     named = ", ".join(filter(None, [comparison["title"], group]))
+    figures = benchmark_class(comparison["benchmark"]).figures
     return Board(
         title=f"{named}: {comparison['model']}",
         pictures=rows[0]["n"],
-        columns=dict(benchmark(comparison["benchmark"]).columns),
+        columns={name: figure for name, figure in figures.items() if figure.shown},
         lines=tuple(
             Line(
                 row["method"],

@@ -14,7 +14,7 @@ import gradio as gr
 from vlmfix.demo.leaderboard import boards
 from vlmfix.demo.studio import problem
 from vlmfix.eval.report import html
-from vlmfix.eval.report.report import study
+from vlmfix.eval.report.study import study
 from vlmfix.eval.run.results import HEADER, RECORDS, Run, compare
 
 MOST = 24

@@ -406,7 +406,7 @@ def says_yes(run: Answering, objects: Sequence[str]) -> list[float]:
 
     from vlmfix.asking.asking import Answering
     from vlmfix.engine.attachment import attached
-    from vlmfix.eval.benchmarks.pope import question_text
+    from vlmfix.eval.benchmarks.pope_building import question_text
 
     images, _ = run.questions[0]
     asked = Answering.of(run.model, run.processor, [(images, question_text(o)) for o in objects], {})

@@ -20,7 +20,7 @@ import torch
 import vlmfix
 from vlmfix.asking.asking import Answering, open_picture
 from vlmfix.eval.benchmarks.benchmark import benchmark
-from vlmfix.eval.benchmarks.pope import question_text
+from vlmfix.eval.benchmarks.pope_building import question_text
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.results import compare
 from vlmfix.eval.run.runner import PlainProgress, answer_all

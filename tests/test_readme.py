@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
-from vlmfix.eval.report import report
+from vlmfix.eval.report import markdown
+from vlmfix.eval.report.study import study
 from vlmfix.eval.run.results import Run, compare
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.registry import method_class
@@ -77,7 +78,7 @@ def test_figures_are_what_the_main_job_prints(tmp_path):
     command = [sys.executable, "-m", "vlmfix", "eval", "--output", str(tmp_path), "--json"]
     subprocess.run(command, env=env, check=True, capture_output=True)
     runs = sorted((Run.read(p.parent) for p in tmp_path.rglob("records.jsonl")), key=lambda r: r.label)
-    fresh = figures("\n".join(report.markdown(c) for c in compare(runs)))
+    fresh = figures("\n".join(markdown.tables(study(c)) for c in compare(runs)))
     told = figures(README.split("<!-- results: vlmfix eval -->")[1].split("<!-- end of results -->")[0])
     assert len(told) == 2 and all(len(rows) >= 18 for rows in told.values())
     for title, rows in told.items():

@@ -28,7 +28,7 @@ def test_wheel_holds_one_package_and_its_data(installed):
     assert {n.split("/")[0] for n in names} == {"vlmfix", next(n for n in names if ".dist-info" in n).split("/")[0]}
     for needed in (
         "hooks/var.py",
-        "eval/chair.py",
+        "eval/scorers/chair.py",
         "demo/app.py",
         "organism/train.py",
         "py.typed",
@@ -42,17 +42,16 @@ def test_wheel_holds_one_package_and_its_data(installed):
 
 def test_everything_imports_and_runs_from_the_wheel(installed, tmp_path):
     code = (
-        "import importlib, pkgutil, vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo, vlmfix.organism;"
+        "import importlib, pkgutil, vlmfix;"
         f"assert vlmfix.__file__.startswith({str(installed[1])!r}), vlmfix.__file__;"
-        "parts = [vlmfix, vlmfix.hooks, vlmfix.eval, vlmfix.demo, vlmfix.organism];"
-        "names = [m.name for p in parts for m in pkgutil.iter_modules(p.__path__, p.__name__ + '.')];"
+        "names = [m.name for m in pkgutil.walk_packages(vlmfix.__path__, 'vlmfix.')];"
         "[importlib.import_module(n) for n in names if not n.endswith('__main__')]; print(len(names))"
     )
     env = {**os.environ, "PYTHONPATH": str(installed[1])}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and int(done.stdout) > 15, done.stderr
+    assert done.returncode == 0 and int(done.stdout) > 100, done.stderr
     command = [sys.executable, "-m", "vlmfix", "eval", "--limit", "2", "--benchmark", "chair", "--method", "none,vhr"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "CHAIR (rohrbach), model tiny, 2 pictures" in done.stdout, done.stderr

@@ -18,7 +18,7 @@ from PIL import Image
 
 import vlmfix
 from vlmfix.engine.attachment import wrapped
-from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.benchmarks.chair import PROMPT
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair
 
@@ -71,7 +71,7 @@ def main() -> None:
         )
         for x, method in ((1.85, None), (6.25, "vhr")):
             with wrapped(model, method, processor):
-                text = vlmfix.ask(model, processor, data.images[scene], Chair.prompt).text
+                text = vlmfix.ask(model, processor, data.images[scene], PROMPT).text
             (score,) = chair.score_captions([(scene, text)], data.truth)
             axis.text(x, 1.28, "untouched" if method is None else "with VHR", size=10, weight="bold", va="top")
             box = AnnotationBbox(lines(pieces(score), 44), (x, 1.05), frameon=False, box_alignment=(0, 1), pad=0)

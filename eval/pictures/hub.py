@@ -51,14 +51,14 @@ def rows(name: str) -> Iterable[Mapping[str, Any]]:
     try:
         return datasets.load_dataset(repo, config or None, split=split or "test")
     except Exception as error:  # the library raises many kinds for what is missing, private, or not reachable
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"data {name!r} cannot be loaded: {said}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"data {name!r} cannot be loaded: {reason}") from error
 
 
-def lay_out(found: Iterable[Mapping[str, Any]], benchmark: str, folder: Path) -> None:
+def lay_out(data_rows: Iterable[Mapping[str, Any]], benchmark: str, folder: Path) -> None:
     """Write pictures and questions; the file of questions last, so that a folder that has one is whole."""
     lines = []
-    for row in found:
+    for row in data_rows:
         try:
             file, line = READERS[benchmark](row)
             picture = row["image"]

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any
 
-from vlmfix.eval.report.report import BINS, Study, by_position, confusion
+from vlmfix.eval.report.mistakes import BINS, by_position, confusion
+from vlmfix.eval.report.study import Study
 from vlmfix.eval.scorers.stats import Estimate
 
 UNTOUCHED = "#7d8590"

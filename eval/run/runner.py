@@ -27,7 +27,8 @@ import vlmfix
 from vlmfix.asking.asking import Record, ask_batch, open_picture, spellings
 from vlmfix.asking.prefix import can_share, seen_by_all
 from vlmfix.engine.attachment import Attachment, describe, in_force
-from vlmfix.eval.benchmarks.benchmark import Benchmark, Item, YesNo
+from vlmfix.eval.benchmarks.benchmark import Benchmark, Item
+from vlmfix.eval.benchmarks.questions import YesNo
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.protocols import MODEL, TEMPLATES, generation
 from vlmfix.eval.run.results import HEADER, RECORDS, Run, items_digest, read_lines

@@ -42,6 +42,11 @@ class Estimate:
     low: float | None
     high: float | None
 
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
 
 @dataclass(frozen=True)
 class Difference(Estimate):
@@ -53,11 +58,6 @@ class Difference(Estimate):
     """Images that both have."""
     left_out: int
     """Images that only one of them has."""
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def resampled(counts: Mapping[Name, np.ndarray], n_resamples: int, seed: int) -> Iterator[dict[Name, np.ndarray]]:

@@ -17,7 +17,8 @@ import torch
 
 from vlmfix.asking.asking import spellings
 from vlmfix.engine.attachment import wrapped
-from vlmfix.eval.benchmarks.benchmark import Item, Pope
+from vlmfix.eval.benchmarks.benchmark import Item
+from vlmfix.eval.benchmarks.pope import Pope
 from vlmfix.eval.tune.ablation import logits_at
 from vlmfix.eval.tune.ranking import Found, Subject, Tell, Tool, rank
 from vlmfix.hooks import ACT, ZeroTuning

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmfix.asking.asking import ask_batch
 from vlmfix.engine.attachment import attached, wrapped
-from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair
 from vlmfix.eval.scorers.stats import Estimate, ratio

@@ -27,7 +27,9 @@ from torch import Tensor
 from vlmfix.asking.asking import Answering, open_picture, spellings
 from vlmfix.engine.attachment import attached, wrapped
 from vlmfix.engine.state import Prompt
-from vlmfix.eval.benchmarks.benchmark import Chair, Item, Pope
+from vlmfix.eval.benchmarks.benchmark import Item
+from vlmfix.eval.benchmarks.chair import Chair
+from vlmfix.eval.benchmarks.pope import Pope
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import naming
 from vlmfix.eval.tune.ablation import each_head_off, logits_at

@@ -11,7 +11,7 @@ import pytest
 from vlmfix.demo import leaderboard, results
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.report.report import figure
+from vlmfix.eval.report.figures import figure
 from vlmfix.eval.run.runner import answer_all
 from vlmfix.method.registry import parse
 from vlmfix.model.loading import load

@@ -1,8 +1,7 @@
 """Yes/no questions about pictures: reading files, reading answers, joining the two, and the figures.
 
-All yes/no benchmarks are scored here; `pope`, `amber`, `mme`, `hallusion` and `dash` add their questions, groups and
-figures of their own. Evaluators in use read the same answers in different ways, so the parser is part of every
-figure's name.
+All yes/no benchmarks are scored here; they add their questions, groups and figures of their own. Evaluators in use read
+the same answers in different ways, so the parser is part of every figure's name.
 
     questions = read_questions("questions.jsonl")
     scores = score_answers(questions, read_answers("answers.jsonl"), "strict")

@@ -14,7 +14,7 @@ import vlmfix
 from tests.models import ARCHITECTURES, llava, picture_prompt
 from vlmfix.engine import attention
 from vlmfix.engine.attachment import wrapped
-from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.report.headmap import head_map
 from vlmfix.eval.scorers import chair, naming
