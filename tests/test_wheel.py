@@ -28,7 +28,7 @@ def test_wheel_holds_one_package_and_its_data(installed):
     assert {n.split("/")[0] for n in names} == {"vlmfix", next(n for n in names if ".dist-info" in n).split("/")[0]}
     for needed in (
         "hooks/var.py",
-        "eval/scorers/chair.py",
+        "eval/scorers/chair/scores.py",
         "demo/app.py",
         "organism/train.py",
         "py.typed",
