@@ -69,7 +69,7 @@ class Column:
 def monitors(studio: Studio, picture: Image.Image, chosen: Sequence[Intervention]) -> tuple[Intervention, ...]:
     """The monitor that tells doubtful words, for a picture that is not known, where it can be in force."""
     watched = any(one.name == "lookback" or one.acts_at("decode") for one in chosen)
-    can = "weights" in anatomy(studio.model).stages
+    can = "attention" not in anatomy(studio.model).lacks
     return () if watched or not can or truth(picture) is not None else (Lookback(),)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from vlmfix.asking.asking import Record, ask, open_picture
 from vlmfix.demo.settings import METHODS, interventions, settings
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.pictures.data import Data
 from vlmfix.method.intervention import Intervention
 from vlmfix.model.loading import EMBEDDED, load

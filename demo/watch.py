@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 
 from vlmfix.asking.asking import Answering, Record
 from vlmfix.demo.studio import Studio
-from vlmfix.engine.attachment import attached, effects
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import effects
 from vlmfix.hooks.lookback import steps_of, token_ends
 from vlmfix.hooks.parts import sinks, views
 from vlmfix.hooks.var import VAR

@@ -26,10 +26,10 @@ from transformers.modeling_utils import AttentionInterface
 from vlmfix.asking.asking import Answering
 from vlmfix.asking.prefix import Sharing, can_share
 from vlmfix.engine import attention
-from vlmfix.engine.attachment import wrapped
-from vlmfix.engine.state import Prompt
+from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks import VCD
 from vlmfix.method.intervention import Intervention
+from vlmfix.method.prompt import Prompt
 from vlmfix.method.registry import parse, spec_of
 from vlmfix.method.settings import did_you_mean
 from vlmfix.method.stages import ASK_STAGES, ATTENTION_STAGES

@@ -18,7 +18,7 @@ from vlmfix.method.site import Rows, Site, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmfix.engine.state import Prompt
+    from vlmfix.method.prompt import Prompt
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from vlmfix.method.site import Site, Step
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.engine.state import Prompt
+    from vlmfix.method.prompt import Prompt
     from vlmfix.model.anatomy import Anatomy
 
 VARIANTS: dict[str, dict[str, Any]] = {

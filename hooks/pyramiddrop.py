@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vlmfix.model.anatomy import Anatomy
 
-POSITION_STAGES = ("tokens", "survey", "layer_input", "scores", "weights", "heads")
+POSITION_STAGES = ("tokens", "survey", "layer_input", "scores", "weights", "heads", "cache", "mlp")
 """Stages that tell tokens by their place in the prompt."""
 
 

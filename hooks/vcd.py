@@ -18,7 +18,7 @@ from vlmfix.method.site import Step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmfix.engine.state import Prompt
+    from vlmfix.method.prompt import Prompt
 
 N_STEPS = 1000
 

@@ -23,7 +23,7 @@ from vlmfix.method.site import Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vlmfix.engine.state import Prompt
+    from vlmfix.method.prompt import Prompt
     from vlmfix.model.anatomy import Anatomy
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -113,7 +113,8 @@ class VHR(Intervention):
     @property
     def traits(self) -> Traits:
         """The choice of heads needs the end of the prompt; listed heads are the same for every question."""
-        return Traits(whole_prompt=self.head_list is None, shares_pictures=self.head_list is not None)
+        listed = self.head_list is not None
+        return Traits(whole_prompt=not listed, shares_pictures=listed, captures=("heads",))
 
     def __post_init__(self) -> None:
         """Fill the variant's values and check ranges."""
@@ -183,9 +184,9 @@ class VHR(Intervention):
         has_image = prompt.geometry.image.any(1)
         memo.update(has_image=has_image, choices={}, gain={})
         if self.layers and bool(has_image.any()):
-            memo["text"] = prompt.image_free_heads(self.layers)
+            memo["text"] = prompt.capture("heads", self.layers, image=False)
             if not self.progressive:
-                memo["visual"] = prompt.heads(self.layers)
+                memo["visual"] = prompt.capture("heads", self.layers)
 
     def heads(self, o: Tensor, site: Site) -> Tensor:
         """Choose once, at the prefill; then scale at all positions."""

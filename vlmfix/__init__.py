@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlmfix.asking.asking import Record, ask, ask_batch
-    from vlmfix.engine.attachment import effects, unwrap, wrap
+    from vlmfix.engine.wrap import effects, unwrap, wrap
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
     from vlmfix.model.loading import load
@@ -18,12 +18,12 @@ _HOMES = {
     "Intervention": "method.intervention",
     "Record": "asking.asking",
     "Site": "method.site",
-    "effects": "engine.attachment",
+    "effects": "engine.wrap",
     "ask": "asking.asking",
     "ask_batch": "asking.asking",
     "load": "model.loading",
-    "unwrap": "engine.attachment",
-    "wrap": "engine.attachment",
+    "unwrap": "engine.wrap",
+    "wrap": "engine.wrap",
 }
 __all__ = ["Intervention", "Record", "Site", "__version__", "ask", "ask_batch", "effects", "load", "unwrap", "wrap"]
 

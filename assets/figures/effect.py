@@ -17,7 +17,7 @@ from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
 from PIL import Image
 
 import vlmfix
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.benchmarks.chair import PROMPT
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair

@@ -26,7 +26,8 @@ from PIL import Image
 import vlmfix
 from vlmfix.asking.asking import Record, ask_batch, open_picture, spellings
 from vlmfix.asking.prefix import can_share, seen_by_all
-from vlmfix.engine.attachment import Attachment, describe, in_force
+from vlmfix.engine.attachment import Attachment, describe
+from vlmfix.engine.wrap import in_force
 from vlmfix.eval.benchmarks.benchmark import Benchmark, Item
 from vlmfix.eval.benchmarks.questions import YesNo
 from vlmfix.eval.pictures.data import Data

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.wrap import wrapped
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.site import Rows, Site
 from vlmfix.model.anatomy import DecoderLayer, anatomy

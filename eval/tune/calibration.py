@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vlmfix.asking.asking import spellings
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.benchmarks.benchmark import Item
 from vlmfix.eval.benchmarks.pope import Pope
 from vlmfix.eval.tune.ablation import logits_at

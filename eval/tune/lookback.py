@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from vlmfix.asking.asking import ask_batch
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from vlmfix.asking.asking import Answering, open_picture, spellings
-from vlmfix.engine.attachment import attached, wrapped
-from vlmfix.engine.state import Prompt
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.benchmarks.benchmark import Item
 from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.benchmarks.pope import Pope
@@ -38,7 +38,8 @@ from vlmfix.hooks.lookback import Lookback
 from vlmfix.hooks.parts import sinks
 from vlmfix.hooks.vhr import Choice, choose
 from vlmfix.method.heads import HeadList, picture_id
-from vlmfix.method.intervention import Idle, Intervention
+from vlmfix.method.intervention import Idle, Intervention, Traits
+from vlmfix.method.prompt import Prompt
 from vlmfix.method.settings import checked_settings, did_you_mean, read_settings
 from vlmfix.method.site import Site
 from vlmfix.model.anatomy import anatomy
@@ -164,9 +165,13 @@ class Tool:
 class _Both(Intervention):
     """Reads head outputs at the last prompt position, with the image and without."""
 
+    @property
+    def traits(self) -> Traits:
+        return Traits(captures=("heads",))
+
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         layers = range(len(anatomy(prompt.model).layers))
-        memo.update(text=prompt.image_free_heads(layers), visual={})
+        memo.update(text=prompt.capture("heads", layers, image=False), visual={})
 
     def heads(self, o: Tensor, site: Site) -> Tensor:
         last = (site.geometry.last_prompt - site.start)[:, None, None, None].expand(-1, 1, *o.shape[2:])

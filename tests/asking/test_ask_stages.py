@@ -171,7 +171,7 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
     questions = [(PICTURES[0], DESCRIBE), (PICTURES[1], DESCRIBE)]
     turned = [[vlmfix.asking.asking.open_picture(p).rotate(180)] for p, _ in questions]
     want = [vlmfix.ask(model, processor, p, DESCRIBE + " Please.", max_new_tokens=4) for p in turned]
-    with vlmfix.engine.attachment.wrapped(model, [Peek(), Count()]):
+    with vlmfix.engine.wrap.wrapped(model, [Peek(), Count()]):
         got = vlmfix.ask_batch(model, processor, questions, max_new_tokens=4)
         kept = vlmfix.engine.attachment.attached(model).kept[0]
     assert [r.text for r in got] == [r.text for r in want], "edits of the looks do not reach the answer"
@@ -186,7 +186,7 @@ def test_the_record_counts_every_pass(tiny):
     model, processor = tiny
 
     def cost(method, **settings):
-        with vlmfix.engine.attachment.wrapped(model, method):
+        with vlmfix.engine.wrap.wrapped(model, method):
             r = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=5, **settings)
         return r.passes, r.tokens
 
@@ -198,6 +198,6 @@ def test_the_record_counts_every_pass(tiny):
     assert cost("contrast") == (10, 2 * tokens - image)
     assert cost("vcd") == (10, 2 * tokens)
     assert cost("beam:n=3") == (15, 3 * tokens)
-    with vlmfix.engine.attachment.wrapped(model, None):
+    with vlmfix.engine.wrap.wrapped(model, None):
         batch = vlmfix.ask_batch(model, processor, [(p, DESCRIBE) for p in PICTURES], max_new_tokens=5)
     assert {(r.passes, r.tokens) for r in batch} == {(passes, tokens)}

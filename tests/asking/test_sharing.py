@@ -10,7 +10,8 @@ import vlmfix
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt, plant_sinks
 from vlmfix.asking.asking import Answering, ask_batch, spellings
 from vlmfix.asking.prefix import Sharing, can_share
-from vlmfix.engine.attachment import Attachment, attached, effects, in_force, wrapped
+from vlmfix.engine.attachment import Attachment, attached
+from vlmfix.engine.wrap import effects, in_force, wrapped
 from vlmfix.eval.benchmarks.benchmark import Item, benchmark
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run import runner

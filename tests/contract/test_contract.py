@@ -538,15 +538,16 @@ def test_weights_offloaded_by_accelerate(method):
 
 def test_layers_on_another_device():
     """Masks follow the layer: here on meta, which holds no numbers but refuses to mix."""
-    from vlmfix.engine.state import Call, Generation
+    from vlmfix.engine.passes import Pass
+    from vlmfix.engine.state import Generation
     from vlmfix.model.geometry import Geometry
 
     ones = torch.ones(1, 6, dtype=torch.bool)
     generation = Generation(Geometry(ones.clone(), ones, ones), [{}], frozenset({0}))
-    for call in (Call(generation, 0, 6, 6), Call(generation, 6, 1, 0)):
-        site = call.site(0, "last", 2, 4, call.start + call.n_rows, slice(None), torch.device("meta"))
+    for this_pass in (Pass(generation, 0, 6, 6), Pass(generation, 6, 1, 0)):
+        site = this_pass.site(0, "last", 2, 4, this_pass.start + this_pass.n_rows, slice(None), torch.device("meta"))
         assert (
             site.rows.device.type == site.geometry.image.device.type == site.geometry.instruction.device.type == "meta"
         )
-    site = Call(generation, 0, 6, 6).prompt_site(0, 2, 4, torch.device("meta"))
+    site = Pass(generation, 0, 6, 6).prompt_site(0, 2, 4, torch.device("meta"))
     assert site.rows.device.type == site.geometry.valid.device.type == "meta"

@@ -13,7 +13,7 @@ from tests import zoo
 from tests.contract.test_contract import footprint
 from tests.contract.test_zoo import answer, logits, same
 from tests.contract.test_zoo_features import ATTENTION, FAMILIES, METHODS, Again
-from vlmfix.engine.attachment import effects, wrapped
+from vlmfix.engine.wrap import effects, wrapped
 from vlmfix.hooks import PAI, VHR
 
 

@@ -14,7 +14,8 @@ import torch
 import vlmfix
 from tests import zoo
 from tests.contract.test_contract import INTERVENTIONS, READERS, footprint
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks import VAR, VHR, PyramidDrop
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import from_json

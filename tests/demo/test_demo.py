@@ -23,7 +23,8 @@ from vlmfix.asking.asking import Record, ask
 from vlmfix.cli import app as cli
 from vlmfix.demo import app, columns, compare, settings, studio, verdicts
 from vlmfix.demo.links import Question
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.registry import method_class, parse
 

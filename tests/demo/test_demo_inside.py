@@ -15,7 +15,8 @@ from vlmfix.asking.asking import Answering
 from vlmfix.demo import inside, looks, maps
 from vlmfix.demo.studio import Answer, Shared, Studio, known_pictures
 from vlmfix.demo.watch import Seen, Shown, Sinks, Watch, inspect, words_of
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks.parts import views
 from vlmfix.method.registry import parse
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vlmfix.engine.attention import AttentionView, edited_attention
-from vlmfix.engine.state import Call, Generation
+from vlmfix.engine.passes import Pass
+from vlmfix.engine.state import Generation
 from vlmfix.method.intervention import Intervention
 from vlmfix.model.geometry import Geometry
 
@@ -31,12 +32,12 @@ def attend(method, query, key, value, n_prompt=0, kernel="sdpa"):
     n, b = key.shape[2], len(key)
     nothing = torch.zeros(b, n - query.shape[2] + n_prompt, dtype=torch.bool)
     generation = Generation(Geometry(nothing, ~nothing, ~nothing), [{}], frozenset({0}))
-    call = Call(generation, n - query.shape[2], query.shape[2], n_prompt)
+    this_pass = Pass(generation, n - query.shape[2], query.shape[2], n_prompt)
     module = nn.Module()
     module.config = SimpleNamespace(_attn_implementation=kernel)
     module.is_causal = True
     module.num_key_value_groups = query.shape[1] // key.shape[1]
-    view = AttentionView(module, 0, 1, [(0, method)], lambda: call)
+    view = AttentionView(module, 0, 1, [(0, method)], lambda: this_pass)
     module.config = SimpleNamespace(_attn_implementation=kernel, vlmfix_view=view)
     return edited_attention(module, query, key, value, None, scaling=query.shape[-1] ** -0.5)[0]
 

@@ -8,9 +8,10 @@ import torch
 from transformers import DynamicCache
 
 from tests.contract.test_contract import answer, build
+from tests.contract.test_stages import Fade, Louder
 from tests.models import ARCHITECTURES, picture_prompt
-from vlmfix.engine.attachment import wrapped
 from vlmfix.engine.streams import join
+from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks import PAI, VCD, VHR, Contrast, PyramidDrop
 from vlmfix.method.intervention import Intervention
 
@@ -20,6 +21,8 @@ METHODS = {
     "as long": [NOISED],
     "edited scores": [PAI(alpha=3.0, gamma=1.8, skip_first=1)],
     "edited heads": [VHR(layers=(1, 2, 3)), CONTRAST],
+    "edited MLP outputs": [Louder(rows="all"), CONTRAST],
+    "edited cache": [Fade(), CONTRAST],
     "two streams": [PAI(alpha=3.0, gamma=1.8, skip_first=1), NOISED],
 }
 TOKENS = 8
@@ -40,7 +43,7 @@ def said(model, prompt, methods, **settings):
 def apart(monkeypatch, *given, **settings):
     """The same with each stream by itself."""
     with monkeypatch.context() as patch:
-        patch.setattr("vlmfix.engine.attachment.join", lambda *_: None)
+        patch.setattr("vlmfix.engine.forward.join", lambda *_: None)
         return said(*given, **settings)
 
 

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
-from vlmfix.engine.attachment import effects, wrapped
+from vlmfix.engine.wrap import effects, wrapped
 from vlmfix.eval import bench
 
 

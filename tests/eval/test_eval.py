@@ -60,7 +60,7 @@ def test_records_hold_what_it_takes_to_ask_again(tiny, runs):
     run = runs[1]
     record = run.records[3]
     model, processor = tiny
-    with vlmfix.engine.attachment.wrapped(
+    with vlmfix.engine.wrap.wrapped(
         model,
         [vlmfix.method.registry.from_json({k: v for k, v in m.items() if k != "facts"}) for m in record["method"]],
         processor,
@@ -302,7 +302,7 @@ def test_first_token_is_what_the_model_says(tiny, runs):
     for record, interventions in ((runs[2].records[5], []), (runs[3].records[5], parse("vhr"))):
         picture = Image.open(ROOT / "assets" / "scenes" / "images" / record["image"][0]).convert("RGB")
         inputs = processor(text=chat(processor, record["prompt"], 1), images=picture, return_tensors="pt")
-        with vlmfix.engine.attachment.wrapped(model, interventions, processor), torch.inference_mode():
+        with vlmfix.engine.wrap.wrapped(model, interventions, processor), torch.inference_mode():
             logits = model(**inputs).logits[0, -1].float().log_softmax(-1)
         for word, ids in (("yes", yes), ("no", no)):
             assert record["first_token"][word] == pytest.approx(float(logits[list(ids)].logsumexp(0)), abs=1e-3)
@@ -492,7 +492,7 @@ def test_first_token_comes_after_methods_that_edit_the_scores(tiny):
         for name in ("person", "fork")
     ]
     plain = vlmfix.ask_batch(model, processor, asked, first_token=words, max_new_tokens=4)
-    with vlmfix.engine.attachment.wrapped(model, parse("contrast:gamma=1.9"), processor):
+    with vlmfix.engine.wrap.wrapped(model, parse("contrast:gamma=1.9"), processor):
         edited = vlmfix.ask_batch(model, processor, asked, first_token=words, max_new_tokens=4)
     for one, other in zip(plain, edited, strict=True):
         assert one.first_token != other.first_token, "the probabilities are those that the answer is chosen by"

@@ -663,9 +663,9 @@ def test_the_looks_leave_no_trace_and_others_act_in_the_answer_alone(tiny):
     with CARVE(final="refined")(model):
         carved = vlmfix.ask(model, processor, SCENE, QUESTION)
     refined = redraw(carved.did[0], SCENE)
-    with vlmfix.engine.attachment.wrapped(model, "vhr"):
+    with vlmfix.engine.wrap.wrapped(model, "vhr"):
         want = vlmfix.ask(model, processor, refined, QUESTION, num_beams=2, max_new_tokens=12)
-    with vlmfix.engine.attachment.wrapped(model, [CARVE(final="refined"), *vlmfix.method.registry.parse("vhr")]):
+    with vlmfix.engine.wrap.wrapped(model, [CARVE(final="refined"), *vlmfix.method.registry.parse("vhr")]):
         got = vlmfix.ask(model, processor, SCENE, QUESTION, num_beams=2, max_new_tokens=12)
     assert got.token_ids == want.token_ids and got.did[0] == carved.did[0]
 

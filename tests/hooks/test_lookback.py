@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import vlmfix
 from tests.models import llava, picture_prompt
 from vlmfix.cli import app
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.tune import lookback as calibration
 from vlmfix.hooks import VHR, Lookback
 from vlmfix.hooks.lookback import PRESETS, Detector, steps_of, token_ends

@@ -328,7 +328,7 @@ def test_others_go_along_and_their_second_streams_stay_whole():
     plain = vlmfix.unwrap(model)
     streams = []
     for speed in ([], [PyramidDrop()]):
-        with vlmfix.engine.attachment.wrapped(plain, [Contrast(gamma=2.0), *speed]):
+        with vlmfix.engine.wrap.wrapped(plain, [Contrast(gamma=2.0), *speed]):
             generate(model, prompt, max_new_tokens=1)
             streams.append(attached(model).last().memos[0]["blind"].logits)
     assert torch.equal(*streams)
@@ -352,7 +352,7 @@ def test_masking_goes_together_with_methods(other):
     with PyramidDrop(form="mask")(model):
         alone = generate(model, prompt)[1]
     for order in ([PyramidDrop(form="mask"), other, Watch()], [other, Watch(), PyramidDrop(form="mask")]):
-        with vlmfix.engine.attachment.wrapped(model, order):
+        with vlmfix.engine.wrap.wrapped(model, order):
             both = generate(model, prompt, max_new_tokens=2)[1]
             memos = attached(model).last().memos
             kept = next(m["prompt"] for m in memos if "prompt" in m).kept

@@ -12,7 +12,8 @@ import vlmfix
 from tests.models import ARCHITECTURES, picture_prompt
 from vlmfix.asking.asking import Answering, open_picture
 from vlmfix.cli import app
-from vlmfix.engine.attachment import attached, wrapped
+from vlmfix.engine.attachment import attached
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.pictures.data import Data
 from vlmfix.hooks import Chunks, Lookback, Rerank
 from vlmfix.hooks.rerank import Candidate, proposals, round_seed, says_yes, sentence_end

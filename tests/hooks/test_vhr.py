@@ -299,7 +299,7 @@ def test_listed_heads_from_a_file(tmp_path):
     prompt = picture_prompt(model)
     found = {}
     for spec in (f"vhr:head_list={path}", "vhr:head_list=L3H5/L3H4/L3H3", f"vhr:head_list={path},select=least"):
-        with vlmfix.engine.attachment.wrapped(model, spec):
+        with vlmfix.engine.wrap.wrapped(model, spec):
             found[spec] = (model(**prompt).logits, vlmfix.effects(model)[0])
     (file, told), (named, _), (least, worst) = found.values()
     assert torch.equal(file, named) and not torch.equal(file, least)

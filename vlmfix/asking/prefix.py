@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlmfix.asking.asking import Answering, chat
-from vlmfix.engine.attachment import Attachment, Left, attached, in_force
+from vlmfix.engine.attachment import Attachment, Left, attached
+from vlmfix.engine.wrap import in_force
 
 BOTH_WAYS = ("token_type_ids",)
 """Inputs of models whose prompts see both ways: there a question changes what comes before it."""

@@ -48,7 +48,7 @@ def ask(
         specs = specs if speed is None else [spec_of(interventions) for interventions in parsed]
         from vlmfix.asking.asking import ask as ask_model
         from vlmfix.asking.asking import open_picture
-        from vlmfix.engine.attachment import wrapped
+        from vlmfix.engine.wrap import wrapped
 
         open_picture(image)
         loaded, processor = load_model(model, dtype, device_map, quantize)

@@ -68,7 +68,7 @@ def models(
 ) -> None:
     """List the model types of the installed transformers: what can be done on each, and how image tokens are found."""
     with sentences():
-        from vlmfix.model import support
+        from vlmfix.engine import support
 
         rows = support.table()
     if as_json:

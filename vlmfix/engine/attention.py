@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from vlmfix.engine.state import Call
+from vlmfix.engine.passes import Pass
+from vlmfix.engine.running import Placed
 from vlmfix.engine.streams import JointCache
-from vlmfix.method.intervention import Intervention
 from vlmfix.method.site import Rows, Site
 
 NAME = "vlmfix"
@@ -26,7 +26,6 @@ FLOATS = {"cpu": 2**19}
 """Entries of 16-bit keys that are float32 at a time: what the caches of a CPU core hold (2 MB)."""
 MOST_FLOATS = 2**24
 """The same elsewhere, where few large steps are better."""
-Edits = list[tuple[int, Intervention]]
 between_compiled_pieces: Any = torch.compiler.disable(
     reason="edits run between the compiled pieces of a model, so a wrapped model cannot be compiled with fullgraph=True"
 )
@@ -36,14 +35,15 @@ between_compiled_pieces: Any = torch.compiler.disable(
 class AttentionView:
     """What an attention module's config view points at: the original kernel and who edits this layer."""
 
-    def __init__(self, module: nn.Module, layer: int, n_layers: int, edits: Edits, current: Callable[[], Call | None]):
+    def __init__(
+        self, module: nn.Module, layer: int, n_layers: int, edits: list[Placed], current: Callable[[], Pass | None]
+    ):
         self.layer = layer
         self.n_layers = n_layers
         self.edits = edits
         self.current = current
-        self.original: Any = copy.copy(
-            module
-        )  # shares all weights; kernels that read module.config find the original one
+        # A copy that shares all weights: kernels that read module.config find the original one there.
+        self.original: Any = copy.copy(module)
 
     def kernel(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The implementation that the model is set to (sdpa, eager, flash ...)."""
@@ -67,13 +67,26 @@ class _Name(str):
         return not self == other
 
 
-def attach(module: nn.Module, view: AttentionView) -> None:
+class ConfigHandle:
+    """Takes an attention module's config view off again, as the handles of hooks do."""
+
+    def __init__(self, module: nn.Module, config: Any):
+        self.module, self.config = module, config
+
+    def remove(self) -> None:
+        """The module has its own config again."""
+        self.module.config = self.config
+
+
+def attach(module: nn.Module, view: AttentionView) -> ConfigHandle:
     """Give one attention module its own config view; the decoder's config, and so the masks, stay as they were."""
     AttentionInterface.register(NAME, edited_attention)
+    handle = ConfigHandle(module, module.config)
     config: Any = copy.copy(module.config)
     config.__dict__["_attn_implementation_internal"] = _Name(config._attn_implementation)
     config.__dict__["vlmfix_view"] = view
     module.config = config
+    return handle
 
 
 @between_compiled_pieces
@@ -86,43 +99,44 @@ def edited_attention(
     along, their queries follow the first stream's, and each attends to its own keys by the kernel alone.
     """
     view: AttentionView = module.config.vlmfix_view  # type: ignore[union-attr, assignment]
-    call, kernel = view.current(), partial(view.kernel(), view.original)
-    if call is None or not isinstance(call.cache, JointCache):
-        return _edited(view, call, kernel, query, key, value, attention_mask, kwargs)
-    own, *others = query.split(len(key))
-    mask = None if attention_mask is None else attention_mask[: len(key)]
-    outs = [_edited(view, call, kernel, own, key, value, mask, kwargs)[0]]
-    for q, (k, v, seen) in zip(others, call.cache.others(), strict=True):
-        outs.append(kernel(q, k, v, seen, **kwargs)[0])
-    return torch.cat(outs), None
+    this_pass, kernel = view.current(), partial(view.kernel(), view.original)
+    if this_pass is None or not isinstance(this_pass.cache, JointCache):
+        return _edited(view, this_pass, kernel, query, key, value, attention_mask, kwargs)
+    mask = None if attention_mask is None else this_pass.own(attention_mask)
+    own, _ = _edited(view, this_pass, kernel, this_pass.own(query), key, value, mask, kwargs)
+    return torch.cat([own, *this_pass.cache.attend(kernel, query, **kwargs)]), None
 
 
 def _edited(
-    view: AttentionView, call: Call | None, kernel: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-    kwargs: dict[str, Any],
+    view: AttentionView, this_pass: Pass | None, kernel: Any, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Any, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     stock = cache(partial(kernel, query, key, value, attention_mask, **kwargs))
-    if call is None:
+    if this_pass is None:
         return stock()
-    if call.n_prompt and _as_cached(view, call, key, value, kwargs):
-        call.generation.joinable.add(view.layer)
+    if this_pass.n_prompt and _as_cached(view, this_pass, key, value, kwargs):
+        this_pass.generation.joinable.add(view.layer)
     if not view.edits:
         return stock()
-    scores = Scores(view, call, query, key, attention_mask, kwargs)
-    if not call.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
-        return edit_rows(view, call, lambda: stock()[0], scores, value), None  # runs only where a row stays as it is
+    scores = Scores(view, this_pass, query, key, attention_mask, kwargs)
+    if not this_pass.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
+        # The kernel runs only where a row stays as it is.
+        return edit_rows(view, this_pass, lambda: stock()[0], scores, value), None
     out, weights = stock()
-    return edit_rows(view, call, lambda: out, scores, value), weights
+    return edit_rows(view, this_pass, lambda: out, scores, value), weights
 
 
-def _as_cached(view: AttentionView, call: Call, key: Tensor, value: Tensor, extra: dict[str, Any]) -> bool:
+def _as_cached(view: AttentionView, this_pass: Pass, key: Tensor, value: Tensor, extra: dict[str, Any]) -> bool:
     """Whether a kernel gets keys and values just as the cache gives them, and nothing else that has a row per sample.
     Then second streams can go along in a pass and bring their own."""
-    layers = getattr(call.cache, "layers", ())
+    if view.original.config._attn_implementation != "sdpa":
+        return False
+    layers = getattr(this_pass.cache, "layers", ())
     kept = layers[view.layer] if view.layer < len(layers) else None
-    told = any(isinstance(x, Tensor) and x.dim() > 1 for name, x in extra.items() if name != "position_ids")
-    as_kept = getattr(kept, "keys", None) is key and getattr(kept, "values", None) is value
-    return as_kept and not told and view.original.config._attn_implementation == "sdpa"
+    if getattr(kept, "keys", None) is not key or getattr(kept, "values", None) is not value:
+        return False
+    others = (x for name, x in extra.items() if name != "position_ids")
+    return not any(isinstance(x, Tensor) and x.dim() > 1 for x in others)
 
 
 class Scores:
@@ -133,8 +147,10 @@ class Scores:
     sinks as parameters (`s_aux` (H,), or `sinks` (B, H, Q, 1)), `sliding_window`, `is_causal`.
     """
 
-    def __init__(self, view: AttentionView, call: Call, query: Tensor, key: Tensor, mask: Any, extra: dict[str, Any]):
-        self.call, self.query, self.key, self.mask, self.extra = call, query, key, mask, extra
+    def __init__(
+        self, view: AttentionView, this_pass: Pass, query: Tensor, key: Tensor, mask: Any, extra: dict[str, Any]
+    ):
+        self.this_pass, self.query, self.key, self.mask, self.extra = this_pass, query, key, mask, extra
         self.n_queries, self.n_keys = query.shape[2], key.shape[2]
         self.group = query.shape[1] // key.shape[1]
         causal = extra.get("is_causal")
@@ -145,9 +161,10 @@ class Scores:
         q = self.query[:, :, picked].float()
         q = q * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
         s = self._products(by_key_head(q, self.group)).view(*q.shape[:3], self.n_keys)
-        if (cap := self.extra.get("softcap")) is not None:
+        cap, bias = self.extra.get("softcap"), self.extra.get("position_bias")
+        if cap is not None:
             s = cap * (s / cap).tanh()
-        if (bias := self.extra.get("position_bias")) is not None:
+        if bias is not None:
             s = s + bias[:, :, picked, : self.n_keys].float()
         hidden = self._hidden(picked, s.device)
         if hidden is None:
@@ -162,31 +179,38 @@ class Scores:
         if key.dtype == q.dtype:
             return q @ key.transpose(-1, -2)
         b, n_key_heads, n_keys, d = key.shape
-        n = min(max(FLOATS.get(key.device.type, MOST_FLOATS) // (b * n_key_heads * d), 1), n_keys)
-        room = q.new_empty(b, n_key_heads, n, d)  # one for all pieces: fresh memory would cost more than the maths
-        parts = (room[:, :, : part.shape[2]].copy_(part) for part in key.split(n, dim=2))
-        products = [q @ part.transpose(-1, -2) for part in parts]
-        return products[0] if n == n_keys else torch.cat(products, dim=-1)
+        most = FLOATS.get(key.device.type, MOST_FLOATS)
+        piece_size = min(max(most // (b * n_key_heads * d), 1), n_keys)
+        # One room for all pieces: fresh memory would cost more than the maths.
+        room = q.new_empty(b, n_key_heads, piece_size, d)
+        products = []
+        for piece in key.split(piece_size, dim=2):
+            floats = room[:, :, : piece.shape[2]].copy_(piece)
+            products.append(q @ floats.transpose(-1, -2))
+        return products[0] if piece_size == n_keys else torch.cat(products, dim=-1)
 
     def softmax(self, s: Tensor, picked: Any) -> Tensor:
         """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
-        if (sink := self.extra.get("s_aux")) is not None:
-            sink = sink.view(1, -1, 1, 1)
-        elif (sink := self.extra.get("sinks")) is not None:
-            sink = sink[:, :, picked]
-        if sink is None:
+        per_head, per_row = self.extra.get("s_aux"), self.extra.get("sinks")
+        if per_head is not None:
+            sink = per_head.view(1, -1, 1, 1)
+        elif per_row is not None:
+            sink = per_row[:, :, picked]
+        else:
             return s.softmax(-1)
-        return torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1).softmax(-1)[..., :-1]
+        with_sink = torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1)
+        return with_sink.softmax(-1)[..., :-1]
 
     def _hidden(self, picked: Any, device: torch.device) -> Tensor | None:
         """True where a row may not look, broadcastable to (B, H, R, K); `None` if every row sees every key."""
-        mask, call, n_queries, n_keys = self.mask, self.call, self.n_queries, self.n_keys
+        mask, n_queries, n_keys = self.mask, self.n_queries, self.n_keys
+        start = self.this_pass.start
         if isinstance(mask, Tensor) and mask.dim() == 4:
             rows = mask[:, :, picked, :n_keys]
             return ~rows if rows.dtype == torch.bool else rows <= torch.finfo(rows.dtype).min / 2
         window = self.extra.get("sliding_window")
         window = None if window is None or window >= n_keys else window
-        causal = self.causal and not (n_queries == 1 and n_keys <= call.start + 1)
+        causal = self.causal and not (n_queries == 1 and n_keys <= start + 1)
         if mask is None and window is None and not causal:
             return None
         query, key = torch.arange(n_queries, device=device)[picked, None], torch.arange(n_keys, device=device)
@@ -198,15 +222,17 @@ class Scores:
                 f"attention masks of type {type(mask).__name__} are not supported; load the model with sdpa or eager"
             )
         hidden = None if mask is None else ~mask[:, None, None, -n_keys:].bool()
-        position = query + min(call.start, n_keys - n_queries)
-        limits = []
+        position = query + min(start, n_keys - n_queries)
         if causal:
-            limits.append(key > position)
+            hidden = _either(hidden, key > position)
         if window is not None:
-            limits.append(key <= position - window)
-        for limit in limits:
-            hidden = limit[None, None] if hidden is None else hidden | limit
+            hidden = _either(hidden, key <= position - window)
         return hidden
+
+
+def _either(hidden: Tensor | None, limit: Tensor) -> Tensor:
+    """Where a row may not look for one reason (B, 1, 1 or R, K) or the other (R, K)."""
+    return limit[None, None] if hidden is None else hidden | limit
 
 
 def by_key_head(x: Tensor, group: int) -> Tensor:
@@ -216,55 +242,65 @@ def by_key_head(x: Tensor, group: int) -> Tensor:
     return x.reshape(b, h // group, group * r, n)
 
 
-def edit_rows(view: AttentionView, call: Call, stock: Callable[[], Tensor], scores: Scores, value: Tensor) -> Tensor:
+def edit_rows(
+    view: AttentionView, this_pass: Pass, stock: Callable[[], Tensor], scores: Scores, value: Tensor
+) -> Tensor:
     """The output `stock` (B, Q, H, d) of the original kernel, with the rows that an intervention changed overwritten.
 
     Work and memory are rows x keys; rows, heads and samples that no edit changed keep the kernel's output bit for bit.
     Weights are edited in float32; the rows that they give are summed as kernels do it: weights in the dtype of the
     values, sums in float32.
     """
-    edits = [(i, e) for i, e in view.edits if i in call.generation.force]
-    index = call.row_index(frozenset(e.rows for _, e in edits)) if edits else torch.empty(0)
-    surveys = [(i, e) for i, e in edits if call.n_prompt and e.acts_at("survey")]
+    edits = [(i, one) for i, one in view.edits if i in this_pass.generation.force]
+    index = this_pass.row_index(frozenset(one.rows for _, one in edits)) if edits else torch.empty(0)
+    surveys = [(i, one) for i, one in edits if this_pass.n_prompt and one.acts_at("survey")]
     if index is not None and index.numel() == 0 and not surveys:
         return stock()
     device = value.device
 
     def site(i: int, policy: Rows, picked: Any) -> Site:
-        return call.site(i, policy, view.layer, view.n_layers, scores.n_keys, picked, device)
+        return this_pass.site(i, policy, view.layer, view.n_layers, scores.n_keys, picked, device)
 
     if surveys:
         for piece in torch.arange(scores.n_queries, device=device).split(PIECE):
             a = scores.softmax(scores.rows(piece)[0], piece)
-            for i, e in surveys:
-                e.survey(a, site(i, "all", piece))
-    picks: Any = [slice(None)] if index is None else index.to(device).split(PIECE)
-    for picked in picks:
-        s, hidden = scores.rows(picked)
-        a = plain = scores.softmax(s, picked)
-        sites = {i: site(i, e.rows, picked) for i, e in edits}
-        edited = s
-        for i, e in edits:
-            edited = e.scores(edited, sites[i]) if e.acts_at("scores") else edited
-        if edited is not s:
-            a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
-        for i, e in edits:
-            a = e.weights(a, sites[i]) if e.acts_at("weights") else a
+            for i, one in surveys:
+                one.survey(a, site(i, "all", piece))
+    pieces: Any = [slice(None)] if index is None else index.to(device).split(PIECE)
+    for picked in pieces:
+        sites = {i: site(i, one.rows, picked) for i, one in edits}
+        a, plain = _edited_weights(edits, sites, scores, picked)
         if a is plain:
             continue
         changed = (a != plain).any(-1)  # (B, H, R)
-        if call.n_prompt:  # all rows are admitted afterwards
+        if this_pass.n_prompt:  # all rows are admitted afterwards
             changed &= torch.stack([each.rows for each in sites.values()]).any(0)[:, None]
-        known = changed.device.type == "cpu"  # elsewhere, asking would wait for the device
-        every = known and bool(changed.all())
-        if known and not every and not changed.any():
+        on_cpu = changed.device.type == "cpu"  # elsewhere, asking would wait for the device
+        all_changed = on_cpu and bool(changed.all())
+        if on_cpu and not all_changed and not changed.any():
             continue
         new = (by_key_head(a, scores.group).to(value.dtype) @ value).view(*a.shape[:3], -1).transpose(1, 2)
-        if index is None and every:
+        if index is None and all_changed:
             return new.to(scores.query.dtype)
         out = stock()
         out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
     return stock()
+
+
+def _edited_weights(edits: list[Placed], sites: dict[int, Site], scores: Scores, picked: Any) -> tuple[Tensor, Tensor]:
+    """Attention weights (B, H, R, K) of some rows after all edits, and before them: the same tensor if none was."""
+    s, hidden = scores.rows(picked)
+    a = plain = scores.softmax(s, picked)
+    edited = s
+    for i, one in edits:
+        if one.acts_at("scores"):
+            edited = one.scores(edited, sites[i])
+    if edited is not s:
+        a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
+    for i, one in edits:
+        if one.acts_at("weights"):
+            a = one.weights(a, sites[i])
+    return a, plain
 
 
 class _Seen(Exception):
@@ -280,8 +316,8 @@ def queries_and_keys(layer: nn.Module, module: nn.Module, inputs: dict[str, Any]
     attention, twin = copy.copy(module), copy.copy(layer)  # share all weights
     attention.config = config
     twin.__dict__["_modules"] = {k: attention if v is module else v for k, v in layer._modules.items()}
-    for one in (attention, twin):
-        one.__dict__.pop("forward", None)  # accelerate's is bound to the original
+    for copied in (attention, twin):
+        copied.__dict__.pop("forward", None)  # accelerate's is bound to the original
     try:
         twin.forward(**{**inputs, "past_key_values": None, "use_cache": False})
     except _Seen as seen:
@@ -290,6 +326,7 @@ def queries_and_keys(layer: nn.Module, module: nn.Module, inputs: dict[str, Any]
 
 
 def _look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    if unsupported := [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]:
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unsupported:
         raise TypeError(f"attention with {', '.join(unsupported)} cannot be ranked by queries and keys alone")
     raise _Seen(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlmfix.asking.asking import Answering, Look
-    from vlmfix.engine.state import Prompt
+    from vlmfix.method.prompt import Prompt, Readable
     from vlmfix.model.anatomy import Anatomy
 
 
@@ -41,6 +41,8 @@ class Traits:
     """What it remembers belongs to one answer's tokens in their order, so beams and assisted generation are refused."""
     accelerator: bool = False
     """Made for speed, not against hallucination; put in force beside methods, never ranked among them."""
+    captures: tuple[Readable, ...] = ()
+    """What `begin` reads by `prompt.capture`, in the layers `at_layers`."""
     uses_answers: bool = False
     """It knows the right answers, for an upper bound; result tables refuse it."""
 
@@ -57,6 +59,8 @@ class Intervention:
     | `scores`  | (B, H, R, K) float32, before softmax | rows named by `rows` |
     | `weights` | (B, H, R, K) float32, after softmax | rows named by `rows` |
     | `heads`   | (B, Q, H, d) head outputs before the output projection, the model's dtype | all rows |
+    | `cache`   | (B, Hk, K, d) keys and values that a layer has in the cache, after its attention | all keys so far |
+    | `mlp`     | (B, Q, D) output of a layer's MLP, before it joins the residual stream | all rows |
     | `logits`  | (B, V) float32 scores of the next token | every new token; in `generate` only |
     | `decode`  | a batch of questions; returns answers | in the place of `generate`; in `ask` only |
 
@@ -88,7 +92,7 @@ class Intervention:
         """Whether rows up to the end of the picture stay as they are, by the stages it acts at and its `rows`: then
         several methods may share one pass over a picture."""
         after = self.traits.shares_pictures and self.rows in ("last", "after_last_image", "generated")
-        return after and not any(map(self.acts_at, (*ASK_STAGES, "begin", "tokens", "heads")))
+        return after and not any(map(self.acts_at, (*ASK_STAGES, "begin", "tokens", "heads", "cache", "mlp")))
 
     def at_layers(self, n_layers: int) -> Iterable[int]:
         """Decoder layers whose stages run, of a model with `n_layers` layers."""
@@ -154,6 +158,21 @@ class Intervention:
         """Edit head outputs."""
         return o
 
+    def cache(self, keys: Tensor, values: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        """Edit the keys and values (B, Hk, K, d) that a layer has in the cache, the newest rows' among them: after its
+        attention in this pass, so that later passes see the edit. Tensors of the same shapes come back; the cache
+        holds them from then on. With latent attention they are the latents. `site` is over the K keys.
+        """
+        return keys, values
+
+    def mlp(self, x: Tensor, site: Site) -> Tensor:
+        """Edit the output (B, Q, D) of a layer's MLP, the model's dtype."""
+        return x
+
+    def hidden_layers(self, n_layers: int) -> Iterable[int]:
+        """Layers whose outputs the `logits` stage reads by `step.hidden(layer)`."""
+        return ()
+
     def logits(self, scores: Tensor, step: Step) -> Tensor:
         """Edit the scores of the next token: logits, or log-probabilities in beam search; after the model's own
         repetition and length rules, before temperature and the like."""
@@ -218,7 +237,7 @@ class Intervention:
 
     def __call__(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """`with VAR(p=0.4)(model): ...`: in force inside the block, and as it was before after it."""
-        from vlmfix.engine.attachment import wrapped
+        from vlmfix.engine.wrap import wrapped
 
         return wrapped(model, self)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -52,3 +53,12 @@ class Step:
     """0 for the first token of the answer."""
     memo: dict[str, Any]
     """As in `Site`. A `Stream` that `begin` put here has already got all tokens chosen so far."""
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    """Layer -> (B, D), for `hidden`."""
+
+    def hidden(self, layer: int) -> Tensor:
+        """(B, D) output of a decoder layer, before the norm at the end of the model, in the row that predicts this
+        token. `ValueError` for a layer that the method did not name in `hidden_layers`."""
+        if layer not in self.states:
+            raise ValueError(f"step.hidden({layer}): expected one of hidden_layers, {sorted(self.states)}")
+        return self.states[layer]

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from vlmfix.method.intervention import Intervention
-from vlmfix.method.stages import ATTENTION_STAGES, STAGES
-
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2")
+"""The last is how OPT ends the MLP that it writes out in the layer itself."""
 OUT_PROJ_NAMES = ("o_proj", "out_proj", "dense", "wo", "c_proj", "proj")
 IMAGE_TOKEN_FIELDS = (
     "image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index",
@@ -36,6 +35,13 @@ class DecoderLayer:
     """Query heads H of this layer (grouped keys do not matter)."""
     head_dim: int = 0
     """d = inputs of the output projection / H; not hidden size / H, and with latent attention not the keys' size."""
+    mlp: nn.Module | None = None
+    """The module whose output is that of the layer's MLP (or experts); some layers of hybrid decoders have none."""
+
+    @property
+    def cache_index(self) -> int | None:
+        """Number of the layer by which its attention finds its keys and values in the cache."""
+        return getattr(self.attention, "layer_idx", None)
 
 
 @dataclass(frozen=True)
@@ -59,22 +65,25 @@ class Anatomy:
     image_mask_argument: str | None
     """Argument of the model's forward pass that tells which tokens are image tokens, where there is one."""
     bos_token_id: int | None
-    stages: tuple[str, ...]
-    """Stages that can be edited: attention stages only where attention goes through transformers' interface."""
+    attention_by_interface: bool
+    """Whether attention goes through transformers' interface, in all layers: else nobody can come between."""
     n_streams: int
     """Residual streams per token: 1, but with hyper-connections. With more, no single layer input can be shown."""
 
-    def must_have(self, one: Intervention) -> None:
-        """Raise a `TypeError` that says why, if an intervention needs a stage that this model does not have."""
-        if any(one.acts_at(stage) for stage in ATTENTION_STAGES) and "weights" not in self.stages:
-            raise TypeError(
-                f"{one.name} edits attention, which in {self.text_type} does not go through transformers' attention "
-                f"interface; use a method that edits head outputs or logits"
+    @property
+    def lacks(self) -> dict[str, str]:
+        """Parts that cannot be reached on this model, each with the reason as the end of a sentence."""
+        lacks = {}
+        if not self.attention_by_interface:
+            lacks["attention"] = (
+                f"which in {self.text_type} does not go through transformers' attention interface; use a method that "
+                f"edits head outputs or logits"
             )
-        if one.acts_at("layer_input") and self.n_streams > 1:
-            raise TypeError(
-                f"{one.name} looks at layer inputs, but {self.text_type} has {self.n_streams} residual streams a token"
-            )
+        if self.n_streams > 1:
+            lacks["residual stream"] = f"but {self.text_type} has {self.n_streams} residual streams a token"
+        if all(layer.mlp is None for layer in self.layers):
+            lacks["mlp"] = f"but in the layers of {self.text_type} no module can be told that gives them"
+        return lacks
 
     def must_be_as_found(self) -> None:
         """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace projections."""
@@ -110,15 +119,15 @@ def anatomy(model: nn.Module) -> Anatomy:
     if getattr(config, "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder; vlmfix supports models with a text decoder only")
     arguments = inspect.signature(model.forward).parameters
-    found = model.get_decoder()  # type: ignore[operator]
-    crossing = next((n for n, _ in found.named_modules() if "cross" in n.rpartition(".")[2]), None)
+    text_model = model.get_decoder()  # type: ignore[operator]
+    crossing = next((path for path, _ in text_model.named_modules() if "cross" in path.rpartition(".")[2]), None)
     if crossing is not None:
         raise TypeError(
             f"{name} reads the picture through cross-attention ({crossing}), so no decoder token is an image token"
         )
     text = config.get_text_config(decoder=True)
-    decoder, layers = _layers(found, text)
-    ids = tuple(dict.fromkeys(i for i in _fields(config, IMAGE_TOKEN_FIELDS) if isinstance(i, int)))
+    decoder, layers = _layers(text_model, text)
+    image_token_ids = tuple(dict.fromkeys(i for i in _fields(config, IMAGE_TOKEN_FIELDS) if isinstance(i, int)))
     mask_argument = next((a for a in IMAGE_MASK_ARGUMENTS if a in arguments), None)
     return Anatomy(
         model_type=config.model_type,
@@ -128,12 +137,10 @@ def anatomy(model: nn.Module) -> Anatomy:
         layers=layers,
         hidden_size=next(_fields(text, ("hidden_size", "embed_dim", "d_model"))),
         vocab_size=text.vocab_size,
-        image_token_ids=ids,
+        image_token_ids=image_token_ids,
         image_mask_argument=mask_argument,
         bos_token_id=getattr(text, "bos_token_id", None),
-        stages=STAGES
-        if all(map(_through_interface, layers))
-        else tuple(s for s in STAGES if s not in ATTENTION_STAGES),
+        attention_by_interface=all(map(_through_interface, layers)),
         n_streams=next(_fields(text, STREAM_FIELDS), 1),
     )
 
@@ -155,9 +162,9 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
-def _layers(found: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
+def _layers(text_model: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer, ...]]:
     """The decoder and its layers; some models call a whole language model with its head their decoder."""
-    for name, decoder in found.named_modules():
+    for name, decoder in text_model.named_modules():
         if any(word in name for word in ("vision", "visual", "image")):
             continue
         for child in decoder.children():
@@ -166,16 +173,16 @@ def _layers(found: nn.Module, text: Any) -> tuple[nn.Module, tuple[DecoderLayer,
                 if any(layer.attention is not None for layer in layers):
                     return decoder, layers
     raise TypeError(
-        f"cannot find the attention layers of {type(found).__name__}: looked for a ModuleList whose layers have one "
-        f"of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
+        f"cannot find the attention layers of {type(text_model).__name__}: looked for a ModuleList whose layers have "
+        f"one of {', '.join(ATTENTION_NAMES)} with one of {', '.join(OUT_PROJ_NAMES)} inside"
     )
 
 
 def _layer(module: nn.Module, text: Any) -> DecoderLayer:
-    attention = _child(module, ATTENTION_NAMES)
+    attention, mlp = _child(module, ATTENTION_NAMES), _mlp(module)
     out_proj = None if attention is None else _child(attention, OUT_PROJ_NAMES)
     if attention is None or out_proj is None or not _is_softmax(attention):
-        return DecoderLayer(module)
+        return DecoderLayer(module, mlp=mlp)
     width = getattr(out_proj, "in_features", None)
     n_heads = next(_fields(attention, ("num_heads", "num_attention_heads", "n_heads")), None)
     head_dim = next(_fields(attention, ("v_head_dim", "head_dim")), None)
@@ -187,7 +194,18 @@ def _layer(module: nn.Module, text: Any) -> DecoderLayer:
             f"cannot find the head size of {type(attention).__name__}: its output projection takes {width} features, "
             f"which are not {n_heads} heads of {head_dim}"
         )
-    return DecoderLayer(module, attention, out_proj, width // head_dim, head_dim)
+    return DecoderLayer(module, attention, out_proj, width // head_dim, head_dim, mlp)
+
+
+def _mlp(layer: nn.Module) -> nn.Module | None:
+    """The module that gives a layer's MLP output; `None` where there is none, or where experts beside it add theirs."""
+    names = [name for name, _ in layer.named_children()]
+    mlp = _child(layer, MLP_NAMES)
+    if mlp is not None:
+        shared = any(word in name for name in names for word in ("expert", "moe", "shared"))
+        return None if shared else mlp
+    mixer = _child(layer, ("mixer",))  # layers that are attention, or an MLP, or something else
+    return mixer if any(word in type(mixer).__name__.lower() for word in ("mlp", "moe")) else None
 
 
 def _is_softmax(attention: nn.Module) -> bool:

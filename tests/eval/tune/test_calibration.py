@@ -61,7 +61,7 @@ def test_first_words_are_those_of_an_answer(tiny):
     for method, found in zip(methods, said(subject, questions, "", methods), strict=True):
         for i in (0, 7, 15):
             item = questions.items[i]
-            with vlmfix.engine.attachment.wrapped(model, method):
+            with vlmfix.engine.wrap.wrapped(model, method):
                 text = vlmfix.ask(model, processor, item.image, item.prompt, max_new_tokens=1).text
                 logits = model(**subject.inputs([item])).logits[0, -1].double()
             p = logits.softmax(-1)

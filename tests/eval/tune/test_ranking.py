@@ -13,7 +13,7 @@ from PIL import Image
 import vlmfix
 from tests.models import ARCHITECTURES, llava, picture_prompt
 from vlmfix.engine import attention
-from vlmfix.engine.attachment import wrapped
+from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.report.headmap import head_map

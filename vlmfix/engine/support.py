@@ -12,7 +12,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlmfix.method.stages import STAGES
+from vlmfix.method.stages import TABLE
 from vlmfix.model.anatomy import IMAGE_TOKEN_FIELDS, PICTURE_ARGUMENTS, Anatomy, anatomy
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -63,15 +63,21 @@ def support(model_type: str) -> Support:
     try:
         parts = anatomy(model)
     except TypeError as error:
-        return Support(
-            model_type, note=str(error).partition(", so ")[0].partition("; vlmfix")[0].partition(": looked")[0]
-        )
+        reason = str(error)
+        for detail in (", so ", "; vlmfix", ": looked"):
+            reason = reason.partition(detail)[0]
+        return Support(model_type, note=reason)
     fields = [f for f in IMAGE_TOKEN_FIELDS if f in model.config.to_dict()]  # type: ignore[union-attr, operator]
-    told = parts.image_mask_argument or (" / ".join(fields) if fields else "image_mask, given by the caller")
-    streams = [] if parts.n_streams > 1 else ["layer inputs"]
-    return Support(
-        model_type, tuple(s for s in STAGES if s in parts.stages) + tuple(streams), told, _note(model, parts)
-    )
+    image_tokens = parts.image_mask_argument or " / ".join(fields) or "image_mask, given by the caller"
+    return Support(model_type, _stages(parts), image_tokens, _note(model, parts))
+
+
+def _stages(parts: Anatomy) -> tuple[str, ...]:
+    """Stages that the parts of a model allow: those that edit, then what can be seen besides."""
+    possible = [stage for stage in TABLE if stage.part not in parts.lacks]
+    edits = [stage.name for stage in possible if stage.edits]
+    sights = [stage.need for stage in possible if stage.name == "layer_input"]
+    return *edits, *sights
 
 
 def _skeleton(model_type: str) -> torch.nn.Module:
@@ -120,12 +126,13 @@ def table() -> list[Support]:
 
 def to_markdown(rows: list[Support]) -> str:
     """The page docs/models.md."""
-    good, rest = [r for r in rows if r.stages], [r for r in rows if not r.stages]
+    supported = [row for row in rows if row.stages]
+    refused = [row for row in rows if not row.stages]
     version = transformers.__version__
     lines = [
         "# Models",
         "",
-        f"What `vlmfix models` finds with transformers {version}: {len(good)} of {len(rows)} model types",
+        f"What `vlmfix models` finds with transformers {version}: {len(supported)} of {len(rows)} model types",
         "of its image-text-to-text mapping are supported. `vlmfix models --markdown` wrote this page; a test compares.",
         "",
         "Image tokens, those of videos among them, are found by their ids in the prompt, or by the argument that",
@@ -134,10 +141,10 @@ def to_markdown(rows: list[Support]) -> str:
         "",
         "| model type | stages | image tokens by | |",
         "|---|---|---|---|",
-        *(f"| `{r.model_type}` | {', '.join(r.stages)} | {r.image_tokens} | {r.note} |" for r in good),
+        *(f"| `{row.model_type}` | {', '.join(row.stages)} | {row.image_tokens} | {row.note} |" for row in supported),
         "",
         "| not supported | why |",
         "|---|---|",
-        *(f"| `{r.model_type}` | {r.note} |" for r in rest),
+        *(f"| `{row.model_type}` | {row.note} |" for row in refused),
     ]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import zoo
-from vlmfix.model import support
+from vlmfix.engine import support
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,146 @@
+"""Around each forward pass of the model: which pass this is, a new generation if it begins one, and streams that go
+along."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmfix.engine import prefill
+from vlmfix.engine.attention import between_compiled_pieces
+from vlmfix.engine.passes import Pass, Seen, image_columns, image_tokens, valid_columns, which_pass
+from vlmfix.engine.refusals import check_pieces
+from vlmfix.engine.running import Running
+from vlmfix.engine.state import Generation, Scope
+from vlmfix.engine.streams import JointCache, join
+from vlmfix.model.anatomy import Anatomy
+
+
+class ForwardHook:
+    """Hooks around the forward pass of one module: the model, or the language model inside that makes the answers."""
+
+    def __init__(self, running: Running, parts: Anatomy, model: nn.Module, module: nn.Module):
+        self.running, self.parts, self.model = running, parts, model
+        self.is_model = module is model
+        self.parameters = list(inspect.signature(module.forward).parameters)
+
+    def register(self, module: nn.Module) -> list[Any]:
+        """Put both on, and give the handles that take them off."""
+        return [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+
+    @between_compiled_pieces
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Find out what this forward pass is, and start a generation if it is a prefill."""
+        thread = self.running.thread
+        if not self.is_model and thread.current is not None:
+            return args, kwargs  # a part of a pass that is known already
+        thread.current, thread.owner = None, module
+        if thread.capture is not None or not self.running.force():
+            kwargs.pop("image_mask", None)
+            return args, kwargs
+        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        image_mask = kwargs.pop("image_mask", None)
+        embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
+        rows = embeds if embeds is not None else ids
+        if rows is None:
+            raise ValueError("the forward pass got neither input_ids nor inputs_embeds")
+        this_pass = self._this_pass(named.get("past_key_values"), rows)
+        self._learn_prompt(this_pass, named, rows, image_mask)
+        if this_pass.begins:
+            self._begin(this_pass, module, named)
+        if thread.scope is not None:
+            thread.scope.generation = this_pass.generation
+            thread.scope.position = this_pass.start + this_pass.n_rows
+            args, kwargs = self._with_streams(this_pass, thread.scope, named, args, kwargs)
+        thread.current, thread.owner = this_pass, module  # passes of `begin` may have come between
+        return args, kwargs
+
+    @between_compiled_pieces
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The pass is over, or broke off."""
+        thread = self.running.thread
+        if module is not thread.owner:
+            return  # a part of a pass
+        this_pass, thread.current = thread.current, None
+        if this_pass is None or output is None:
+            return
+        if isinstance(this_pass.cache, JointCache):
+            this_pass.cache.part(output)
+        self.running.ended(this_pass.generation, getattr(output, "past_key_values", None))
+
+    def _this_pass(self, cache: Any, rows: Tensor) -> Pass:
+        scope = self.running.thread.scope
+        seen = Seen(
+            n_rows=rows.shape[1],
+            cached=None if cache is None else _cached(cache, scope),
+            prompt_end=None if scope is None else scope.prompt_end,
+            columns=None if scope is None else scope.columns,
+            under_way=None if scope is None else scope.generation,
+            of_cache=None if cache is None else self.running.by_cache.get(cache),
+        )
+        this_pass = which_pass(seen, begun=lambda: self.running.begun(rows.shape[0], rows.device))
+        this_pass.cache = cache
+        return this_pass
+
+    def _learn_prompt(self, this_pass: Pass, named: dict[str, Any], rows: Tensor, image_mask: Tensor | None) -> None:
+        """Add what goes in of the prompt, or all of it where `generate` sends it in pieces, to the geometry."""
+        generation, start = this_pass.generation, this_pass.start
+        if this_pass.n_prompt == 0 or generation.geometry.n >= start + this_pass.n_prompt:
+            return
+        scope, mask = self.running.thread.scope, named.get("attention_mask")
+        if scope is not None and scope.prompt_end is not None and image_mask is None:
+            image_mask = scope.image_mask
+        if scope is not None and this_pass.n_known > this_pass.n_prompt:
+            mask = scope.inputs.get("attention_mask")
+            if mask is not None:
+                mask = mask.repeat_interleave(rows.shape[0] // mask.shape[0], dim=0)
+            if image_mask is None:
+                image_mask = image_tokens(self.parts, scope.inputs, scope.inputs.get("input_ids"))
+        image = image_columns(self.parts, named, rows, start, this_pass.n_known, image_mask)
+        if len(generation.geometry.image) != len(rows):
+            raise ValueError(
+                f"the cache holds {len(generation.geometry.image)} sequences, the new prompt has {len(rows)}"
+            )
+        valid = valid_columns(mask, image, start)
+        generation.geometry = generation.geometry.extended(start, image, valid)
+
+    def _begin(self, this_pass: Pass, module: nn.Module, named: dict[str, Any]) -> None:
+        self.parts.must_be_as_found()
+        if not this_pass.ends:
+            check_pieces(self.running.in_force())
+        prefill.begin(this_pass, self.model, module, self.parts, self.running, named)
+
+    def _with_streams(
+        self, this_pass: Pass, scope: Scope, named: dict[str, Any], args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """The arguments of the pass, with the second streams' rows where these may go along."""
+        generation = this_pass.generation
+        if not generation.streams or not self._may_join(generation, this_pass, scope):
+            return args, kwargs
+        joined = join({**named, **kwargs}, generation.streams)
+        if joined is None:
+            return args, kwargs
+        this_pass.cache, generation.ahead = joined["past_key_values"], True
+        return (), joined
+
+    def _may_join(self, generation: Generation, this_pass: Pass, scope: Scope) -> bool:
+        """Whether second streams may go along in a pass: over one new token, no beams, in a model whose attention gets
+        keys and values as the cache gives them."""
+        if (this_pass.n_rows, this_pass.n_prompt, scope.n_beams) != (1, 0, 1):
+            return False
+        if len(generation.joinable) < len(self.parts.layers):
+            return False
+        return not any(one.acts_at("tokens") for _, one in self.running.in_force())
+
+
+def _cached(cache: Any, scope: Scope | None) -> int:
+    """Tokens in a cache."""
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor):  # a static cache: asking it would wait for the device at every token
+        return scope.position if scope is not None and scope.generation is not None else int(length)
+    return length

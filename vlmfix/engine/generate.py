@@ -1,0 +1,121 @@
+"""In the place of the model's own `generate`: it knows where the prompt ends, and says what it cannot do."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessorList
+
+from vlmfix.engine.hooks import LogitsStage
+from vlmfix.engine.passes import image_tokens
+from vlmfix.engine.refusals import check_decoding
+from vlmfix.engine.running import Running
+from vlmfix.engine.state import Generation, Scope
+from vlmfix.method.stages import ASK_STAGES
+from vlmfix.model.anatomy import Anatomy
+
+LOSES_PROCESSORS = ("janus",)
+"""Models whose own `generate` drops logits processors when it writes text; what it calls then does not."""
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Settings of `generate` that let something else propose tokens."""
+
+
+class Generate:
+    """The model's own `generate`, around which the interventions in force are looked after."""
+
+    def __init__(self, running: Running, parts: Anatomy, model: Any):
+        self.running, self.parts, self.model = running, parts, model
+        self.parameters = list(inspect.signature(type(model).generate).parameters)[1:]
+        self.warned: set[int] = set()
+        """Interventions of which something was said already."""
+
+    def put_on(self) -> None:
+        """In the model's place of it."""
+        self.own = self.model.__dict__.get("generate")
+        self.original: Callable[..., Any] = self.model.generate
+        self.model.__dict__["generate"] = self.generate
+
+    def remove(self) -> None:
+        """As it was found."""
+        del self.model.__dict__["generate"]
+        if self.own is not None:
+            self.model.__dict__["generate"] = self.own
+
+    def generate(
+        self, *args: Any, image_mask: Tensor | None = None, prompt_end: int | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's own `generate`; knows where the prompt ends, and warns if a method never acted."""
+        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        if isinstance(named.get("inputs"), Tensor):
+            named["input_ids"] = named.pop("inputs")
+        n_beams, assisted = self._decoding(kwargs)
+        check_decoding(self.running.in_force(), n_beams, assisted)
+        self._warn_of_ask()
+        run = self.original
+        guides = [(i, one) for i, one in self.running.in_force() if one.acts_at("logits")]
+        if guides:
+            kwargs["logits_processor"] = self._with_logits_stage(kwargs.get("logits_processor"), guides)
+            if self.parts.model_type in LOSES_PROCESSORS and kwargs.pop("generation_mode", "text") == "text":
+                run = partial(GenerationMixin.generate, self.model)
+        inputs = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        if image_mask is None and self.parts.generator is not self.model:  # whose inputs are embeddings
+            image_mask = image_tokens(self.parts, named, inputs.get("input_ids"))
+        end = _prompt_end(named) if prompt_end is None else prompt_end
+        thread = self.running.thread
+        outer, thread.scope = thread.scope, Scope(inputs, end, image_mask, n_beams)
+        try:
+            output = run(*args, **kwargs)
+            if thread.scope.position >= (end or 0):
+                self._warn_of_idle(thread.scope.generation)
+            return output
+        finally:
+            thread.scope, thread.current = outer, None
+
+    def _decoding(self, settings: dict[str, Any]) -> tuple[int, bool]:
+        """Number of beams, and whether something else proposes tokens."""
+        config = settings.get("generation_config") or self.model.generation_config
+
+        def setting(name: str) -> Any:
+            return settings.get(name) or getattr(config, name, None)
+
+        assisted = any(setting(name) not in (None, False) for name in ASSISTED)
+        return setting("num_beams") or 1, assisted
+
+    def _with_logits_stage(self, others: Any, guides: list[Any]) -> LogitsProcessorList:
+        """Logits processors with the `logits` stage after those of the caller, before those that only listen."""
+        processors = [*(others or []), LogitsStage(self.running, self.parts, guides)]
+        return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "listens", False)))
+
+    def _warn_of_ask(self) -> None:
+        """Say of methods that act in `ask` that this is no `ask`."""
+        thread = self.running.thread
+        for i, one in self.running.active:
+            left_out = thread.only is not None and i not in thread.only
+            if thread.asking or left_out or i in self.warned or not any(map(one.acts_at, ASK_STAGES)):
+                continue
+            self.warned.add(i)
+            warnings.warn(f"{one.name} acts in vlmfix.ask only, not in a plain generate", stacklevel=4)
+
+    def _warn_of_idle(self, generation: Generation | None) -> None:
+        """Say of methods that they never acted."""
+        for i, one in self.running.active:
+            if generation is None or i in self.warned or i not in generation.force:
+                continue
+            samples = one.effects(generation.memos[i])
+            if samples and not any(sample["acted"] for sample in samples):
+                self.warned.add(i)
+                warnings.warn(f"{one.name} did nothing in a whole generation: {one.idle_hint()}", stacklevel=4)
+
+
+def _prompt_end(named: dict[str, Any]) -> int | None:
+    """The number of columns that are prompt, from the arguments of `generate`."""
+    mask = named.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.shape[1]
+    rows = named.get("inputs_embeds", named.get("input_ids"))
+    return rows.shape[1] if isinstance(rows, Tensor) else None

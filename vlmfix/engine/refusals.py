@@ -1,0 +1,62 @@
+"""What a model or a way to decode does not give to a method: refused before it starts, in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from vlmfix.engine.running import Placed
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.stages import EVERY_TOKEN_STAGES, READINGS, TABLE
+from vlmfix.model.anatomy import Anatomy
+
+
+def check_model(one: Intervention, parts: Anatomy) -> None:
+    """Raise a `TypeError` if an intervention needs a part of the model that cannot be reached, and a `ValueError` if it
+    names layers that are not there."""
+    name, n_layers = one.name or type(one).__name__, len(parts.layers)
+    for deed, part in _needs(one, n_layers):
+        if part in parts.lacks:
+            raise TypeError(f"{name} {deed}, {parts.lacks[part]}")
+    layers = {*one.at_layers(n_layers), *one.hidden_layers(n_layers)}
+    wrong = sorted(layer for layer in layers if not 0 <= layer < n_layers)
+    if wrong:
+        raise ValueError(f"{name} acts in layers {wrong}; expected numbers in 0..{n_layers - 1} on this model")
+
+
+def _needs(one: Intervention, n_layers: int) -> Iterator[tuple[str, str]]:
+    """What an intervention does with which part of the model."""
+    for stage in TABLE:
+        if one.acts_at(stage.name):
+            yield stage.deed, stage.part
+    reads = set(one.traits.captures) if one.acts_at("begin") else set()
+    if one.acts_at("logits") and tuple(one.hidden_layers(n_layers)):
+        reads.add("hidden")
+    for reading in READINGS:
+        if reading.name in reads:
+            yield reading.deed, reading.part
+
+
+def check_company(active: Sequence[Placed]) -> None:
+    """Raise a `ValueError` if interventions cannot be in force together."""
+    deciders = [one.name for _, one in active if one.acts_at("decode")]
+    if len(deciders) > 1:
+        raise ValueError(f"{' and '.join(deciders)} each decode in their own way; use one of them")
+    for i, one in active:
+        one.composes([other for j, other in active if j != i])
+
+
+def check_decoding(in_force: Sequence[Placed], n_beams: int, assisted: bool) -> None:
+    """Raise a `ValueError` if an intervention cannot follow an answer in the way that it is decoded."""
+    for _, one in in_force:
+        sequential = one.traits.sequential
+        if sequential and n_beams > 1:
+            raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
+        if assisted and (sequential or any(map(one.acts_at, EVERY_TOKEN_STAGES))):
+            raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
+
+
+def check_pieces(in_force: Sequence[Placed]) -> None:
+    """Raise a `ValueError` if an intervention cannot begin with a piece of a prompt."""
+    for _, one in in_force:
+        if one.traits.whole_prompt:
+            raise ValueError(f"{one.name} needs the whole prompt in one pass; leave out prefill_chunk_size")

@@ -1,0 +1,119 @@
+"""What each thread is doing with a wrapped model, and which generations are under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from vlmfix.engine.passes import Pass
+from vlmfix.engine.state import Capture, Generation, Scope
+from vlmfix.method.intervention import Intervention
+from vlmfix.model.geometry import Geometry
+
+Placed = tuple[int, Intervention]
+"""An intervention and its place among those that the model is wrapped with, which is also that of its memo."""
+
+
+class _Thread(threading.local):
+    """What a thread is doing with the model at this moment."""
+
+    scope: Scope | None = None
+    """The call of `generate` that it is in."""
+    current: Pass | None = None
+    """The forward pass that it is in. `None`: the model runs untouched."""
+    owner: nn.Module | None = None
+    """The module whose forward pass that is: the model, or the language model inside."""
+    capture: Capture | None = None
+    last: Generation | None = None
+    only: frozenset[int] | None = None
+    """Interventions that alone are in force."""
+    asking: bool = False
+    """Whether `ask` is at work and sees to the stages that are its own."""
+
+
+class Running:
+    """What runs on one wrapped model: hooks and the wrapper of `generate` share it. Copies and pickles of a model take
+    no running generation along."""
+
+    def __init__(self, active: Sequence[Placed], n_memos: int):
+        self.active, self.n_memos = list(active), n_memos
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing has run yet."""
+        self.thread = _Thread()
+        self.by_cache: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
+        self._last: Generation | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self.active, "n_memos": self.n_memos}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def current(self) -> Pass | None:
+        """The pass that this thread is in; `None`: the model runs untouched."""
+        return self.thread.current
+
+    def force(self) -> frozenset[int]:
+        """Interventions in force in this thread: those told by `only`, else all but those that look beforehand."""
+        if self.thread.only is not None:
+            return self.thread.only
+        return frozenset(i for i, one in self.active if not one.acts_at("refine"))
+
+    def in_force(self) -> list[Placed]:
+        """Those of `force`, in their order."""
+        force = self.force()
+        return [(i, one) for i, one in self.active if i in force]
+
+    def begun(self, batch: int, device: torch.device) -> Generation:
+        """A new generation, before its first key."""
+        memos: list[dict[str, Any]] = [{} for _ in range(self.n_memos)]
+        return Generation(Geometry.empty(batch, device), memos, self.force())
+
+    def ended(self, generation: Generation, cache: Any) -> None:
+        """A pass of a generation is over; it left a cache, or `None`."""
+        self._last = self.thread.last = generation
+        if cache is not None:
+            self.by_cache[cache] = generation
+
+    def last(self) -> Generation | None:
+        """The last generation of this thread, or anyone's if this thread had none."""
+        return self.thread.last or self._last
+
+    @contextmanager
+    def only(self, places: Iterable[int]) -> Iterator[None]:
+        """In this thread, these interventions alone are in force for a while; none of them: the plain model."""
+        thread = self.thread
+        before, thread.only = thread.only, frozenset(places)
+        current, thread.current = thread.current, None
+        try:
+            yield
+        finally:
+            thread.only, thread.current = before, current
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """`ask` is at work in this thread for a while."""
+        thread = self.thread
+        before, thread.asking = thread.asking, True
+        try:
+            yield
+        finally:
+            thread.asking = before
+
+    @contextmanager
+    def capturing(self, capture: Capture) -> Iterator[None]:
+        """Layers note what `capture` reads, and no intervention is in force, for a while."""
+        self.thread.capture = capture
+        try:
+            yield
+        finally:
+            self.thread.capture = None
