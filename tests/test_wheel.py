@@ -31,7 +31,7 @@ def test_wheel_holds_one_package_and_its_data(installed):
     }
     for needed in (
         "hooks/var.py",
-        "eval/scorers/chair.py",
+        "eval/scorers/chair/scores.py",
         "demo/app.py",
         "organism/train.py",
         "py.typed",

@@ -156,6 +156,9 @@ def truncation_control(
     own = {name: np.concatenate([block[name][:, 0] for block in own_blocks]) for name in _FIGURES}  # (rows,)
     above = own["recall"] > curve["recall"][:, -1]
     outside = own["recall"] < curve["recall"].min(axis=1)
+    status: Status = "outside" if outside[0] else "inside"
+    if above[0]:
+        status = "recall above vanilla"
     at_same_recall = {}  # figures of the base, cut to the method's recall
     for name in _FIGURES:
         on_curve = np.where(above, curve[name][:, -1], _interpolate(own["recall"], curve, name))
@@ -163,7 +166,7 @@ def truncation_control(
     return TruncationControl(
         variant=base.variant,
         images=len(base.images),
-        status="outside" if outside[0] else "recall above vanilla" if above[0] else "inside",
+        status=status,
         recall=float(own["recall"][0]),
         cut_chair_s=number_or_none(at_same_recall["CHAIR_S"][0]),
         cut_words=number_or_none(at_same_recall["words"][0]),
@@ -186,15 +189,15 @@ class Against:
     ) -> None:
         self.captions = {score.image_id: score.caption for score in base}
         self.truth, self.vocabulary, self.variant = truth, vocabulary, variant
-        self.known: dict[frozenset[int], CutCaptions] = {}
+        self.cut_of: dict[frozenset[int], CutCaptions] = {}
 
     def cut(self, images: frozenset[int] | None = None) -> CutCaptions:
         """The captions of these images, or of all, cut. `ValueError` if none of them has an object."""
         images = frozenset(self.captions) if images is None else images
-        if images not in self.known:
+        if images not in self.cut_of:
             captions = [(image, caption) for image, caption in self.captions.items() if image in images]
-            self.known[images] = cut_captions(captions, self.truth, self.vocabulary, self.variant)
-        return self.known[images]
+            self.cut_of[images] = cut_captions(captions, self.truth, self.vocabulary, self.variant)
+        return self.cut_of[images]
 
     def control(self, method: Sequence[CaptionScore], *, resamples: int = RESAMPLES) -> TruncationControl | None:
         """A method's control; None where there is nothing to compare recall by."""
