@@ -108,7 +108,7 @@ class Chair(Benchmark):
         place = "coco" if options.truth is None else options.truth
         with about_file(place):
             self.file_truth = reading.find_truth(place, self.scoring, self.file_vocabulary)
-        self.label  # noqa: B018 - it raises where the variant does not go with this ground truth
+        chair.label(self.scoring, self.file_truth)  # raises where the variant does not go with this ground truth
         if self.file_truth.variant is None:
             origin = printable(self.file_truth.source)
             self.notes.append(f"{origin}: objects as annotated, no human captions were read")

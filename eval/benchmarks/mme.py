@@ -181,10 +181,10 @@ class Mme(OriginalQuestions):
     def read(self, path: Path) -> FileAnswers:
         """A folder of filled result files, which hold the questions too, or a file of answers by id."""
         if path.is_dir():
-            questions, answers = read_results(path)
-            scores = self.judge(self.file_questions or questions, answers)
+            own_questions, answers = read_results(path)
+            scores = self.judge(self.file_questions or own_questions, answers)
         else:
-            asked = self.file_questions or load(self.asked_of_files("the folder of MME's files"))
-            scores = self.judge(asked, self.read_answers(path))
+            questions = self.file_questions or load(self.asked_of_files("the folder of MME's files"))
+            scores = self.judge(questions, self.read_answers(path))
         points = sum(task_scores(scores).values())
         return self.file_answers(scores, [f"{points:.1f} of 800 points"])

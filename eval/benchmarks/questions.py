@@ -121,9 +121,11 @@ class YesNo(Benchmark):
     def score(self, data: Data, answers: Mapping[str, Any]) -> list[Group]:
         """Counts per picture, for each group of questions."""
         questions, places = self.questions(data), self._places(data)
-        answered = sorted(place for item in answers for place in places.get(item, ()))
-        asked = [questions[place] for place in answered]
-        scores = self.judge(asked, {question.id: answers[self.item_id(question)] for question in asked})
+        answered_places: list[int] = []
+        for item in answers:
+            answered_places += places.get(item, ())
+        answered = [questions[place] for place in sorted(answered_places)]
+        scores = self.judge(answered, {question.id: answers[self.item_id(question)] for question in answered})
         return [self.group(name, part) for name, part in self.parts(scores).items()]
 
     def _places(self, data: Data) -> Mapping[str, Sequence[int]]:

@@ -96,6 +96,7 @@ def evaluate(
     with sentences():
         from vlmfix.eval.api import Task, compare, prepare
         from vlmfix.eval.benchmarks.benchmark import FileOptions
+        from vlmfix.eval.run.workers import Workers
 
         task = Task(
             model=model,
@@ -125,8 +126,6 @@ def evaluate(
             quantize=quantize,
         )
         setup = prepare(task)
-        from vlmfix.eval.run.workers import Workers
-
         quiet_libraries()
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
         with progress_bar() if workers.rank == 0 else nullcontext() as progress:
