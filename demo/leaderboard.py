@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from importlib.resources import files
 from typing import Any
 
-from vlmfix.eval.benchmarks.benchmark import benchmark
-from vlmfix.eval.report.report import LESS_IS_BETTER, MORE_IS_BETTER, controls_of, figure, interval, number
+from jinja2 import Template
+from markupsafe import Markup, escape
+
+from vlmfix.eval.benchmarks.benchmark import Figure, benchmark_class
+from vlmfix.eval.report.html import environment
+from vlmfix.eval.report.tables import Cell
+from vlmfix.eval.report.verdicts import Verdict, judge
+from vlmfix.eval.run.controls import control_labels
 from vlmfix.eval.scorers.stats import Difference, Estimate
-from vlmfix.method.registry import parse, spec_of
 
 NOTE = (
-    "95 % intervals from a bootstrap over pictures; differences to the untouched model are paired. Coloured: the "
-    "interval excludes 0, for better or worse. Controls make the same push without the method's choice of heads or "
-    "tokens, or turn it round; a method that does no better than these does not owe its gain to its choice. These are "
-    "figures of a tiny model: they say nothing about a 7B model."
+    "95 % intervals from a bootstrap over pictures; differences to the untouched model are paired. Coloured: a real "
+    "difference, for better or worse: its interval excludes 0 and its p, adjusted for the number of methods (Holm), is "
+    "below .05. Controls make the same push without the method's choice of heads or tokens, or turn it round; a method "
+    "that does no better than these does not owe its gain to its choice. These are figures of a tiny model: they say "
+    "nothing about a 7B model."
 )
 
 
@@ -35,12 +39,22 @@ class Line:
 
 
 @dataclass(frozen=True)
+class TableRow:
+    """A line of a board as it is drawn."""
+
+    method: str
+    is_control: bool
+    cells: list[Cell]
+    """The metric that the board is sorted by comes first."""
+
+
+@dataclass(frozen=True)
 class Board:
     """Methods on one benchmark and model."""
 
     title: str
-    columns: dict[str, tuple[str, float]]
-    """Metric -> unit and factor."""
+    columns: dict[str, Figure]
+    """Name -> figure."""
     lines: tuple[Line, ...]
     pictures: int
     command: str
@@ -49,105 +63,107 @@ class Board:
     def owned(self) -> dict[str, tuple[str, ...]]:
         """Method -> its controls that were run; controls are no methods."""
         labels = [line.method for line in self.lines]
-        found: dict[str, tuple[str, ...]] = {}
-        taken: set[str] = set()
+        controls_of: dict[str, tuple[str, ...]] = {}
+        controls: set[str] = set()
         for label in sorted(labels, key=len):  # controls are each other's controls, too
-            if label not in taken:
-                found[label] = tuple(spec for spec in _controls(label) if spec in labels and spec not in found)
-                taken.update(found[label])
-        return found
+            if label in controls:
+                continue
+            known = [control for control in control_labels(label) if control in labels and control not in controls_of]
+            controls_of[label] = tuple(known)
+            controls.update(known)
+        return controls_of
 
     def ranked(self, metric: str) -> list[str]:
         """Methods, the best first; for figures that are neither good nor bad, the highest."""
-        of = {line.method: line.estimates[metric].value for line in self.lines}
-        sign = 1 if metric in LESS_IS_BETTER else -1
-        return sorted(self.owned(), key=lambda m: (of[m] is None, sign * (of[m] or 0.0), m))
+        values = {line.method: line.estimates[metric].value for line in self.lines}
+        sign = 1 if self.columns[metric].better == "less" else -1
+
+        def place(method: str) -> tuple[bool, float, str]:
+            value = values[method]
+            return value is None, sign * (value or 0.0), method
+
+        return sorted(self.owned(), key=place)
 
     def html(self, metric: str) -> str:
         """The table, sorted by a metric, which comes first."""
-        of, owned = {line.method: line for line in self.lines}, self.owned()
-        metrics = [metric, *(m for m in self.columns if m != metric)]
-        names = [_named(m, self.columns) for m in metrics]
-        titles = ["method", names[0], "difference to none", *names[1:]]
-        head = "".join(f'<th scope="col">{title}</th>' for title in titles)
-        body = []
-        for method in self.ranked(metric):
-            body.append(self._row(of[method], metrics, control=False))
-            body += [self._row(of[control], metrics, control=True) for control in owned[method]]
-        made = f"{self.pictures} pictures; made by <code>{escape(self.command)}</code>"
-        return (
-            '<div class="scroll" tabindex="0" role="region" aria-label="Leaderboard"><table class="board">'
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-            f'<p class="quiet">{escape(NOTE)}</p><p class="quiet">{made}</p>'
+        metrics = [metric, *(name for name in self.columns if name != metric)]
+        names = [f"{name} {self.columns[name].unit}".strip() for name in metrics]
+        return _template().render(
+            titles=["method", names[0], "difference to none", *names[1:]],
+            rows=self._rows(metrics),
+            note=NOTE,
+            pictures=self.pictures,
+            command=self.command,
         )
 
-    def _row(self, line: Line, metrics: Sequence[str], control: bool) -> str:
-        cells = [self._value(line, metrics[0]), self._difference(line, metrics[0])]
-        cells += [self._value(line, metric) for metric in metrics[1:]]
-        mark = '<small class="quiet">control</small> ' if control else ""
-        return (
-            f'<tr{" class=control" if control else ""}><th scope="row" title="{escape(line.method)}">{mark}'
-            f"<code>{_wrapping(line.method)}</code></th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        )
+    def _rows(self, metrics: list[str]) -> list[TableRow]:
+        controls_of = self.owned()
+        lines = {line.method: line for line in self.lines}
+        verdicts = self.verdicts(metrics[0])
+        rows = []
+        for method in self.ranked(metrics[0]):
+            for label in (method, *controls_of[method]):
+                first = self._cell(lines[label], metrics[0], verdicts.get(label))
+                others = [self._cell(lines[label], metric) for metric in metrics[1:]]
+                rows.append(TableRow(label, label != method, [first, *others]))
+        return rows
 
-    def _value(self, line: Line, metric: str) -> str:
-        e, factor = line.estimates[metric], self.columns[metric][1]
-        return f"{number(e.value, factor)}<small>{interval(e, factor)}</small>"
+    def verdicts(self, metric: str) -> dict[str, Verdict]:
+        """Whether the differences in one figure are real; p is the bootstrap's, as the answers are not here."""
+        differences = {line.method: line.differences[metric] for line in self.lines if line.differences is not None}
+        return {verdict.method: verdict for verdict in judge("", metric, self.columns[metric], differences)}
 
-    def _difference(self, line: Line, metric: str) -> str:
-        if line.differences is None:
-            return ""
-        d, factor = line.differences[metric], self.columns[metric][1]
-        if d.value == d.low == d.high == 0:
-            return "same"
-        kind = ""
-        if d.clear and metric in LESS_IS_BETTER | MORE_IS_BETTER:
-            kind = "good" if ((d.value or 0) < 0) == (metric in LESS_IS_BETTER) else "bad"
-        said = figure(d, factor, signed=True).split(" ", 1)
-        return f'<b class="{kind}">{said[0]}</b><small>{"".join(said[1:])}</small>'
+    def _cell(self, line: Line, metric: str, verdict: Verdict | None = None) -> Cell:
+        estimate, factor = line.estimates[metric], self.columns[metric].factor
+        if verdict is None:
+            return Cell(estimate, factor=factor)
+        return Cell(estimate, verdict.difference, factor, verdict.real, verdict.better, verdict)
 
 
-def _named(metric: str, columns: dict[str, tuple[str, float]]) -> str:
-    return escape(f"{metric} {columns[metric][0]}".strip())
+@cache
+def _template() -> Template:
+    drawn_with = environment("vlmfix.demo")
+    drawn_with.filters["wrapping"] = wrapping
+    return drawn_with.get_template("leaderboard.html.j2")
 
 
-def _wrapping(label: str) -> str:
+def wrapping(label: str) -> Markup:
     """A label as safe HTML that may break between settings, without the digits that floats drag along."""
-    short = re.sub(r"\d+\.\d{6,}", lambda found: f"{float(found[0]):.6g}", label)
-    return re.sub("([:,=])", r"\1<wbr>", escape(short, quote=False))
-
-
-def _controls(label: str) -> tuple[str, ...]:
-    return tuple(spec_of(control) for control in controls_of(parse(label)))
+    short = re.sub(r"\d+\.\d{6,}", lambda digits: f"{float(digits[0]):.6g}", label)
+    return Markup(re.sub("([:,=])", r"\1<wbr>", str(escape(short))))
 
 
 @cache
 def boards() -> dict[str, Board]:
     """All boards by title, from `assets/results`."""
-    found = {}
     folder = files("vlmfix.assets") / "results"
-    for file in sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name):
-        for comparison in json.loads(file.read_text("utf-8")):
+    tables = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    by_title: dict[str, Board] = {}
+    for table in tables:
+        for comparison in json.loads(table.read_text("utf-8")):
             for group in dict.fromkeys(row["group"] for row in comparison["rows"]):
                 board = _board(comparison, group)
-                found[board.title] = board
-    return found
+                by_title[board.title] = board
+    return by_title
 
 
 def _board(comparison: dict[str, Any], group: str) -> Board:
     rows = [row for row in comparison["rows"] if row["group"] == group]
-    named = ", ".join(filter(None, [comparison["title"], group]))
+    name = f"{comparison['title']}, {group}" if group else comparison["title"]
+    figures = benchmark_class(comparison["benchmark"]).figures
     return Board(
-        title=f"{named}: {comparison['model']}",
+        title=f"{name}: {comparison['model']}",
         pictures=rows[0]["n"],
-        columns=dict(benchmark(comparison["benchmark"]).columns),
-        lines=tuple(
-            Line(
-                row["method"],
-                {name: Estimate(**e) for name, e in row["estimates"].items()},
-                row["differences"] and {name: Difference(**d) for name, d in row["differences"].items()},
-            )
-            for row in rows
-        ),
+        columns={metric: figure for metric, figure in figures.items() if figure.shown},
+        lines=tuple(map(_line, rows)),
         command=comparison["runs"][0]["environment"]["command"],
+    )
+
+
+def _line(row: dict[str, Any]) -> Line:
+    differences = row["differences"]
+    return Line(
+        method=row["method"],
+        estimates={name: Estimate(**estimate) for name, estimate in row["estimates"].items()},
+        differences=differences and {name: Difference(**numbers) for name, numbers in differences.items()},
     )

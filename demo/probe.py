@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlmfix.demo import maps
 from vlmfix.demo.studio import Shared, Studio, interventions, problem, read_picture, truth
-from vlmfix.eval.benchmarks.pope import question_text
+from vlmfix.eval.benchmarks.pope_building import question_text
 from vlmfix.eval.report.plots import PALETTE, UNTOUCHED
 from vlmfix.eval.scorers.chair import Vocabulary, coco_truth
 from vlmfix.method.intervention import Intervention

@@ -20,7 +20,7 @@ import torch
 import vlmfix
 from vlmfix.asking.asker import Asker
 from vlmfix.eval.benchmarks.benchmark import benchmark
-from vlmfix.eval.benchmarks.pope import question_text
+from vlmfix.eval.benchmarks.pope_building import question_text
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.progress import PlainProgress
 from vlmfix.eval.run.results import compare

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
-from vlmfix.eval.report import report
+from vlmfix.eval.report import markdown
+from vlmfix.eval.report.study import study
 from vlmfix.eval.run.results import Run, compare
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.registry import method_class
@@ -91,7 +92,7 @@ def main_job(tmp_path_factory):
 
 def test_figures_are_those_of_the_main_jobs_answers(main_job):
     assert {run.command for run in main_job} == {"vlmfix eval"} and len(main_job) == 6
-    computed = figures("\n".join(report.markdown(comparison) for comparison in compare(main_job)))
+    computed = figures("\n".join(markdown.tables(study(comparison)) for comparison in compare(main_job)))
     printed = figures(README.split("<!-- results: vlmfix eval -->")[1].split("<!-- end of results -->")[0])
     assert len(printed) == 2 and all(len(rows) >= 18 for rows in printed.values())
     for title, rows in printed.items():

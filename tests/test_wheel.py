@@ -26,9 +26,12 @@ def installed(tmp_path_factory):
 def test_wheel_holds_one_package_and_its_data(installed):
     names = zipfile.ZipFile(installed[0]).namelist()
     assert {n.split("/")[0] for n in names} == {"vlmfix", next(n for n in names if ".dist-info" in n).split("/")[0]}
+    assert {f"vlmfix/{f}" for f in ("eval/report/templates/page.html.j2", "demo/templates/leaderboard.html.j2")} <= {
+        *names
+    }
     for needed in (
         "hooks/var.py",
-        "eval/scorers/chair.py",
+        "eval/scorers/chair/scores.py",
         "demo/app.py",
         "organism/train.py",
         "py.typed",

@@ -19,7 +19,7 @@ from PIL import Image
 
 import vlmfix
 from vlmfix.engine.wrap import wrapped
-from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.benchmarks.chair import PROMPT
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair
 
@@ -44,7 +44,7 @@ def first_of_each_kind(model: Any, processor: Any, data: Data) -> dict[str, tupl
         scores = []
         for method in (None, "vhr"):
             with wrapped(model, method, processor):
-                text = vlmfix.ask(model, processor, picture, Chair.PROMPT).text
+                text = vlmfix.ask(model, processor, picture, PROMPT).text
             scores += chair.score_captions([(number, text)], data.truth)
         kind = outcome(*scores)
         if kind is not None:

@@ -18,11 +18,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmfix.eval.benchmarks.amber import entries
-from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.benchmarks.amber import Amber, entries
+from vlmfix.eval.benchmarks.benchmark import Benchmark, Figure, FileAnswers, Group, Item
+from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.scorers import yesno
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import add_up
 
 _FILES = files("vlmfix.assets") / "amber"
@@ -33,7 +38,7 @@ Similarity = Callable[[str, str], float]
 
 
 @dataclass(frozen=True)
-class Item:
+class DescribedPicture:
     """A picture, what to ask, and which objects are there or are likely to be made up."""
 
     id: int
@@ -45,13 +50,14 @@ class Item:
     """Absent objects that a model, like a human, may expect here."""
 
 
-def load() -> list[Item]:
+@cache
+def load() -> tuple[DescribedPicture, ...]:
     """The 1,004 pictures with the prompt as published."""
-    return [
-        Item(entry["id"], entry["image"], entry["query"], tuple(entry["truth"]), tuple(entry["hallu"]))
+    return tuple(
+        DescribedPicture(entry["id"], entry["image"], entry["query"], tuple(entry["truth"]), tuple(entry["hallu"]))
         for entry in entries()
         if entry["type"] == "generative"
-    ]
+    )
 
 
 @cache
@@ -71,10 +77,10 @@ def _safe_words() -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class CaptionScore:
+class DescriptionScore:
     """The nouns of one caption, sorted."""
 
-    item: Item
+    item: DescribedPicture
     nouns: tuple[str, ...]
     """Those in the vocabulary of the benchmark, every naming."""
     hallucinated: tuple[str, ...]
@@ -86,8 +92,8 @@ class CaptionScore:
 
 
 def score(
-    items: Iterable[Item], nouns: Mapping[int, Sequence[str]], similarity: str | Similarity = "off"
-) -> list[CaptionScore]:
+    items: Iterable[DescribedPicture], nouns: Mapping[int, Sequence[str]], similarity: str | Similarity = "off"
+) -> list[DescriptionScore]:
     """Score captions, given as their nouns by id (see `nltk_nouns`), in the order of the items.
 
     Args:
@@ -109,17 +115,20 @@ def score(
     return [_score(item, nouns[item.id], alike) for item in items]
 
 
-def explain(score: CaptionScore) -> dict[str, object]:
+def explain(score: DescriptionScore) -> dict[str, object]:
     """Every verdict on one caption, ready for JSON."""
     truth, hallu = score.item.truth, score.item.hallu
     return {
-        **{"id": score.item.id, "image": score.item.image, "nouns": list(score.nouns)},
-        **{"hallucinated": list(score.hallucinated), "covered": [truth[at] for at in sorted(score.covered)]},
-        **{"hit": [hallu[at] for at in sorted(score.hit)]},
+        "id": score.item.id,
+        "image": score.item.image,
+        "nouns": list(score.nouns),
+        "hallucinated": list(score.hallucinated),
+        "covered": [truth[place] for place in sorted(score.covered)],
+        "hit": [hallu[place] for place in sorted(score.hit)],
     }
 
 
-def _score(item: Item, nouns: Sequence[str], alike: Similarity) -> CaptionScore:
+def _score(item: DescribedPicture, nouns: Sequence[str], alike: Similarity) -> DescriptionScore:
     truth, hallu = _candidates(item.truth), _candidates(item.hallu)
     kept = tuple(noun for noun in nouns if noun in _vocabulary())
     hallucinated: list[str] = []
@@ -135,22 +144,24 @@ def _score(item: Item, nouns: Sequence[str], alike: Similarity) -> CaptionScore:
         covered |= named
         if not named:
             hallucinated.append(noun)
-    return CaptionScore(item, kept, tuple(hallucinated), frozenset(covered), frozenset(hit))
+    return DescriptionScore(item, kept, tuple(hallucinated), frozenset(covered), frozenset(hit))
 
 
 def _candidates(objects: Sequence[str]) -> list[tuple[str, int]]:
     """Words that stand for an object, with its place: those associated with any object come before the objects."""
-    associated = [(word, at) for at, name in enumerate(objects) for word in _associations().get(name, ())]
-    return associated + [(name, at) for at, name in enumerate(objects)]
+    associated: list[tuple[str, int]] = []
+    for place, name in enumerate(objects):
+        associated += [(word, place) for word in _associations().get(name, ())]
+    return associated + [(name, place) for place, name in enumerate(objects)]
 
 
 def _first(candidates: Sequence[tuple[str, int]], noun: str, alike: Similarity) -> set[int]:
     """Place of the object that the first fitting candidate stands for, if any fits."""
-    return next(({at} for word, at in candidates if alike(noun, word) > _SIMILAR), set())
+    return next(({place} for word, place in candidates if alike(noun, word) > _SIMILAR), set())
 
 
-def _equal(one: str, other: str) -> float:
-    return float(one == other)
+def _equal(word: str, other: str) -> float:
+    return float(word == other)
 
 
 def _similarity(similarity: str | Similarity) -> Similarity:
@@ -168,13 +179,13 @@ def _spacy(model: str) -> Similarity:
     try:
         import spacy
 
-        read = cache(spacy.load(model))
+        parsed = cache(spacy.load(model))
     except (ImportError, OSError) as error:
         raise ValueError(
             f"similarity 'spacy:{model}' needs spaCy and that model ({error}); run 'pip install spacy' and "
             f"'python -m spacy download {model}', or take similarity 'off'."
         ) from error
-    return cache(lambda one, other: float(read(one).similarity(read(other))))  # 0 for words without a vector
+    return cache(lambda word, other: float(parsed(word).similarity(parsed(other))))  # 0 for words without a vector
 
 
 def nltk_nouns(captions: Mapping[int, str]) -> dict[int, list[str]]:
@@ -199,14 +210,14 @@ def nltk_nouns(captions: Mapping[int, str]) -> dict[int, list[str]]:
         ) from error
 
 
-def clusters(scores: Sequence[CaptionScore]) -> list[str]:
+def clusters(scores: Sequence[DescriptionScore]) -> list[str]:
     """The image of each entry of `counts`: the unit of resampling."""
     return list(dict.fromkeys(score.item.image for score in scores))
 
 
-def counts(scores: Sequence[CaptionScore]) -> dict[str, np.ndarray]:
+def counts(scores: Sequence[DescriptionScore]) -> dict[str, np.ndarray]:
     """What the metrics are made of: additive counts, one float per image, in the order of `clusters`."""
-    columns: dict[str, Callable[[CaptionScore], int]] = {
+    columns: dict[str, Callable[[DescriptionScore], int]] = {
         "captions": lambda s: 1,
         "hallucinated_captions": lambda s: bool(s.hallucinated),
         "nouns": lambda s: len(s.nouns),
@@ -216,9 +227,9 @@ def counts(scores: Sequence[CaptionScore]) -> dict[str, np.ndarray]:
         "hallu": lambda s: len(s.item.hallu),
         "hit": lambda s: len(s.hit),
     }
-    place = {image: at for at, image in enumerate(clusters(scores))}
-    where = [place[score.item.image] for score in scores]
-    return {name: add_up(where, [count(score) for score in scores], len(place)) for name, count in columns.items()}
+    place_of = {image: place for place, image in enumerate(clusters(scores))}
+    places = [place_of[score.item.image] for score in scores]
+    return {name: add_up(places, [count(score) for score in scores], len(place_of)) for name, count in columns.items()}
 
 
 METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
@@ -230,7 +241,7 @@ METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
 """Metric -> its value from *summed* counts, in [0, 1], nan if undefined. Lower is better for all but Cover."""
 
 
-def official_figures(scores: Sequence[CaptionScore]) -> dict[str, float]:
+def official_figures(scores: Sequence[DescriptionScore]) -> dict[str, float]:
     """Percentages as the official script prints them: 0.001 added to every denominator, one decimal."""
     n = {name: float(column.sum()) for name, column in counts(scores).items()}
     return {
@@ -239,3 +250,74 @@ def official_figures(scores: Sequence[CaptionScore]) -> dict[str, float]:
         "Hal": round(100 - (n["captions"] - n["hallucinated_captions"]) / (n["captions"] + 0.001) * 100, 1),
         "Cog": round(n["hit"] / (n["hallu"] + 0.001) * 100, 1),
     }
+
+
+class AmberCaptions(Benchmark):
+    """AMBER, one description a picture, with the objects that the tagger of NLTK finds in it."""
+
+    name = "amber_captions"
+    figures: ClassVar[Mapping[str, Figure]] = {
+        "CHAIR": Figure(METRICS["CHAIR"], "nouns that name what is not there", "less"),
+        "Cover": Figure(METRICS["Cover"], "objects in the pictures that are named", "more"),
+        "Hal": Figure(METRICS["Hal"], "descriptions that name anything that is not there", "less"),
+        "Cog": Figure(METRICS["Cog"], "absent objects that one may expect there, named", "less"),
+    }
+    max_new_tokens = 512
+    describes = True
+    where = Amber.where
+    scoring_option = "similarity"
+    file_options = ("similarity", "key")
+
+    def __init__(self, scoring: str = "off", prompt: str = "{question}") -> None:
+        if scoring != "off" and not scoring.startswith("spacy:"):
+            raise ValueError(
+                f"similarity: expected off or spacy:<model>, such as spacy:en_core_web_lg, got {scoring!r}"
+            )
+        super().__init__(scoring, prompt)
+        if scoring == "off":
+            self.notes.append("only equal words match (similarity off), so these are not the figures of AMBER's paper")
+
+    @property
+    def title(self) -> str:
+        """The benchmark, and what its figures depend on."""
+        return f"AMBER captions (nouns nltk, similarity {self.scoring})"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What finds the nouns, and what takes two for one."""
+        return {"nouns": "nltk", "similarity": self.scoring}
+
+    def items(self, data: Data) -> list[Item]:
+        """One description a picture."""
+        return [
+            Item(str(picture.id), str(data.picture(picture.image)), self.prompt.replace("{question}", picture.prompt))
+            for picture in load()[: data.limit]
+        ]
+
+    def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
+        """Counts per picture. `ValueError` without NLTK and its data."""
+        described = [picture for picture in load()[: data.limit] if str(picture.id) in answers]
+        return [self._group(described, answers)]
+
+    def _group(self, described: Sequence[DescribedPicture], descriptions: Mapping[str, str]) -> Group:
+        nouns = nltk_nouns({picture.id: descriptions[str(picture.id)] for picture in described})
+        scores = score(described, nouns, self.scoring)
+        return Group("", clusters(scores), counts(scores), scores)
+
+    def explain(self, score: DescriptionScore) -> dict[str, object]:
+        """The nouns, and which of them stand for an object."""
+        return explain(score)
+
+    def read(self, path: Path) -> FileAnswers:
+        """Descriptions of some of the pictures or of all. Answers to questions in the same file are passed over."""
+        picture_of = {str(picture.id): picture for picture in load()}
+        entries = yesno.read_answers(path, key=self.options.key if self.options else None)
+        descriptions = {str(entry.id): entry.text or "" for entry in entries if str(entry.id) in picture_of}
+        if not descriptions:
+            raise ValueError(f"{len(entries)} entries, none of them describes one of AMBER's pictures, ids 1 to 1004.")
+        remarks = []
+        if len(descriptions) < len(picture_of):
+            remarks.append(f"{len(descriptions)} of {len(picture_of)} pictures are described")
+        group = self._group([picture_of[key] for key in descriptions], descriptions)
+        records = [{"id": key, "text": text} for key, text in descriptions.items()]
+        return FileAnswers(records, [group], remarks)

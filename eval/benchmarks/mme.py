@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
+from vlmfix.eval.benchmarks.benchmark import Figure, FileAnswers, FileOptions
+from vlmfix.eval.benchmarks.questions import YES_NO_FIGURES, OriginalQuestions
+from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
-from vlmfix.eval.scorers.yesno import Answer, Answers, AnswerScore, Question, by_group, clusters, counts
-
-__all__ = ["METRICS", "TASKS", "clusters", "counts", "load", "read_results", "score", "task_scores"]
+from vlmfix.eval.scorers.reading import about_file
+from vlmfix.eval.scorers.stats import ratio
+from vlmfix.eval.scorers.yesno import Answer, Answers, AnswerScore, Question, by_group, counts
 
 TASKS = ("existence", "count", "position", "color")
 
@@ -39,7 +42,7 @@ def load(folder: str | os.PathLike[str]) -> list[Question]:
     Raises:
         ValueError: a task is missing, a line has another form, or an image has not exactly two questions.
     """
-    return [question for task in TASKS for question, _ in _read_task(Path(folder), task)]
+    return [question for question, _ in _read_tasks(Path(folder))]
 
 
 def read_results(folder: str | os.PathLike[str]) -> tuple[list[Question], list[Answer]]:
@@ -48,20 +51,27 @@ def read_results(folder: str | os.PathLike[str]) -> tuple[list[Question], list[A
     Raises:
         ValueError: as `load`, or an answer is missing.
     """
-    rows = [row for task in TASKS for row in _read_task(Path(folder), task)]
-    if empty := [question.id for question, answer in rows if answer is None]:
-        raise ValueError(f"{len(empty)} lines have no fourth column, such as {empty[0]!r}; expected an answer there.")
+    rows = _read_tasks(Path(folder))
+    unanswered = [question.id for question, answer in rows if answer is None]
+    if unanswered:
+        raise ValueError(
+            f"{len(unanswered)} lines have no fourth column, such as {unanswered[0]!r}; expected an answer there."
+        )
     return [question for question, _ in rows], [Answer(question.id, answer) for question, answer in rows]
 
 
+def _read_tasks(folder: Path) -> list[tuple[Question, str | None]]:
+    rows: list[tuple[Question, str | None]] = []
+    for task in TASKS:
+        rows += _read_task(folder, task)
+    return rows
+
+
 def _read_task(folder: Path, task: str) -> list[tuple[Question, str | None]]:
-    rows = [
-        (
-            Question(f"{task}/{image}/{text}", image, text, "", _label(label, where), group=task, pair=image),
-            answer,
-        )
-        for where, (image, text, label, answer) in _rows(folder, task)
-    ]
+    rows: list[tuple[Question, str | None]] = []
+    for where, (image, text, word, answer) in _rows(folder, task):
+        label = yesno.label_field({"label": word}, where, "label")
+        rows.append((Question(f"{task}/{image}/{text}", image, text, "", label, group=task, pair=image), answer))
     uneven = [image for image, n in Counter(question.image for question, _ in rows).items() if n != 2]
     if not rows or uneven:
         raise ValueError(
@@ -69,10 +79,6 @@ def _read_task(folder: Path, task: str) -> list[tuple[Question, str | None]]:
             f"{f' such as {uneven[0]!r}' if uneven else ''}; ask the authors of MME for the files, see this module."
         )
     return rows
-
-
-def _label(text: str, where: str) -> yesno.Label:
-    return yesno.label_field({"label": text}, where, "label")
 
 
 def _rows(folder: Path, task: str) -> Iterator[tuple[str, tuple[str, str, str, str | None]]]:
@@ -83,9 +89,10 @@ def _rows(folder: Path, task: str) -> Iterator[tuple[str, tuple[str, str, str, s
             yield where, (cells[0], cells[1], cells[2], cells[3] if len(cells) == 4 else None)
         return
     for path in sorted((folder / task).glob("*.txt")):
-        pictures = sorted(other.name for other in path.parent.glob("*") if other.stem == path.stem and other != path)
+        beside = [other for other in path.parent.glob("*") if other.stem == path.stem and other != path]
+        picture = min((other.name for other in beside), default=path.stem)
         for where, cells in _cells(path, (2,)):
-            yield where, (pictures[0] if pictures else path.stem, cells[0], cells[1], None)
+            yield where, (picture, cells[0], cells[1], None)
 
 
 def _cells(path: Path, widths: tuple[int, ...]) -> Iterator[tuple[str, list[str]]]:
@@ -129,3 +136,55 @@ def task_scores(scores: Iterable[AnswerScore]) -> dict[str, float]:
         task: float(METRICS["score"]({name: column.sum() for name, column in counts(part).items()}))
         for task, part in by_group(scores).items()
     }
+
+
+class Mme(OriginalQuestions):
+    """MME: existence, count, position and color, two questions a picture."""
+
+    name, heading, parser = "mme", "MME", "mme"
+    figures: ClassVar[Mapping[str, Figure]] = {
+        "score": Figure(METRICS["score"], "points, 100 accuracy + 100 accuracy_plus", "more", unit=""),
+        "accuracy": YES_NO_FIGURES["accuracy"],
+        "accuracy_plus": Figure(METRICS["accuracy_plus"], "pictures with both answers right", "more"),
+        "precision": YES_NO_FIGURES["precision"],
+        "recall": Figure(METRICS["recall"], "yes where yes is right, of the answers that say yes or no", "more"),
+        "yes_ratio": YES_NO_FIGURES["yes_ratio"],
+        "MCC": YES_NO_FIGURES["MCC"],
+    }
+    where = (
+        "pictures and questions of MME are given out by its authors: "
+        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation"
+    )
+    file_options = ("parser", "questions", "key")
+
+    def __init__(self, scoring: str = "", prompt: str = "{question}") -> None:
+        super().__init__(scoring, prompt)
+        self.file_questions: Sequence[Question] = ()
+        """What answers in files answer, where that was said."""
+
+    def find(self, data: Data) -> Sequence[Question]:
+        """The questions in the folder of the data."""
+        return load(data.asked or data.folder)
+
+    @staticmethod
+    def file(question: Question) -> str:
+        """Pictures lie in the folder of their task."""
+        return f"{question.group}/{question.image}"
+
+    def prepare_files(self, options: FileOptions) -> None:
+        """Read the questions, if they do not come with the answers."""
+        super().prepare_files(options)
+        if options.questions is not None:
+            with about_file(options.questions):
+                self.file_questions = load(options.questions)
+
+    def read(self, path: Path) -> FileAnswers:
+        """A folder of filled result files, which hold the questions too, or a file of answers by id."""
+        if path.is_dir():
+            own_questions, answers = read_results(path)
+            scores = self.judge(self.file_questions or own_questions, answers)
+        else:
+            questions = self.file_questions or load(self.asked_of_files("the folder of MME's files"))
+            scores = self.judge(questions, self.read_answers(path))
+        points = sum(task_scores(scores).values())
+        return self.file_answers(scores, [f"{points:.1f} of 800 points"])

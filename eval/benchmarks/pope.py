@@ -1,336 +1,153 @@
-"""POPE: yes/no questions about objects that are, or are not, in the picture.
+"""POPE: is there a ... in the image? No torch.
 
-Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023, arXiv 2305.10355; builder and
-scorer follow the code of RUCAIBox/POPE. Evaluators in use read the same answers in different ways, so the parser is
-part of every figure's name.
-
-    questions = load("coco", "adversarial")    # or read_questions(path), or build_questions(ordered_objects(...), ...)
-    scores = score_answers(questions, read_answers("answers.jsonl"), "strict")
-    sums = {name: column.sum() for name, column in counts(scores).items()}
-    METRICS["accuracy"](sums), METRICS["F1"](sums), METRICS["yes_ratio"](sums)
+Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023, arXiv 2305.10355. Questions
+are the published ones (`pope_questions`) or built from annotations as the authors do (`pope_building`). Evaluators in
+use read the same answers in different ways, so the parser is part of every figure's name.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import random
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from importlib.resources import as_file, files
-from itertools import chain
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from vlmfix.eval.scorers.chair import instance_categories
-from vlmfix.eval.scorers.yesno import (
-    METRICS,
-    PARSERS,
-    Answer,
-    AnswerScore,
-    Label,
-    Parser,
-    Question,
-    by_group,
-    check_ids,
-    clusters,
-    counts,
-    did_you_mean,
-    id_field,
-    label_field,
-    mended,
-    read_answers,
-    read_records,
-    same_image,
-    score_answers,
-    score_margins,
-    text_field,
-)
-
-__all__ = [
-    "METRICS",
-    "PARSERS",
-    "SOURCES",
-    "SPLITS",
-    "Answer",
-    "AnswerScore",
-    "Label",
-    "Parser",
-    "Question",
-    "build_questions",
-    "by_group",
-    "clusters",
-    "common",
-    "counts",
-    "edition",
-    "load",
-    "ordered_objects",
-    "question_text",
-    "read_answers",
-    "read_questions",
-    "relabel",
-    "score_answers",
-    "score_margins",
-]
-
-_FILES = files("vlmfix.assets") / "pope"
-
-SOURCES = {
-    "coco": "COCO val2014, as RUCAIBox/POPE has it",
-    "aokvqa": "A-OKVQA, images of COCO val2014, objects by SEEM",
-    "gqa": "GQA, images of Visual Genome, objects by SEEM",
-    "coco_first_release": "COCO as first released: 90 random negatives fewer, other ids there, the misprint 'imange'",
-}
-"""Question files that come with the package; OPERA, PAI and VISTA use the first release."""
+from vlmfix.eval.benchmarks.benchmark import FileAnswers, FileOptions, Group
+from vlmfix.eval.benchmarks.pope_building import build_questions, ordered_objects
+from vlmfix.eval.benchmarks.pope_questions import SOURCES, SPLITS, edition, load, read_questions, relabel
+from vlmfix.eval.benchmarks.questions import YesNo
+from vlmfix.eval.pictures import hub
+from vlmfix.eval.pictures.data import Data, OriginalFolder, PublishedPictures
+from vlmfix.eval.pictures.lists import image_list
+from vlmfix.eval.scorers import chair, yesno
+from vlmfix.eval.scorers.reading import about_file
+from vlmfix.eval.scorers.yesno import Question
 
 
-# Question files
+class Pope(YesNo):
+    """Three splits, which differ in how the absent objects are drawn."""
 
+    name, heading, parser = "pope", "POPE", "pope"
+    file_options = ("parser", "source", "split", "questions", "labels", "key")
 
-def load(source: str = "coco", split: str = "random") -> list[Question]:
-    """The questions of a source and split as published, 3,000 on 500 images (2,910 of `coco_first_release/random`).
+    def __init__(self, scoring: str = "", prompt: str = "{question}") -> None:
+        super().__init__(scoring, prompt)
+        self.file_questions: Sequence[Question] = ()
+        """What answers in files answer."""
+        self.kept_questions: Sequence[Question] = ()
+        """Those of them that are scored, with their labels."""
+        self.other_labels = ""
+        """The edition of the labels, where they are not those of the questions."""
 
-    Raises:
-        ValueError: an unknown source or split.
-    """
-    for name, known, what in ((source, SOURCES, "source"), (split, SPLITS, "split")):
-        if name not in known:
-            raise ValueError(f"{name!r} is no {what} of POPE{did_you_mean(name, known)}; there are {', '.join(known)}.")
-    with as_file(_FILES / source / f"{split}.json.gz") as path:
-        return read_questions(path, split=split)
+    # A run
 
+    @property
+    def asking(self) -> dict[str, Any]:
+        """How questions are built where they are not published."""
+        return {"prompt": self.prompt, "seed": 0, "positives_per_image": 3}
 
-def read_questions(path: str | os.PathLike[str], *, split: str | None = None) -> list[Question]:
-    """Questions of a file with `question_id`, `image`, `text` and `label`, in the formats of `yesno.read_records`.
+    def load(self, data: Data) -> Sequence[Question]:
+        """The questions about some data: as published, as they lie in its folder, or built from its annotations."""
+        if isinstance(data, PublishedPictures):
+            return _published(data)
+        if isinstance(data, OriginalFolder):
+            return _of_folder(data)
+        names = {path.name for path in data.images.values()}
+        objects = [entry for entry in ordered_objects(data.folder / "instances.json") if entry[0] in names]
+        return build_questions(objects, k=self.asking["positives_per_image"], seed=self.asking["seed"])
 
-    The split is the `category` of each line, as in LLaVA's `llava_pope_test.jsonl`, else `split`, else that of the
-    edition that the file is recognised as, else empty.
+    @staticmethod
+    def item_id(question: Question) -> str:
+        """Positives are the same in all splits, and asked once."""
+        return f"{question.image}|{question.text}"
 
-    Raises:
-        ValueError: a line lacks a key or holds something else under it, or only some lines have a category.
-    """
-    records = read_records(path)
-    categories = [text_field(record, where, "category") for where, record in records if "category" in record]
-    if len(categories) not in (0, len(records)):
-        raise ValueError(
-            f"{path}: {len(categories)} of {len(records)} questions have a category; give all one, or none."
-        )
-    questions = [
-        Question(
-            id=id_field(record, where, "question_id"),
-            image=text_field(record, where, "image"),
-            text=text_field(record, where, "text"),
-            object=_object_of(record["text"]),
-            label=label_field(record, where, "label"),
-            group=record.get("category") or split or "",
-        )
-        for where, record in records
-    ]
-    if not categories and split is None:
-        split = edition(questions).partition("/")[2]
-        return [replace(question, group=split) for question in questions]
-    return questions
+    def parts(self, scores: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+        """The three splits."""
+        groups = yesno.by_group(scores)
+        return {split: groups.get(split, []) for split in SPLITS}
 
+    # Files of answers
 
-def _object_of(text: str) -> str:
-    asked = re.search(r"Is there an? (.+?) in the image\?", mended(text))
-    return asked[1] if asked else ""
+    @property
+    def edition(self) -> str:
+        """Source and split of published questions, and whose labels they have."""
+        name = edition(self.file_questions)
+        return f"{name}, labels {self.other_labels}" if self.other_labels else name
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The parser, and for files the edition of the questions and of the labels."""
+        if self.options is None:
+            return super().facts
+        labels = {"labels": self.other_labels} if self.other_labels else {}
+        return {**super().facts, "edition": edition(self.file_questions), **labels}
 
-def edition(questions: Iterable[Question]) -> str:
-    """Which published file holds exactly these questions in this order, as "coco/random"; "custom" if none does.
-
-    Ids, images, wording and labels all count, so that the first release, VCD's copies and RePOPE tell apart.
-    """
-    lines = "".join(f"{q.id}\t{q.image}\t{q.text}\t{q.label}\n" for q in questions)
-    return _editions().get(hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest(), "custom")
-
-
-@cache
-def _editions() -> Mapping[str, str]:
-    """Hash of the content -> name. Of files with the same content the first one gives the name."""
-    listed: dict[str, dict[str, Any]] = json.loads((_FILES / "editions.json").read_text("utf-8"))
-    return {entry["sha256_content"]: name for name, entry in reversed(listed.items())}
-
-
-def relabel(questions: Iterable[Question], labels: Iterable[Question]) -> list[Question]:
-    """The questions that a label file such as RePOPE's keeps, with its labels: read it with `read_questions`.
-
-    RePOPE (Neuhaus and Hein, arXiv 2504.15707) corrects labels of POPE COCO and leaves out what is unclear. It has no
-    licence, so it does not come with the package: github.com/YanNeu/RePOPE, folder `annotations`; `edition` knows its
-    files as `repope_coco/...`.
-
-    Raises:
-        ValueError: a labelled question is not among the questions, or asks there for another object or image.
-    """
-    questions, labels = list(questions), list(labels)
-    check_ids(questions)
-    check_ids(labels)
-    label_of = {question.id: question for question in labels}
-    kept = [question for question in questions if question.id in label_of]
-    fitting = sum(_about(question, label_of[question.id]) for question in kept)
-    if fitting < len(labels):
-        raise ValueError(
-            f"{len(labels) - fitting} of {len(labels)} labels belong to no question here, or to one on another object "
-            "or image; give the questions of the edition and split that the labels were made for."
-        )
-    return [replace(question, label=label_of[question.id].label) for question in kept]
-
-
-def _about(one: Question, other: Question) -> bool:
-    """Whether two questions ask for the same object in the same image."""
-    same_object = (one.object or mended(one.text)) == (other.object or mended(other.text))
-    return same_object and same_image(one.image, other.image)
-
-
-def common(one: Iterable[AnswerScore], other: Iterable[AnswerScore]) -> tuple[list[AnswerScore], list[AnswerScore]]:
-    """The scores of two sets of answers on the questions that both were asked, both in the order of the first.
-
-    Across editions ids mean nothing: questions are the same if split, image and object are. The wording may differ
-    still (the first release has a misprint), the label may not.
-
-    Raises:
-        ValueError: a question without a known object, no question in common, or one with two labels.
-    """
-    first, second = _by_content(one), _by_content(other)
-    shared = [key for key in first if key in second]
-    if not shared:
-        raise ValueError(
-            f"{len(first)} and {len(second)} questions have none in common (same split, image and object); compare "
-            "answers to the same source and split."
-        )
-    if other_label := sum(first[key].question.label != second[key].question.label for key in shared):
-        raise ValueError(
-            f"{other_label} of {len(shared)} common questions have another label in the other set, as POPE and RePOPE "
-            "do; give both the same labels, see relabel."
-        )
-    return [first[key] for key in shared], [second[key] for key in shared]
-
-
-def _by_content(scores: Iterable[AnswerScore]) -> dict[Hashable, AnswerScore]:
-    seen: Counter[Hashable] = Counter()
-    keyed: dict[Hashable, AnswerScore] = {}
-    for score in scores:
-        question = score.question
-        if not question.object:
-            raise ValueError(f"{question.text!a} does not say which object it asks for; expected POPE's wording.")
-        key = (question.group, question.image, question.object)
-        seen[key] += 1
-        keyed[key, seen[key]] = score  # two published files hold a question twice
-    return keyed
-
-
-# Building questions
-
-
-def ordered_objects(instances: str | os.PathLike[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Image file names of an instances file in COCO format, each with its categories in the order of its annotations.
-
-    Raises:
-        ValueError: the file is not in COCO format, or an image has no file name.
-    """
-    images = instance_categories(instances)
-    for image, _ in images:
-        if not isinstance(image.get("file_name"), str):
-            raise ValueError(f"{instances}: image {image['id']} has no file_name; questions need one.")
-    return [(image["file_name"], names) for image, names in images]
-
-
-# How a split draws one negative: from the objects by frequency and those seen with the positive, both most frequent
-# first. An empty list leaves it to chance.
-_CANDIDATES: dict[str, Callable[[Sequence[str], Sequence[str]], Sequence[str]]] = {
-    "random": lambda frequent, with_positive: (),
-    "popular": lambda frequent, with_positive: frequent,
-    "adversarial": lambda frequent, with_positive: with_positive,
-}
-SPLITS = tuple(_CANDIDATES)
-
-
-def build_questions(
-    images: Sequence[tuple[str, Sequence[str]]],
-    *,
-    k: int = 3,
-    n_images: int | None = None,
-    seed: int,
-    splits: Sequence[str] = SPLITS,
-    article: Literal["correct", "official"] = "correct",
-) -> list[Question]:
-    """Questions on images with their objects in order, as `utils.py` and `main.py` of RUCAIBox/POPE build them.
-
-    Images with fewer than `k` objects are left out, and of the others `n_images` drawn (None: all). Each gets, per
-    split, its first `k` objects as positives, each followed by a negative: drawn at random, the most frequent object
-    that is absent, or the absent one that stands most often with this positive. Ids count from 1 through all splits;
-    each split, and the draw of images, starts from `seed` anew.
-
-    `article="official"` keeps the misprint of the code, "Is there an orange in the imange?".
-
-    Raises:
-        ValueError: an unknown split or article, too few images, or images so full or so alike that negatives run out.
-    """
-    for split in splits:
-        if split not in SPLITS:
+    def prepare_files(self, options: FileOptions) -> None:
+        """Find the questions: published ones by source and split, or those of a file; and other labels for them."""
+        super().prepare_files(options)
+        both_or_neither = (options.questions is None) == (options.split is None)
+        if both_or_neither or (options.questions is not None and options.source is not None):
             raise ValueError(
-                f"{split!r} is no split of POPE{did_you_mean(split, SPLITS)}; there are {', '.join(SPLITS)}."
+                f"which questions of POPE were asked? Give either --split ({', '.join(SPLITS)}), with --source "
+                f"({', '.join(SOURCES)}) if it is not coco, or --questions FILE."
             )
-    if article not in ("correct", "official"):
-        raise ValueError(f"article is {article!r}; expected 'correct' or 'official'.")
-    if k < 1:
-        raise ValueError(f"k is {k}; expected at least one object per image.")
-    full = [(name, tuple(dict.fromkeys(objects))) for name, objects in images]
-    full = [(name, objects) for name, objects in full if len(objects) >= k]
-    if not full or (n_images is not None and not 1 <= n_images <= len(full)):
+        if options.questions is None:
+            self.file_questions = load("coco" if options.source is None else options.source, options.split or "")
+        else:
+            with about_file(options.questions):
+                self.file_questions = read_questions(options.questions)
+                yesno.check_ids(self.file_questions)
+        self.kept_questions = self.file_questions
+        if options.labels is not None:
+            with about_file(options.labels):
+                labels = read_questions(options.labels)
+                self.kept_questions, self.other_labels = relabel(self.file_questions, labels), edition(labels)
+
+    def read(self, path: Path) -> FileAnswers:
+        """One answer for each question; those to questions without a label are left out."""
+        answers = self.read_answers(path)
+        scores = self.judge(self.file_questions, answers)
+        if self.other_labels:
+            kept_ids = {question.id for question in self.kept_questions}
+            scores = self.judge(self.kept_questions, [answer for answer in answers if answer.id in kept_ids])
+        return self.file_answers(scores)
+
+    def file_groups(self, scores: Sequence[Any]) -> list[Group]:
+        """The groups that the questions of the file name, mostly one split."""
+        return [self.group(name, part) for name, part in yesno.by_group(scores).items()]
+
+
+def _published(data: Data) -> list[Question]:
+    """The published questions on the pictures that are asked about, with ids that are unique over the three splits."""
+    questions = []
+    for split in SPLITS:
+        questions += [replace(question, id=f"{split}/{question.id}") for question in load(data.name, split)]
+    pictures = list(dict.fromkeys(question.image for question in questions))
+    if data.which is not None:
+        listed = set(image_list(data.which))
+        pictures = [picture for picture in pictures if chair.image_key(picture) in listed]
+    first_pictures = set(pictures[: data.limit])
+    return [question for question in questions if question.image in first_pictures]
+
+
+def _of_folder(data: Data) -> list[Question]:
+    """The questions in a folder: the file given, or a file of each split (`coco_pope_random.json`)."""
+    questions: list[Question] = []
+    if data.asked is not None or (data.folder / hub.QUESTIONS).exists():
+        questions = read_questions(data.asked or data.folder / hub.QUESTIONS)
+    else:
+        for split in SPLITS:
+            for path in sorted(data.folder.glob(f"*{split}*.json*")):
+                questions += read_questions(path, split=split)
+    if not questions or {question.split for question in questions} - set(SPLITS):
         raise ValueError(
-            f"{len(full)} of {len(images)} images have at least {k} objects, but {n_images or 'some'} are wanted; "
-            "lower k or n_images, or give more images."
+            f"data {data.name!r}: {data.folder / 'instances.json'} does not exist, and there are no questions of "
+            f"POPE that name their split ({', '.join(SPLITS)}), in a category or in the name of their file"
         )
-    selected = full if n_images is None else random.Random(seed).sample(full, n_images)
-    frequency = Counter(chain.from_iterable(objects for _, objects in selected))
-    for name, objects in selected:
-        if len(frequency) - len(objects) < k:
-            raise ValueError(
-                f"{name} holds {len(objects)} of the {len(frequency)} objects that the selected images have, which "
-                f"leaves fewer than k = {k} to ask for in vain; lower k or give more images."
-            )
-    drawn = [
-        (split, name, asked, label)
-        for split in splits
-        for name, asked, label in _draw(selected, frequency, split, k, random.Random(seed))
-    ]
+    pictures = dict.fromkeys(question.image for question in questions)
+    first_pictures = set(list(pictures)[: data.limit])
     return [
-        Question(number, name, question_text(asked, article), asked, label, split)
-        for number, (split, name, asked, label) in enumerate(drawn, start=1)
+        replace(question, id=f"{question.split}/{question.id}")
+        for question in questions
+        if question.image in first_pictures
     ]
-
-
-def question_text(name: str, article: Literal["correct", "official"] = "correct") -> str:
-    """The question for an object. The official code puts "an" for every "a" of the question, hence "imange"."""
-    if not name.startswith(tuple("aeiou")):
-        return f"Is there a {name} in the image?"
-    return f"Is there an {name} in the {'imange' if article == 'official' else 'image'}?"
-
-
-def _draw(
-    selected: Sequence[tuple[str, Sequence[str]]], frequency: Counter[str], split: str, k: int, rng: random.Random
-) -> Iterable[tuple[str, str, Label]]:
-    """Yield image, object and label of each question; needs `k` objects in `frequency` that are absent, per image."""
-    together: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for _, objects in selected:
-        for one in objects:
-            together[one].update(other for other in objects if other != one)
-    # Sorting is stable: objects of equal count stay in order of first appearance.
-    frequent = [name for name, _ in frequency.most_common()]
-    beside = {one: [name for name, _ in others.most_common()] for one, others in together.items()}
-    names = list(frequency)
-    for image, objects in selected:
-        out = set(objects)
-        for positive in objects[:k]:
-            yield image, positive, "yes"
-            candidates = _CANDIDATES[split](frequent, beside[positive])
-            negative = next((name for name in candidates if name not in out), None)
-            while negative is None or negative in out:
-                negative = rng.choice(names)
-            out.add(negative)
-            yield image, negative, "no"

@@ -4,7 +4,7 @@
 |---|---|---|
 | `organism`, `calibration`, `photos` | embedded | categories, captions |
 | a folder with `instances.json` | its `images/` | categories; `captions.json`, `synonyms.txt` where there |
-| `coco`, `coco_first_release`, `aokvqa`, `gqa` | yours | CHAIR's ground truth (`coco`), POPE's questions |
+| `coco`, `coco_first_release`, `aokvqa`, `gqa` | yours | CHAIR's ground truth (`coco`); POPE's questions are on these |
 | any other folder | its own | what a benchmark such as AMBER or MME finds there |
 """
 
@@ -13,20 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vlmfix.eval.benchmarks import pope
-from vlmfix.eval.pictures import hub
+from vlmfix.eval.benchmarks.pope_questions import SOURCES
 from vlmfix.eval.pictures.lists import image_list
 from vlmfix.eval.scorers import chair
 
 EMBEDDED = {"organism": "organism/test", "calibration": "organism/calibration", "photos": "photos"}
 """Name -> folder of the assets."""
-PUBLISHED = tuple(pope.SOURCES)
+PUBLISHED = tuple(SOURCES)
+"""Data sets whose annotations come with the package: those that POPE's questions are about."""
 WHERE = {
     "coco": "the photos of COCO val2014 are at https://images.cocodataset.org/zips/val2014.zip",
     "gqa": "the photos of GQA are at https://cs.stanford.edu/people/dorarad/gqa/download.html",
@@ -60,32 +60,42 @@ class Data:
         pictures: str | Path | None = None,
         asked: str | Path | None = None,
     ) -> Data:
-        """Data by name, or a folder. `ValueError` if there is none."""
+        """Data by name, or a folder.
+
+        Args:
+            name: One of `EMBEDDED` or `PUBLISHED`, or a folder.
+            limit: Only the first pictures; for trying out.
+            which: Which pictures, see `lists.py`.
+            pictures: Folder of the pictures, where they do not lie in that of the annotations.
+            asked: File of the questions, where it does not lie there.
+
+        Raises:
+            ValueError: there is no such data.
+        """
         if limit is not None and limit < 1:
             raise ValueError(f"limit: expected a number of pictures above 0, got {limit}")
-        place, file = (None if path is None else Path(path).resolve() for path in (pictures, asked))
+        picture_folder = None if pictures is None else Path(pictures).resolve()
+        question_file = None if asked is None else Path(asked).resolve()
         if name in PUBLISHED:
-            return Published(name, place or Path(name), limit, which, place, file)
+            return PublishedPictures(name, picture_folder or Path(name), limit, which, picture_folder, question_file)
         folder = Path(str(files("vlmfix.assets") / EMBEDDED[name])) if name in EMBEDDED else Path(name).resolve()
         known = name if name in EMBEDDED else str(folder)
         if (folder / "instances.json").exists():
-            return cls(known, folder, limit, which, place, file)
+            return cls(known, folder, limit, which, picture_folder, question_file)
         if not folder.is_dir():
             raise ValueError(
                 f"data {name!r}: {folder} does not exist; expected {', '.join(EMBEDDED)}, {', '.join(PUBLISHED)} or a "
                 "folder: with images/ and instances.json in COCO format, or with a benchmark's original files"
             )
-        return Folder(known, folder, limit, which, place, file)
+        return OriginalFolder(known, folder, limit, which, picture_folder, question_file)
 
     @cached_property
     def images(self) -> dict[int, Path]:
         """Image number -> file, in the order of the annotations, or of the list."""
-        found = {
-            chair.image_key(image["id"]): image["file_name"]
-            for image, _ in chair.instance_categories(self.folder / "instances.json")
-        }
-        keys = _listed(self.which, found.keys())
-        return {key: self.picture(found[key]) for key in keys[: self.limit]}
+        images = [image for image, _ in chair.instance_categories(self.folder / "instances.json")]
+        file_names = {chair.image_key(image["id"]): image["file_name"] for image in images}
+        keys = _listed(self.which, file_names.keys())
+        return {key: self.picture(file_names[key]) for key in keys[: self.limit]}
 
     def picture(self, name: str) -> Path:
         """The file of a picture, whether it is there or not."""
@@ -94,8 +104,8 @@ class Data:
     @cached_property
     def vocabulary(self) -> chair.Vocabulary:
         """Objects and their synonyms: those of `synonyms.txt` in the folder, else COCO's."""
-        own = self.folder / "synonyms.txt"
-        return chair.Vocabulary.load(own if own.is_file() else None)
+        synonyms = self.folder / "synonyms.txt"
+        return chair.Vocabulary.load(synonyms if synonyms.is_file() else None)
 
     @property
     def truth(self) -> chair.GroundTruth:
@@ -106,20 +116,15 @@ class Data:
         """The same, with the captions read as a variant of CHAIR reads them."""
         return _truth(self.folder, variant)
 
-    def questions(self, k: int, seed: int) -> Sequence[pope.Question]:
-        """POPE's questions, built from the annotations of the pictures by the reference's samplers."""
-        names = {path.name for path in self.images.values()}
-        objects = pope.ordered_objects(self.folder / "instances.json")
-        return pope.build_questions([(name, found) for name, found in objects if name in names], k=k, seed=seed)
-
     def question_file(self, what: str) -> Path:
         """The file of questions: as given, or the only file of JSON in the folder."""
         if self.asked is not None:
             return self.asked
-        found = sorted(path for ending in ("json", "jsonl", "json.gz") for path in self.folder.glob(f"*.{ending}"))
-        if len(found) != 1:
-            raise ValueError(f"{self.folder} holds {len(found)} files of JSON; name {what} with --questions")
-        return found[0]
+        endings = (".json", ".jsonl", ".json.gz")
+        files_of_json = [path for path in self.folder.glob("*") if path.name.endswith(endings)]
+        if len(files_of_json) != 1:
+            raise ValueError(f"{self.folder} holds {len(files_of_json)} files of JSON; name {what} with --questions")
+        return files_of_json[0]
 
     @property
     def where(self) -> str:
@@ -129,22 +134,26 @@ class Data:
     @property
     def spec(self) -> dict[str, Any]:
         """What `load` was given."""
-        given = {"name": self.name, "limit": self.limit, "which": self.which}
-        paths = {"pictures": self.pictures, "asked": self.asked}
-        return {**given, **{key: None if path is None else str(path) for key, path in paths.items()}}
+        return {
+            "name": self.name,
+            "limit": self.limit,
+            "which": self.which,
+            "pictures": None if self.pictures is None else str(self.pictures),
+            "asked": None if self.asked is None else str(self.asked),
+        }
 
     @cached_property
     def digest(self) -> str:
         """Hash of the annotations and of the list of pictures."""
-        h = hashlib.sha256()
+        digest = hashlib.sha256()
         for name in ("instances.json", "captions.json"):
             path = self.folder / name
-            h.update(path.read_bytes() if path.exists() else b"-")
-        h.update("\n".join(path.name for path in self.images.values()).encode())
-        return h.hexdigest()[:16]
+            digest.update(path.read_bytes() if path.exists() else b"-")
+        digest.update("\n".join(path.name for path in self.images.values()).encode())
+        return digest.hexdigest()[:16]
 
 
-class Published(Data):
+class PublishedPictures(Data):
     """A published data set whose annotations come with the package, and whose pictures are the user's.
 
     Without a list, CHAIR asks about `first500` of COCO val2014, POPE about its own 500 pictures.
@@ -171,20 +180,6 @@ class Published(Data):
             raise ValueError(f"data {self.name!r} has questions only; take --data coco for captions")
         return chair.coco_truth(variant, "val")
 
-    def questions(self, k: int, seed: int) -> Sequence[pope.Question]:
-        """POPE's questions as published."""
-        asked = [
-            replace(question, id=f"{split}/{question.id}")  # unique over the three splits
-            for split in pope.SPLITS
-            for question in pope.load(self.name, split)
-        ]
-        names = list(dict.fromkeys(question.image for question in asked))
-        if self.which is not None:
-            wanted = set(image_list(self.which))
-            names = [name for name in names if chair.image_key(name) in wanted]
-        kept = set(names[: self.limit])
-        return [question for question in asked if question.image in kept]
-
     @property
     def where(self) -> str:
         """Where the pictures are to be had."""
@@ -197,7 +192,7 @@ class Published(Data):
         return hashlib.sha256(json.dumps([self.name, keys, self.limit]).encode()).hexdigest()[:16]
 
 
-class Folder(Data):
+class OriginalFolder(Data):
     """A folder that holds the original files of a benchmark, or only its pictures."""
 
     def picture(self, name: str) -> Path:
@@ -216,22 +211,6 @@ class Folder(Data):
         """There is none here."""
         raise ValueError(f"data {self.name!r} has no instances.json, so there is no ground truth for captions")
 
-    def questions(self, k: int, seed: int) -> Sequence[pope.Question]:
-        """POPE's questions as they lie here: the file given, or a file of each split (`coco_pope_random.json`)."""
-        if self.asked is not None or (self.folder / hub.QUESTIONS).exists():
-            found = pope.read_questions(self.asked or self.folder / hub.QUESTIONS)
-        else:
-            files = [(split, path) for split in pope.SPLITS for path in sorted(self.folder.glob(f"*{split}*.json*"))]
-            found = [question for split, path in files for question in pope.read_questions(path, split=split)]
-        if not found or {question.split for question in found} - set(pope.SPLITS):
-            raise ValueError(
-                f"data {self.name!r}: {self.folder / 'instances.json'} does not exist, and there are no questions of "
-                f"POPE that name their split ({', '.join(pope.SPLITS)}), in a category or in the name of their file"
-            )
-        kept = set(list(dict.fromkeys(question.image for question in found))[: self.limit])
-        unique = (replace(question, id=f"{question.split}/{question.id}") for question in found)
-        return [question for question in unique if question.image in kept]
-
     @cached_property
     def digest(self) -> str:
         """Nothing but the limit: what is asked has a hash of its own."""
@@ -239,7 +218,7 @@ class Folder(Data):
 
 
 class Elsewhere(Data):
-    """Pictures that are not here: only what was said about them is."""
+    """Pictures that are not here: only what somebody else's model said about them is."""
 
     @cached_property
     def images(self) -> dict[int, Path]:
@@ -249,11 +228,10 @@ class Elsewhere(Data):
 
 @cache
 def _truth(folder: Path, variant: str) -> chair.GroundTruth:
-    own, captions = folder / "synonyms.txt", folder / "captions.json"
-    vocabulary = chair.Vocabulary.load(own if own.is_file() else None)
-    return chair.ground_truth(
-        folder / "instances.json", captions if captions.exists() else None, vocabulary, variant=variant
-    )
+    synonyms, captions = folder / "synonyms.txt", folder / "captions.json"
+    vocabulary = chair.Vocabulary.load(synonyms if synonyms.is_file() else None)
+    human_captions = captions if captions.exists() else None
+    return chair.ground_truth(folder / "instances.json", human_captions, vocabulary, variant=variant)
 
 
 def _listed(name: str | None, known: Iterable[int]) -> Sequence[int]:
@@ -261,14 +239,14 @@ def _listed(name: str | None, known: Iterable[int]) -> Sequence[int]:
     keys = list(known)
     if name is None:
         return keys
-    wanted = image_list(name)
-    covered = set(keys)
-    if unknown := [key for key in wanted if key not in covered]:
+    listed, annotated = image_list(name), set(keys)
+    unknown = [key for key in listed if key not in annotated]
+    if unknown:
         raise ValueError(
-            f"list {name!r}: {len(unknown)} of {len(wanted)} images, such as {unknown[0]}, are not among the "
+            f"list {name!r}: {len(unknown)} of {len(listed)} images, such as {unknown[0]}, are not among the "
             f"{len(keys)} of this data"
         )
-    return wanted
+    return listed
 
 
 def _find(folder: Path, *names: str) -> Path:

@@ -51,16 +51,16 @@ def rows(name: str) -> Iterable[Mapping[str, Any]]:
     try:
         return datasets.load_dataset(repo, config or None, split=split or "test")
     except Exception as error:  # the library raises many kinds for what is missing, private, or not reachable
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"data {name!r} cannot be loaded: {said}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"data {name!r} cannot be loaded: {reason}") from error
 
 
-def lay_out(found: Iterable[Mapping[str, Any]], benchmark: str, folder: Path) -> None:
+def lay_out(data_rows: Iterable[Mapping[str, Any]], benchmark: str, folder: Path) -> None:
     """Write pictures and questions; the file of questions last, so that a folder that has one is whole."""
-    lines = []
-    for row in found:
+    questions: list[dict[str, Any]] = []
+    for row in data_rows:
         try:
-            file, line = READERS[benchmark](row)
+            file, question = READERS[benchmark](row)
             picture = row["image"]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a row has the columns {', '.join(row)}; {benchmark} lacks {error}") from error
@@ -69,20 +69,25 @@ def lay_out(found: Iterable[Mapping[str, Any]], benchmark: str, folder: Path) ->
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 picture.convert("RGB").save(path, "PNG")  # no loss; the reader goes by the content, not by the ending
-        if line is not None:
-            lines.append(line)
+        if question is not None:
+            questions.append(question)
     folder.mkdir(parents=True, exist_ok=True)
-    for task in dict.fromkeys(line["task"] for line in lines if "task" in line):  # as MME's own files have it
-        cells = [f"{line['image']}\t{line['text']}\t{line['label']}\n" for line in lines if line["task"] == task]
-        (folder / f"{task}.txt").write_text("".join(cells), "utf-8")
+    rows_of_task: dict[str, list[str]] = {}  # MME's own files are a table for each task
+    for question in questions:
+        if "task" in question:
+            cells = f"{question['image']}\t{question['text']}\t{question['label']}\n"
+            rows_of_task.setdefault(question["task"], []).append(cells)
+    for task, table in rows_of_task.items():
+        (folder / f"{task}.txt").write_text("".join(table), "utf-8")
     temporary = folder / f"{QUESTIONS}.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    temporary.write_text("".join(json.dumps(question) + "\n" for question in questions), "utf-8")
     temporary.replace(folder / QUESTIONS)
 
 
 def _name(text: object) -> str:
     """A file name below the folder, whatever the data set says."""
-    return "/".join(part for part in str(text).replace("\\", "/").split("/") if part not in ("", ".", ".."))
+    parts = str(text).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
 def _pope(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -18,11 +18,12 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from vlmfix.eval.benchmarks import pope
+from vlmfix.eval.benchmarks import pope_questions
 from vlmfix.eval.scorers import chair
 
 SAMPLE = 500
@@ -37,23 +38,31 @@ def image_list(name: str) -> tuple[int, ...]:
         ValueError: there is no list of that name, and no file either, or it holds anything but ids.
     """
     if "+" in name and not Path(name).exists():
-        return tuple(dict.fromkeys(key for part in name.split("+") for key in image_list(part)))
+        joined: list[int] = []
+        for part in name.split("+"):
+            joined += image_list(part)
+        return tuple(dict.fromkeys(joined))
     listed = _listed()
     if name in listed:
         return listed[name]
     if name == "first500":
         return tuple(sorted(chair.coco_truth(split="val"))[:SAMPLE])
     if name == "pope500":
-        return tuple(dict.fromkeys(chair.image_key(question.image) for question in pope.load()))
-    if drawn := re.fullmatch(r"sorted-seed-(\d{1,9})", name):
-        return tuple(random.Random(int(drawn[1])).sample(sorted(chair.coco_truth(split="val")), SAMPLE))
-    if drawn := re.fullmatch(r"coco-seed-(\d{1,9})@(.+)", name):
-        ids = [chair.image_key(key) for key in chair.read_coco(drawn[2]).imgs]
-        return tuple(random.Random(int(drawn[1])).sample(ids, min(SAMPLE, len(ids))))
+        return tuple(dict.fromkeys(chair.image_key(question.image) for question in pope_questions.load()))
+    sorted_draw = re.fullmatch(r"sorted-seed-(\d{1,9})", name)
+    if sorted_draw:
+        return _drawn(int(sorted_draw[1]), sorted(chair.coco_truth(split="val")))
+    file_draw = re.fullmatch(r"coco-seed-(\d{1,9})@(.+)", name)
+    if file_draw:
+        return _drawn(int(file_draw[1]), [chair.image_key(key) for key in chair.read_coco(file_draw[2]).imgs])
     if Path(name).is_file():
         return _of_file(Path(name))
     known = ", ".join(["first500", *listed, "pope500", "sorted-seed-S", "coco-seed-S@captions_val2014.json"])
     raise ValueError(f"{name!r} is no list of images; expected a file, or one of {known}")
+
+
+def _drawn(seed: int, ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(random.Random(seed).sample(ids, min(SAMPLE, len(ids))))
 
 
 @cache

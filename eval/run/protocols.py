@@ -64,11 +64,12 @@ def generation(decoding: str) -> dict[str, Any]:
     model's own settings). `ValueError` for anything else.
     """
     name, _, text = decoding.partition(":")
+    beams = re.fullmatch(r"beam([1-9]\d?)", decoding)
     if decoding == "greedy":
         return {"do_sample": False, "num_beams": 1}
     if decoding == "checkpoint":
         return {"do_sample": None}
-    if beams := re.fullmatch(r"beam([1-9]\d?)", decoding):
+    if beams:
         return {"do_sample": False, "num_beams": int(beams[1])}
     if name == "sample":
         settings: dict[str, Any] = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -104,12 +105,11 @@ class Protocol:
     def deviations(self, header: Mapping[str, Any], bench: Benchmark) -> tuple[str, ...]:
         """In what a run, or how it is scored, differs: `images: organism instead of paint500`, ..."""
         identity, data = header["identity"], header.get("data") or {}
-        found = f"{identity['data']} {data.get('which') or ''}".strip()
+        images = f"{identity['data']} {data.get('which') or ''}".strip()
         if identity.get("limit"):
-            found += f", the first {identity['limit']} pictures"
-        wanted = f"coco {self.images or ''}".strip()
+            images += f", the first {identity['limit']} pictures"
         pairs: list[tuple[str, Any, Any]] = [
-            ("images", found, wanted),
+            ("images", images, f"coco {self.images or ''}".strip()),
             ("prompt", identity.get("asking", {}).get("prompt"), self.prompt),
             ("template", identity.get("template", MODEL), self.template),
             ("budget", f"{identity['max_new_tokens']} tokens", f"{self.max_new_tokens} tokens"),
@@ -118,7 +118,7 @@ class Protocol:
         ]
         if "sample" in self.decoding:
             pairs.append(("seed", identity.get("seed", 0), self.seed))
-        return tuple(f"{what}: {got} instead of {expected}" for what, got, expected in pairs if got != expected)
+        return tuple(f"{what}: {actual} instead of {wanted}" for what, actual, wanted in pairs if actual != wanted)
 
 
 def _captions(

@@ -1,4 +1,4 @@
-"""Finished answers on disk: run folders, and the comparison made from them. No torch."""
+"""Finished answers: run folders, files of somebody else's answers, and the comparison made from either. No torch."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
     A last line that was cut off in writing is not read. Raises `BrokenFile` for a broken line elsewhere.
     """
-    whole = 0
-    found: list[dict[str, Any]] = []
+    n_bytes = 0
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break  # cut off in writing, which can happen to the last line only
         try:
             record = json.loads(line)
-            if not (
-                isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("text"), str)
-            ):
+            fields = record if isinstance(record, dict) else {}
+            if not isinstance(fields.get("id"), str) or not isinstance(fields.get("text"), str):
                 raise ValueError("it lacks id or text")
-            if not line.endswith(b"\n"):
-                raise ValueError("no end of line")
         except ValueError as error:
-            if line.endswith(b"\n"):
-                raise BrokenFile(
-                    f"{path}, line {number}, is no record ({error}); delete the line and run the command again"
-                ) from error
-            return found, whole
-        found.append(record)
-        whole += len(line)
-    return found, whole
+            raise BrokenFile(
+                f"{path}, line {number}, is no record ({error}); delete the line and run the command again"
+            ) from error
+        records.append(record)
+        n_bytes += len(line)
+    return records, n_bytes
 
 
 @dataclass(frozen=True)
 class Run:
-    """One method on one benchmark, as found on disk."""
+    """One method on one benchmark, as found on disk: a run folder, or a file of somebody else's answers.
+
+    A file has no identity: nobody knows what was asked, and how, but for what it says itself.
+    """
 
     folder: Path
+    """The run folder, or the file."""
     header: dict[str, Any]
     records: list[dict[str, Any]]
 
@@ -69,9 +70,9 @@ class Run:
                     f"{needed} does not exist; expected a run folder of `vlmfix eval`, with {HEADER} and {RECORDS}"
                 )
         header = cls.read_header(folder)
-        records, whole = read_lines(folder / RECORDS)
+        records, n_bytes = read_lines(folder / RECORDS)
         run = cls(folder, header, records)
-        if whole < os.path.getsize(folder / RECORDS):
+        if n_bytes < os.path.getsize(folder / RECORDS):
             raise BrokenFile(
                 f"{folder / RECORDS} ends in a line that was cut off; {len(records)} answers before it are whole: run "
                 f"`{run.command}` again to finish it, or delete the last line"
@@ -88,6 +89,24 @@ class Run:
             raise ValueError(f"{folder / HEADER} is no header of a run ({type(error).__name__}: {error})") from error
         return header
 
+    @classmethod
+    def of_file(cls, path: Path, label: str, bench: Benchmark, records: list[dict[str, Any]], baseline: bool) -> Run:
+        """A file of answers as a run. The baseline of a comparison stands for the untouched model."""
+        identity = {
+            "benchmark": bench.name,
+            "model": "",
+            "method": [] if baseline else [{"name": label, "facts": {}}],
+            "data": "",
+            "limit": None,
+            "max_new_tokens": None,
+        }
+        return cls(path, {"label": label, "identity": identity, "read": bench.facts}, records)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a file of somebody else's answers."""
+        return "read" in self.header
+
     @property
     def label(self) -> str:
         """The method, as it was asked for."""
@@ -100,7 +119,7 @@ class Run:
 
     @property
     def untouched(self) -> bool:
-        """Whether this is the model without any intervention."""
+        """Whether this is the model without any intervention, or the file that others are compared with."""
         return not self.header["identity"]["method"]
 
 
@@ -112,21 +131,34 @@ class Row:
     group: str
     n: int
     """Pictures."""
+    answers: int
+    """Captions or answers."""
     estimates: Mapping[str, stats.Estimate]
     differences: Mapping[str, stats.Difference] | None
-    """To the untouched model on the same pictures; `None` for that model itself, and without one."""
+    """To the baseline on the same pictures; `None` for the baseline itself, and without one."""
     unparsed: int = 0
     """Answers that say neither yes nor no to the parser."""
     control: TruncationControl | None = None
-    """Captions against the untouched model's, cut to the same recall; `None` for that model, and for answers."""
+    """Captions against the baseline's, cut to the same recall; `None` for the baseline, and for answers."""
+
+    @property
+    def common(self) -> int | None:
+        """Pictures that the baseline has too; None where there is no difference to it."""
+        return None if self.differences is None else next(iter(self.differences.values())).n
+
+    @property
+    def left_out(self) -> int:
+        """Pictures that only one of the two has."""
+        return 0 if self.differences is None else next(iter(self.differences.values())).left_out
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Several methods on one benchmark, model and set of pictures."""
+    """Several methods on one benchmark, model and set of pictures; or several files of answers to one benchmark."""
 
     benchmark: Benchmark
     model: str
+    """Empty where nobody knows."""
     rows: list[Row]
     notes: list[str]
     runs: list[Run]
@@ -134,21 +166,17 @@ class Comparison:
     """Of each run: its answers, scored one by one and as counts per picture."""
     data: Data
     curve: CutCaptions | None = None
-    """The untouched model's captions, cut shorter and shorter."""
+    """The baseline's captions, cut shorter and shorter."""
     protocol: Protocol | None = None
     """The preset that the runs were asked by."""
     deviations: tuple[str, ...] = ()
     """In what they differ from it."""
-    named: str = ""
-    """The title, where it is not the benchmark's."""
     baseline: str = "the untouched model"
-    """What the others are compared with."""
+    """What the others are compared with; the name of a file stands between backticks."""
 
     @property
     def title(self) -> str:
         """Benchmark, how it is scored, and the protocol, if any: `+` names what deviates from it."""
-        if self.named:
-            return self.named
         return self.benchmark.title + (f" by {self.protocol_name}" if self.protocol else "")
 
     @property
@@ -156,7 +184,8 @@ class Comparison:
         """`pai-512`, or `pai-512+images` where that differs; empty without a protocol."""
         if self.protocol is None:
             return ""
-        return "+".join([self.protocol.name, *dict.fromkeys(d.partition(":")[0] for d in self.deviations)])
+        kinds = [deviation.partition(":")[0] for deviation in self.deviations]
+        return "+".join([self.protocol.name, *dict.fromkeys(kinds)])
 
     @property
     def testing(self) -> str:
@@ -174,11 +203,13 @@ class Comparison:
             "benchmark": self.benchmark.name,
             "title": self.title,
             "scoring": self.benchmark.scoring,
+            **self.benchmark.facts,
             "model": self.model,
             "limit": self.data.limit,
             "protocol": self.protocol_name or None,
             "deviations": list(self.deviations),
-            "published": [asdict(one) for one in self.published],
+            "published": [asdict(row) for row in self.published],
+            "baseline": self.baseline.strip("`"),
             "rows": [asdict(row) for row in self.rows],
             "notes": self.notes,
             "runs": [{"folder": str(run.folder), **run.header} for run in self.runs],
@@ -186,7 +217,15 @@ class Comparison:
 
 
 KIND = (
-    *("benchmark", "protocol", "asking", "model", "data_digest", "items_digest", "limit", "max_new_tokens", "template"),
+    "benchmark",
+    "protocol",
+    "asking",
+    "model",
+    "data_digest",
+    "items_digest",
+    "limit",
+    "max_new_tokens",
+    "template",
     "decoding",
 )
 """What runs must share to be compared; all else in which they differ is said beside the figures."""
@@ -197,52 +236,122 @@ def compare(
 ) -> list[Comparison]:
     """Score runs, and compare each with the untouched model where that is among them.
 
-    Runs that were asked other questions, or in another way, are never in one comparison. `scoring` names how to judge
-    the answers: `{"chair": "strict", "pope": "negword"}`; by default as their protocol does, or the benchmark.
+    Runs that were asked other questions, or in another way, are never in one comparison.
+
+    Args:
+        runs: Run folders, as read from disk.
+        n_resamples: How often the bootstrap draws pictures.
+        scoring: How to judge the answers: `{"chair": "strict", "pope": "negword"}`; by default as their protocol does,
+            or the benchmark.
+
+    Raises:
+        ValueError: a way of scoring is unknown, or the data is not what it was when the questions were asked.
     """
-    kinds: dict[str, list[Run]] = {}
+    runs_of_kind: dict[str, list[Run]] = {}
     for run in runs:
         identity = run.header["identity"]
-        kinds.setdefault(json.dumps([identity.get(key) for key in KIND], sort_keys=True), []).append(run)
-    return [one for group in kinds.values() for one in _comparisons(group, n_resamples, scoring or {})]
+        kind = json.dumps([identity.get(key) for key in KIND], sort_keys=True)
+        runs_of_kind.setdefault(kind, []).append(run)
+    comparisons: list[Comparison] = []
+    for alike in runs_of_kind.values():
+        comparisons += _each_way_of_scoring(alike, n_resamples, scoring or {})
+    return comparisons
 
 
-def _comparisons(runs: list[Run], n_resamples: int, scoring: Mapping[str, str]) -> list[Comparison]:
-    """One for each way in which the protocol judges answers, or as told."""
+def _each_way_of_scoring(runs: list[Run], n_resamples: int, scoring: Mapping[str, str]) -> list[Comparison]:
+    """One comparison for each way in which the protocol judges answers, or the one that was chosen."""
     name = runs[0].header["identity"]["benchmark"]
     protocol = find_protocol(runs[0].header["identity"].get("protocol"))
     if name in scoring or protocol is None:
         return [_compare(runs, n_resamples, scoring.get(name), protocol)]
-    return [_compare(runs, n_resamples, how, protocol) for how in protocol.scoring]
+    return [_compare(runs, n_resamples, way, protocol) for way in protocol.scoring]
 
 
 def _compare(runs: list[Run], n_resamples: int, scoring: str | None, protocol: Protocol | None) -> Comparison:
     identity = runs[0].header["identity"]
     bench = benchmark(identity["benchmark"], scoring, identity.get("asking", {}).get("prompt"))
-    data = Data.load(**(runs[0].header.get("data") or {"name": identity["data"], "limit": identity["limit"]}))
-    if data.digest != identity["data_digest"]:
-        raise ValueError(f"the annotations in {data.folder} are not those that {runs[0].folder} was asked with")
+    data = _data_of(runs[0])
     items = bench.items(data)
     if identity.get("items_digest") not in (None, items_digest(items)):
         raise ValueError(f"the questions of {bench.name} are not those that {runs[0].folder} was asked")
-    groups = [bench.score(data, {r["id"]: bench.said(r) for r in run.records}) for run in runs]
-    base = next((i for i, run in enumerate(runs) if run.untouched), None)
-    against = None if base is None else _against(bench, data, groups[base])
-    least = min(RESAMPLES, n_resamples)
-    rows, notes = [], list(bench.notes)
+    groups = [bench.score(data, {record["id"]: bench.said(record) for record in run.records}) for run in runs]
+    base = next((place for place, run in enumerate(runs) if run.untouched), None)
+    against = None if base is None else bench.against(data, groups[base])
+    notes = list(bench.notes)
     if identity["limit"]:
         notes.append(f"testing only: the first {identity['limit']} pictures")
-    for i, (run, found) in enumerate(zip(runs, groups, strict=True)):
-        for k, group in enumerate(found):
-            reference = None if base is None or run.untouched else _same_group(groups[base], group, k)
-            control = None if against is None or run.untouched else against.control(group.scores, resamples=least)
-            rows.append(_row(bench, run.label, group, reference, control, n_resamples))
-        notes += _notes(run, len(items))
-        if base not in (None, i) and bench.scoring == yesno.MARGIN:
-            notes += _margin_notes(run, runs[base or 0])
-    deviations = () if protocol is None else protocol.deviations(runs[0].header, bench)
-    curve = None if against is None else against.cut()
-    return Comparison(bench, identity["model"], rows, notes, runs, groups, data, curve, protocol, deviations)
+    for place, run in enumerate(runs):
+        notes += _notes(run, bench, len(items))
+        if base is not None and place != base and bench.scoring == yesno.MARGIN:
+            notes += _margin_notes(run, runs[base])
+    return Comparison(
+        benchmark=bench,
+        model=identity["model"],
+        rows=compared(bench, runs, groups, base, against, n_resamples),
+        notes=notes,
+        runs=runs,
+        groups=groups,
+        data=data,
+        curve=None if against is None else against.cut(),
+        protocol=protocol,
+        deviations=() if protocol is None else protocol.deviations(runs[0].header, bench),
+    )
+
+
+def _data_of(run: Run) -> Data:
+    """What a run was asked about. `ValueError` if the annotations have changed since."""
+    identity = run.header["identity"]
+    data = Data.load(**(run.header.get("data") or {"name": identity["data"], "limit": identity["limit"]}))
+    if data.digest != identity["data_digest"]:
+        raise ValueError(f"the annotations in {data.folder} are not those that {run.folder} was asked with")
+    return data
+
+
+def compared(
+    bench: Benchmark,
+    runs: Sequence[Run],
+    groups: Sequence[Sequence[Group]],
+    base: int | None,
+    against: Against | None,
+    n_resamples: int,
+) -> list[Row]:
+    """A row for each run and group of its answers, with the difference to the baseline.
+
+    Args:
+        bench: The benchmark that scored the answers.
+        runs: Run folders or files.
+        groups: Of each run: its answers.
+        base: Which run is the baseline.
+        against: The baseline's captions, for the truncation control.
+        n_resamples: How often the bootstrap draws pictures; the control draws at most `truncation.RESAMPLES` times.
+    """
+    rows = []
+    for run, groups_of_run in zip(runs, groups, strict=True):
+        for place, group in enumerate(groups_of_run):
+            base_group = control = None
+            if base is not None and not run.untouched:
+                base_group = _same_group(groups[base], group, place)
+            if base_group is not None and run.is_file and bench.asked(group) != bench.asked(base_group):
+                base_group = None  # files may answer any questions; only answers to the same ones compare
+            if against is not None and not run.untouched:
+                control = against.control(group.scores, resamples=min(RESAMPLES, n_resamples))
+            differences = None
+            if base_group is not None:
+                differences = stats.differences(
+                    group.counts, group.images, base_group.counts, base_group.images, bench.metrics, n_resamples
+                )
+            row = Row(
+                method=run.label,
+                group=group.name,
+                n=len(set(group.images)),
+                answers=len(group.scores),
+                estimates=stats.estimates(group.counts, bench.metrics, n_resamples),
+                differences=differences,
+                unparsed=bench.unparsed(group),
+                control=control,
+            )
+            rows.append(row)
+    return rows
 
 
 def items_digest(items: Sequence[Item]) -> str:
@@ -251,55 +360,36 @@ def items_digest(items: Sequence[Item]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _same_group(of: Sequence[Group], group: Group, k: int) -> Group | None:
-    if k < len(of) and of[k].name == group.name:
-        return of[k]
-    return next((other for other in of if other.name == group.name), None)
+def _same_group(groups: Sequence[Group], group: Group, place: int) -> Group | None:
+    """The group of the same name: that at the same place, if it is there, else the first."""
+    if place < len(groups) and groups[place].name == group.name:
+        return groups[place]
+    return next((other for other in groups if other.name == group.name), None)
 
 
-def _against(bench: Benchmark, data: Data, base: Sequence[Group]) -> Against | None:
-    if bench.name != "chair" or not any(score.truth for score in base[0].scores):
-        return None
-    return Against(base[0].scores, data.truth_for(bench.scoring), data.vocabulary, bench.scoring)
-
-
-def _row(
-    bench: Benchmark,
-    label: str,
-    group: Group,
-    base: Group | None,
-    control: TruncationControl | None,
-    n_resamples: int,
-) -> Row:
-    found = stats.estimates(group.counts, bench.metrics, n_resamples)
-    apart = None
-    if base is not None:
-        apart = stats.differences(group.counts, group.images, base.counts, base.images, bench.metrics, n_resamples)
-    unparsed = sum(getattr(score, "prediction", "") is None for score in group.scores)
-    return Row(label, group.name, len(set(group.images)), found, apart, unparsed, control)
-
-
-def _notes(run: Run, n_items: int) -> list[str]:
+def _notes(run: Run, bench: Benchmark, n_items: int) -> list[str]:
     notes = []
     if len(run.records) < n_items:
         notes.append(f"{run.label}: {len(run.records)} of {n_items} answers so far; `{run.command}` finishes it")
-    cut = sum(r.get("finish") == "length" for r in run.records)
-    if cut and run.header["identity"]["benchmark"] in ("chair", "amber_captions"):
+    n_cut = sum(record.get("finish") == "length" for record in run.records)
+    if n_cut and bench.describes:
         budget = run.header["identity"]["max_new_tokens"]
-        notes.append(f"{run.label}: {cut} of {len(run.records)} answers were cut at {budget} tokens")
-    for i, method in enumerate(run.header["identity"]["method"]):
+        notes.append(f"{run.label}: {n_cut} of {len(run.records)} answers were cut at {budget} tokens")
+    for place, method in enumerate(run.header["identity"]["method"]):
         idle = method["facts"].get("idle")
-        acted = sum(bool(r["effects"][i]["acted"]) for r in run.records if len(r.get("effects", [])) > i)
+        effects = [record["effects"][place] for record in run.records if len(record.get("effects", [])) > place]
+        n_acted = sum(bool(effect["acted"]) for effect in effects)
         if idle:
             notes.append(f"{run.label}: {method['name']} did not act on this model, {idle}")
-        elif acted < len(run.records):
-            notes.append(f"{run.label}: {method['name']} acted on {acted} of {len(run.records)} answers")
+        elif n_acted < len(run.records):
+            notes.append(f"{run.label}: {method['name']} acted on {n_acted} of {len(run.records)} answers")
     return notes
 
 
 def _margin_notes(run: Run, base: Run) -> list[str]:
     """Whether a method leaves the first token alone, so that no difference can show."""
-    of = {r["id"]: r.get("first_token") for r in base.records}
-    if run.records and all(r.get("first_token") == of.get(r["id"]) for r in run.records):
+    first_token_of = {record["id"]: record.get("first_token") for record in base.records}
+    same = all(record.get("first_token") == first_token_of.get(record["id"]) for record in run.records)
+    if run.records and same:
         return [f"{run.label}: does not act on the first token, so its margins are the untouched model's"]
     return []

@@ -18,7 +18,8 @@ import transformers
 import vlmfix
 from vlmfix.asking.asker import Asker, model_identity
 from vlmfix.asking.record import Record
-from vlmfix.eval.benchmarks.benchmark import Benchmark, Item, YesNo
+from vlmfix.eval.benchmarks.benchmark import Benchmark, Item
+from vlmfix.eval.benchmarks.questions import YesNo
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run import folders
 from vlmfix.eval.run.batches import answered_batches, share_of
@@ -64,6 +65,7 @@ def answer_each(
     progress: Progress | None = None,
     command: str | None = None,
     workers: Workers | None = None,
+    task: dict[str, Any] | None = None,
 ) -> list[Run]:
     """Answer every question of a benchmark under each of several methods; what is on disk already is not asked again.
 
@@ -73,6 +75,7 @@ def answer_each(
     are asked one by one, each with a seed of its own, so that they depend on nothing but `seed` and the question.
     Methods that leave the pass over a picture as it is (`leaves_pictures`) take turns within each batch of yes/no
     questions and share that pass; the others follow, one after another. Answers are those of each method alone.
+    `task` is what the user asked for (`vlmfix.eval.api.Task`); it is kept with the run and decides nothing.
 
     Raises:
         ValueError: pictures are missing, or the same method has an unfinished run here that was asked otherwise: the
@@ -109,7 +112,7 @@ def answer_each(
         may_share = isinstance(bench, YesNo) and untouched.can_share(settings)
         for group in _groups(methods, may_share):
             header = {"label": "", "fingerprint": "", "n": len(items), "identity": identity, "data": data.spec}
-            header["environment"] = _environment(model, batch_size, command)
+            header |= {"environment": _environment(model, batch_size, command), "task": task}
             courses: dict[Path, _Course] = {}
             for i in group:
                 asker = Asker(model, processor, methods[i])

@@ -12,7 +12,8 @@ from PIL import Image
 from vlmfix.asking.asker import Asker, ask_in_turns
 from vlmfix.asking.record import Record
 from vlmfix.asking.words import yes_no_tokens
-from vlmfix.eval.benchmarks.benchmark import Benchmark, Item, YesNo
+from vlmfix.eval.benchmarks.benchmark import Benchmark, Item
+from vlmfix.eval.benchmarks.questions import YesNo
 from vlmfix.eval.scorers.yesno import MARGIN
 
 

@@ -55,16 +55,16 @@ def describe(
     batch_size: int,
     tell: Callable[[int, int], None],
 ) -> list[Caption]:
-    """Captions of the untouched model, greedily."""
-    found = []
+    """Captions of the untouched model, greedily; `tell` hears how many there are so far, and how many there will be."""
+    captions: list[Caption] = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
         run = Batch.of(model, processor, _questions(batch), {"max_new_tokens": max_new_tokens})
         for item, tokens in zip(batch, run.generate(), strict=True):
             key = chair.image_key(item.id)
-            found.append(Caption(key, item, tuple(tokens), namings(processor, tokens, data.truth[key])))
-        tell(len(found), len(items))
-    return found
+            captions.append(Caption(key, item, tuple(tokens), namings(processor, tokens, data.truth[key])))
+        tell(len(captions), len(items))
+    return captions
 
 
 def namings(processor: Any, tokens: Sequence[int], truth: frozenset[str]) -> tuple[Naming, ...]:
@@ -85,14 +85,14 @@ def told(model: Any, processor: Any, captions: Sequence[Caption]) -> tuple[dict[
     """
     run = Batch.of(model, processor, _questions([c.item for c in captions]), {})
     inputs, n = dict(run.inputs), run.inputs["input_ids"].shape[1]
-    longest = max(len(c.tokens) for c in captions)
+    longest = max(len(caption.tokens) for caption in captions)
     ids = inputs["input_ids"].new_zeros(len(captions), longest)
     mask = inputs["attention_mask"].new_zeros(len(captions), longest)
-    for row, one in enumerate(captions):
-        ids[row, : len(one.tokens)] = torch.tensor(one.tokens)
-        mask[row, : len(one.tokens)] = 1
-    for name, more in (("input_ids", ids), ("attention_mask", mask)):
-        inputs[name] = torch.cat([inputs[name], more], dim=1)
+    for row, caption in enumerate(captions):
+        ids[row, : len(caption.tokens)] = torch.tensor(caption.tokens)
+        mask[row, : len(caption.tokens)] = 1
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in inputs:
             inputs[name] = torch.cat([inputs[name], inputs[name].new_zeros(len(captions), longest)], dim=1)
@@ -116,7 +116,8 @@ class Annotations:
     @cached_property
     def _nodes(self) -> dict[int, str]:
         vocabulary = chair.Vocabulary.load()
-        return {key: vocabulary.node_of.get(c["name"], c["name"]) for key, c in self._coco.cats.items()}
+        names = {key: category["name"] for key, category in self._coco.cats.items()}
+        return {key: vocabulary.node_of.get(name, name) for key, name in names.items()}
 
     @cached_property
     def _keys(self) -> dict[int, Any]:
@@ -129,30 +130,32 @@ class Annotations:
         of the cells.
         """
         x0, y0, x1, y1 = place.box
-        cell = (x1 - x0) * (y1 - y0) / (place.rows * place.columns)
+        pixels_per_cell = (x1 - x0) * (y1 - y0) / (place.rows * place.columns)
         masks: dict[str, np.ndarray] = {}
         for annotation in self._coco.imgToAnns.get(self._keys[key], ()):
             mask = self._mask(annotation, size)
-            if mask.sum() >= cell:
+            if mask.sum() >= pixels_per_cell:
                 node = self._nodes[annotation["category_id"]]
                 masks[node] = masks.get(node, np.zeros_like(mask)) | mask
-        found = {}
+        cells_of = {}
         for node, mask in masks.items():
-            square = Image.fromarray(mask.astype(np.float32)).crop(place.box)  # black outside the picture
-            cells = np.asarray(square.resize((place.columns, place.rows), Image.Resampling.BOX)).reshape(-1) >= 0.5
-            if cells.any() and cells.mean() <= most:
-                found[node] = cells
-        return found
+            crop = Image.fromarray(mask.astype(np.float32)).crop(place.box)  # black outside the picture
+            shares = np.asarray(crop.resize((place.columns, place.rows), Image.Resampling.BOX))
+            covered = shares.reshape(-1) >= 0.5
+            if covered.any() and covered.mean() <= most:
+                cells_of[node] = covered
+        return cells_of
 
     def _mask(self, annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """(height, width) bool: the mask where there is one, else the box."""
-        known = self._coco.imgs[annotation["image_id"]]
-        if annotation.get("segmentation") and (known["width"], known["height"]) == size:
+        image = self._coco.imgs[annotation["image_id"]]
+        if annotation.get("segmentation") and (image["width"], image["height"]) == size:
             return self._coco.annToMask(annotation).astype(bool)
-        x, y, w, h = annotation["bbox"]
-        picture = Image.new("1", size)
-        ImageDraw.Draw(picture).rectangle((round(x), round(y), round(x + w) - 1, round(y + h) - 1), fill=1)
-        return np.asarray(picture)
+        x, y, width, height = annotation["bbox"]
+        corners = (round(x), round(y), round(x + width) - 1, round(y + height) - 1)
+        mask = Image.new("1", size)
+        ImageDraw.Draw(mask).rectangle(corners, fill=1)
+        return np.asarray(mask)
 
 
 def grid(model: Any, processor: Any, item: Item) -> tuple[View, int, tuple[int, int]]:

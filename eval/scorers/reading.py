@@ -14,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,39 +61,60 @@ def _text(path: Path) -> str:
 
 def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder(object_pairs_hook=_without_double_keys)
-    line, counted, at = 1, 0, _skip(text, 0)
-    while at < len(text):
-        line, counted = line + text.count("\n", counted, at), at
+    line, counted_to, start = 1, 0, _skip(text, 0)
+    while start < len(text):
+        line += text.count("\n", counted_to, start)
+        counted_to = start
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            begun = f", in what starts in line {line}" if error.lineno != line else ""
+            first_line = f", in what starts in line {line}" if error.lineno != line else ""
             raise ValueError(
-                f"{path}, line {error.lineno} is broken ({error.msg}{begun}); expected JSON, mend or delete it."
+                f"{path}, line {error.lineno} is broken ({error.msg}{first_line}); expected JSON, mend or delete it."
             ) from error
         except (ValueError, RecursionError) as error:  # a key twice, thousands of digits, brackets thousands deep
             raise ValueError(f"{path}, line {line} is broken ({error}); expected JSON, mend or delete it.") from error
         yield f"{path}, line {line}", value
-        at = _skip(text, end)
+        start = _skip(text, end)
 
 
-def _skip(text: str, at: int) -> int:
-    match = _BLANK.match(text, at)
-    return match.end() if match else at
+def _skip(text: str, start: int) -> int:
+    """Where the next value begins."""
+    blanks = _BLANK.match(text, start)
+    return blanks.end() if blanks else start
 
 
 def _without_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        doubled = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+    value_of = dict(pairs)
+    if len(value_of) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        doubled = next(key for key, n in times.items() if n > 1)
         raise ValueError(f"the key {shown(doubled)} stands twice in one object")
-    return found
+    return value_of
 
 
 def shown(value: object) -> str:
     """A value for an error message: short, and printable whatever it holds."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: as it is, or with escapes in place of what cannot be printed."""
+    return text if text.isprintable() else ascii(text)
+
+
+@contextmanager
+def about_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors in reading a file become a `ValueError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep to be read.") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def read_captions(path: str | os.PathLike[str], caption_key: str | None = None) -> list[tuple[int, str]]:
@@ -107,30 +129,30 @@ def read_captions(path: str | os.PathLike[str], caption_key: str | None = None) 
     """
     entries = read_records(path)
     caption_key = caption_key or _caption_key(entries, path)
-    image_at = _image_key(entries, path)
+    image_key_name = _image_key(entries, path)
     captions: list[tuple[int, str]] = []
     places: dict[int, str] = {}
     for where, entry in entries:
         caption = entry.get(caption_key)
         if not isinstance(caption, str):
-            found = shown(caption) if caption_key in entry else f"only {shown(', '.join(entry))}"
-            raise ValueError(f"{where} has {found}; expected a text under {caption_key!r}.")
-        captions.append((_image(entry, image_at, where, places), caption))
+            present = shown(caption) if caption_key in entry else f"only {shown(', '.join(entry))}"
+            raise ValueError(f"{where} has {present}; expected a text under {caption_key!r}.")
+        captions.append((_image(entry, image_key_name, where, places), caption))
     return captions
 
 
 def _caption_key(entries: Sequence[tuple[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> str:
-    found = [key for key in CAPTION_KEYS if any(key in entry for _, entry in entries)]
-    if len(found) > 1:
+    candidates = [key for key in CAPTION_KEYS if any(key in entry for _, entry in entries)]
+    if len(candidates) > 1:
         raise ValueError(
-            f"{path} may have its captions under {' or '.join(map(repr, found))}; name one as caption key."
+            f"{path} may have its captions under {' or '.join(map(repr, candidates))}; name one as caption key."
         )
-    if not found:
+    if not candidates:
         keys = ", ".join(entries[0][1])
         raise ValueError(
             f"{path} has no captions under {', '.join(map(repr, CAPTION_KEYS))}, only {shown(keys)}; name the key."
         )
-    return found[0]
+    return candidates[0]
 
 
 def _image_key(entries: Sequence[tuple[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> str:
@@ -165,7 +187,7 @@ def read_truth(path: str | os.PathLike[str], vocabulary: Vocabulary | None = Non
     """
     vocabulary = vocabulary or Vocabulary.load()
     entries = read_records(path)
-    image_at = _image_key(entries, path)
+    image_key_name = _image_key(entries, path)
     places: dict[int, str] = {}
     truth: dict[int, frozenset[str]] = {}
     for where, entry in entries:
@@ -176,7 +198,7 @@ def read_truth(path: str | os.PathLike[str], vocabulary: Vocabulary | None = Non
             objects = frozenset(map(vocabulary.node, names))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        truth[_image(entry, image_at, where, places)] = objects
+        truth[_image(entry, image_key_name, where, places)] = objects
     return GroundTruth(truth, None, Path(path).name)
 
 
@@ -193,12 +215,12 @@ def find_truth(place: str, variant: str = "rohrbach", vocabulary: Vocabulary | N
         return coco_truth(variant)
     path = Path(place)
     if path.is_dir():
-        found = sorted(file for ending in ("json", "json.gz") for file in path.glob(f"instances*.{ending}"))
-        if len(found) != 1:
+        instance_files = [*path.glob("instances*.json"), *path.glob("instances*.json.gz")]
+        if len(instance_files) != 1:
             raise ValueError(
-                f"{path} holds {len(found)} files instances*.json; expected one, or name the file to take."
+                f"{path} holds {len(instance_files)} files instances*.json; expected one, or name the file to take."
             )
-        path = found[0]
+        path = instance_files[0]
     text = _text(path)
     if '"annotations"' in text:
         captions = path.with_name(path.name.replace("instances", "captions"))

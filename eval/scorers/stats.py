@@ -1,22 +1,37 @@
 """Intervals and paired differences: percentile bootstrap over images.
 
 The image is the unit of resampling, since captions or questions of one image are not independent. A metric is a
-function of summed counts, so that each resample recomputes its ratio of sums. Yes-or-no outcomes of pictures have an
-exact test beside it (`mcnemar`), and several methods against one baseline are judged together (`holm`).
+function of summed counts, so that each resample recomputes its ratio of sums; `ratio` and `f1` are what metrics are
+made of. Yes-or-no outcomes of pictures have an exact test beside it (`mcnemar`), and several methods against one
+baseline are judged together (`holm`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 
 Counts = Mapping[str, np.ndarray]
 """Additive counts: name -> one number per image."""
 Metric = Callable[[Counts], np.ndarray]
+"""Summed counts, numbers or arrays of one shape -> the figure, of the same shape; nan where it is undefined."""
 RESAMPLES = 10_000
+Name = TypeVar("Name", bound=Hashable)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Quotient, nan where the denominator is 0."""
+    numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def f1(hits: np.ndarray, named: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Harmonic mean of precision hits/named and recall hits/present, nan where one of them is."""
+    undefined = np.multiply(named, present) == 0
+    return ratio(2 * np.asarray(hits, float), np.where(undefined, 0, np.add(named, present)))
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,11 @@ class Estimate:
     value: float | None
     low: float | None
     high: float | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -39,23 +59,20 @@ class Difference(Estimate):
     left_out: int
     """Images that only one of them has."""
 
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
-
-def resampled(counts: Counts, n_resamples: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+def resampled(counts: Mapping[Name, np.ndarray], n_resamples: int, seed: int) -> Iterator[dict[Name, np.ndarray]]:
     """Sums of counts over resampled images, in blocks. The same seed and number of images give the same resamples."""
-    n = len(next(iter(counts.values())))
+    n_images = len(next(iter(counts.values())))
     table = np.stack(list(counts.values()), axis=1)  # (images, counts)
-    rng = np.random.default_rng(seed)
-    block = max(1, min(n_resamples, 2_000_000 // max(n, 1)))
-    for start in range(0, n_resamples, block):
-        times = np.empty((min(block, n_resamples - start), n))
-        for row in times:
-            row[:] = np.bincount(rng.integers(0, n, n, dtype=np.int32), minlength=n)
-        yield dict(zip(counts, (times @ table).T, strict=True))
+    generator = np.random.default_rng(seed)
+    block_size = max(1, min(n_resamples, 2_000_000 // max(n_images, 1)))
+    for start in range(0, n_resamples, block_size):
+        times_drawn = np.empty((min(block_size, n_resamples - start), n_images))
+        for row in times_drawn:
+            images = generator.integers(0, n_images, n_images, dtype=np.int32)
+            row[:] = np.bincount(images, minlength=n_images)
+        sums = times_drawn @ table  # (resamples, counts)
+        yield dict(zip(counts, sums.T, strict=True))
 
 
 def total(counts: Counts) -> dict[str, np.ndarray]:
@@ -63,15 +80,17 @@ def total(counts: Counts) -> dict[str, np.ndarray]:
     return {name: column.sum() for name, column in counts.items()}
 
 
-def _number(x: np.ndarray) -> float | None:
-    return float(x) if np.isfinite(x) else None
+def number_or_none(value: float | np.ndarray) -> float | None:
+    """The value as a float, None where it is undefined (nan)."""
+    return float(value) if np.isfinite(value) else None
 
 
-def _limits(samples: np.ndarray) -> tuple[float | None, float | None]:
-    samples = samples[np.isfinite(samples)]
-    if not len(samples):
+def interval(samples: np.ndarray) -> tuple[float | None, float | None]:
+    """The middle 95 % of the samples that are finite, a pair of None without any."""
+    finite = samples[np.isfinite(samples)]
+    if not len(finite):
         return None, None
-    low, high = np.percentile(samples, [2.5, 97.5])
+    low, high = np.percentile(finite, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -81,12 +100,13 @@ def estimates(
     """Every metric with its interval."""
     if not len(next(iter(counts.values()))):
         return {name: Estimate(None, None, None) for name in metrics}
+    sums_of_blocks = list(resampled(counts, n_resamples, seed))
     whole = total(counts)
-    blocks = [{name: metric(sums) for name, metric in metrics.items()} for sums in resampled(counts, n_resamples, seed)]
-    return {
-        name: Estimate(_number(metric(whole)), *_limits(np.concatenate([block[name] for block in blocks])))
-        for name, metric in metrics.items()
-    }
+    results = {}
+    for name, metric in metrics.items():
+        samples = np.concatenate([metric(sums) for sums in sums_of_blocks])
+        results[name] = Estimate(number_or_none(metric(whole)), *interval(samples))
+    return results
 
 
 def differences(
@@ -100,33 +120,46 @@ def differences(
 ) -> dict[str, Difference]:
     """Every metric's difference to a baseline, resampling the same images for both; only images that both have
     count."""
-    common = [image for image in images if image in set(base_images)]
-    left_out = len(set(images) ^ set(base_images))
+    images_of_base = set(base_images)
+    common = [image for image in images if image in images_of_base]
+    left_out = len(set(images) ^ images_of_base)
     if not common:
         return {name: Difference(None, None, None, None, 0, left_out) for name in metrics}
-    a, b = _rows(counts, images, common), _rows(base, base_images, common)
-    both = {
-        **{f"a {name}": column for name, column in a.items()},
-        **{f"b {name}": column for name, column in b.items()},
-    }
-    pairs = [
-        ({name: sums[f"a {name}"] for name in a}, {name: sums[f"b {name}"] for name in b})
-        for sums in resampled(both, n_resamples, seed)
-    ]
-    found = {}
+    method_counts = _of_images(counts, images, common)
+    base_counts = _of_images(base, base_images, common)
+    # Both stand in one table, under keys (side, name), so that a resample draws the same images for both.
+    both: dict[tuple[str, str], np.ndarray] = {}
+    both |= {("method", name): column for name, column in method_counts.items()}
+    both |= {("base", name): column for name, column in base_counts.items()}
+    method_sums, base_sums = [], []
+    for sums in resampled(both, n_resamples, seed):
+        method_sums.append({name: sums["method", name] for name in method_counts})
+        base_sums.append({name: sums["base", name] for name in base_counts})
+    results = {}
     for name, metric in metrics.items():
-        d = np.concatenate([metric(mine) - metric(theirs) for mine, theirs in pairs])
-        d = d[np.isfinite(d)]
-        p = float(min(1.0, 2 * (min((d <= 0).sum(), (d >= 0).sum()) + 1) / (len(d) + 1))) if len(d) else None
-        value = _number(metric(total(a)) - metric(total(b)))
-        found[name] = Difference(value, *_limits(d), p, len(common), left_out)
-    return found
+        blocks = [metric(mine) - metric(theirs) for mine, theirs in zip(method_sums, base_sums, strict=True)]
+        samples = np.concatenate(blocks)
+        value = metric(total(method_counts)) - metric(total(base_counts))
+        results[name] = Difference(
+            number_or_none(value), *interval(samples), _two_sided_p(samples), len(common), left_out
+        )
+    return results
 
 
-def _rows(counts: Counts, images: Sequence[object], wanted: Sequence[object]) -> dict[str, np.ndarray]:
-    at = {image: i for i, image in enumerate(images)}
-    index = [at[image] for image in wanted]
-    return {name: column[index] for name, column in counts.items()}
+def _of_images(counts: Counts, images: Sequence[object], selection: Sequence[object]) -> dict[str, np.ndarray]:
+    """The counts of a selection of the images, in its order."""
+    row_of = {image: row for row, image in enumerate(images)}
+    rows = [row_of[image] for image in selection]
+    return {name: column[rows] for name, column in counts.items()}
+
+
+def _two_sided_p(samples: np.ndarray) -> float | None:
+    """Bootstrap p of a difference from its resamples, see `Difference.p`; None if it is defined in none of them."""
+    finite = samples[np.isfinite(samples)]
+    if not len(finite):
+        return None
+    rarer_side = min((finite <= 0).sum(), (finite >= 0).sum())
+    return float(min(1.0, 2 * (rarer_side + 1) / (len(finite) + 1)))
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
@@ -142,8 +175,12 @@ def mcnemar(only_one: int, only_other: int) -> float:
     if min(only_one, only_other) < 0:
         raise ValueError(f"expected numbers of images, 0 or more, got {only_one} and {only_other}")
     n, fewer = only_one + only_other, min(only_one, only_other)
-    ways = accumulate(range(fewer), lambda ways, k: ways * (n - k) // (k + 1), initial=1)  # comb(n, k), k = 0 .. fewer
-    return min(1.0, 2 * sum(ways) / 2**n)  # whole numbers up to here: nothing is rounded, nothing overflows
+    # Whole numbers up to the last division: nothing is rounded, and thousands of images do not overflow.
+    ways = total_ways = 1  # comb(n, k), from k = 0, and their sum
+    for k in range(fewer):
+        ways = ways * (n - k) // (k + 1)
+        total_ways += ways
+    return min(1.0, 2 * total_ways / 2**n)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -151,7 +188,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
     Calling those below .05 real is wrong about any of them in at most one family out of twenty.
     """
-    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    steps = accumulate((p * (len(known) - rank) for rank, (p, _) in enumerate(known)), max)
-    adjusted = {i: min(1.0, step) for (_, i), step in zip(known, steps, strict=True)}
-    return [adjusted.get(i) for i in range(len(p_values))]
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    step = 0.0
+    for rank, (p, place) in enumerate(known):
+        step = max(step, p * (len(known) - rank))  # no adjusted p is below that of a smaller p
+        adjusted[place] = min(1.0, step)
+    return adjusted

@@ -28,7 +28,7 @@ from vlmfix.eval.scorers.chair import (
     prefix_objects,
     score_captions,
 )
-from vlmfix.eval.scorers.stats import Estimate
+from vlmfix.eval.scorers.stats import Estimate, interval, number_or_none
 
 CUTS: tuple[int | None, ...] = (*range(10, 125, 5), None)
 """After how many white-space separated words captions are cut; None leaves them whole."""
@@ -57,7 +57,10 @@ class CutCaptions:
     def curve(self) -> dict[int | None, dict[str, float]]:
         """CHAIR_S, CHAIR_I_unique, F1, recall and mean words after each cut, over all images."""
         figures = _figures(self.counts, np.ones((1, len(self.images))))
-        return {n: {name: float(figures[name][0, at]) for name in _FIGURES} for at, n in enumerate(CUTS)}
+        curve = {}
+        for cut_index, words_kept in enumerate(CUTS):
+            curve[words_kept] = {name: float(figures[name][0, cut_index]) for name in _FIGURES}
+        return curve
 
 
 def cut_captions(
@@ -72,19 +75,27 @@ def cut_captions(
         ValueError: as `score_captions`; or there is no caption, or no object in any image to compare recall by.
     """
     whole = score_captions(captions, truth, vocabulary, variant)
-    if not any(scored.truth for scored in whole):
+    if not any(score.truth for score in whole):
         raise ValueError(f"no object is in any of the {len(whole)} images; expected ground truth to compare recall by.")
     columns = {name: np.zeros((len(whole), len(CUTS))) for name in _COUNTS}
-    for row, scored in enumerate(whole):
-        words = scored.caption.split()
-        lengths = [len(words) if n is None else min(n, len(words)) for n in CUTS]
-        shorter = prefix_objects(words, [n for n in lengths if n < len(words)], vocabulary, variant)
-        for at, n in enumerate(lengths):
-            objects = shorter[at] if at < len(shorter) else scored.objects
-            found = len(objects & scored.truth)
-            figures = (1, found < len(objects), len(objects), found, len(scored.truth), n)
-            for name, figure in zip(_COUNTS, figures, strict=True):
-                columns[name][row, at] = figure
+    for row, score in enumerate(whole):
+        words = score.caption.split()
+        lengths = [len(words) if words_kept is None else min(words_kept, len(words)) for words_kept in CUTS]
+        shorter = [length for length in lengths if length < len(words)]
+        objects_of = dict(zip(shorter, prefix_objects(words, shorter, vocabulary, variant), strict=True))
+        for cut_index, length in enumerate(lengths):
+            objects = objects_of.get(length, score.objects)
+            present = len(objects & score.truth)
+            counts_of_cut = {
+                "captions": 1,
+                "hallucinated_captions": present < len(objects),
+                "unique_mentions": len(objects),
+                "true_unique": present,
+                "truth": len(score.truth),
+                "words": length,
+            }
+            for name in _COUNTS:
+                columns[name][row, cut_index] = counts_of_cut[name]
     return CutCaptions(whole[0].variant, tuple(clusters(whole)), columns)
 
 
@@ -134,28 +145,34 @@ def truncation_control(
         ValueError: base and method are of different images or read by different variants.
     """
     method = _matched(base, method)
-    n = len(base.images)
     table = counts(method)
-    own_counts = {name: table[name][:, None] for name in _COUNTS}
-    parts = [(_figures(base.counts, times), _figures(own_counts, times)) for times in _draws(n, resamples, seed)]
-    curve = {name: np.concatenate([cut[name] for cut, _ in parts]) for name in _FIGURES}  # (1 + resamples, cuts)
-    own = {name: np.concatenate([mine[name][:, 0] for _, mine in parts]) for name in _FIGURES}
+    method_counts = {name: table[name][:, None] for name in _COUNTS}
+    curve_blocks, own_blocks = [], []
+    for times_drawn in _draws(len(base.images), resamples, seed):
+        curve_blocks.append(_figures(base.counts, times_drawn))
+        own_blocks.append(_figures(method_counts, times_drawn))
+    # The first row holds the figures of the images themselves, the other rows one resample each.
+    curve = {name: np.concatenate([block[name] for block in curve_blocks]) for name in _FIGURES}  # (rows, cuts)
+    own = {name: np.concatenate([block[name][:, 0] for block in own_blocks]) for name in _FIGURES}  # (rows,)
     above = own["recall"] > curve["recall"][:, -1]
     outside = own["recall"] < curve["recall"].min(axis=1)
-    cut_to = {
-        name: np.where(outside, np.nan, np.where(above, curve[name][:, -1], _interpolate(own, curve, name)))
-        for name in _FIGURES
-    }
+    status: Status = "outside" if outside[0] else "inside"
+    if above[0]:
+        status = "recall above vanilla"
+    at_same_recall = {}  # figures of the base, cut to the method's recall
+    for name in _FIGURES:
+        on_curve = np.where(above, curve[name][:, -1], _interpolate(own["recall"], curve, name))
+        at_same_recall[name] = np.where(outside, np.nan, on_curve)
     return TruncationControl(
         variant=base.variant,
-        images=n,
-        status="outside" if outside[0] else "recall above vanilla" if above[0] else "inside",
+        images=len(base.images),
+        status=status,
         recall=float(own["recall"][0]),
-        cut_chair_s=_number(cut_to["CHAIR_S"][0]),
-        cut_words=_number(cut_to["words"][0]),
-        chair_s=_estimate(own["CHAIR_S"] - cut_to["CHAIR_S"]),
-        chair_i_unique=_estimate(own["CHAIR_I_unique"] - cut_to["CHAIR_I_unique"]),
-        f1=_estimate(own["F1"] - cut_to["F1"]),
+        cut_chair_s=number_or_none(at_same_recall["CHAIR_S"][0]),
+        cut_words=number_or_none(at_same_recall["words"][0]),
+        chair_s=_estimate(own["CHAIR_S"] - at_same_recall["CHAIR_S"]),
+        chair_i_unique=_estimate(own["CHAIR_I_unique"] - at_same_recall["CHAIR_I_unique"]),
+        f1=_estimate(own["F1"] - at_same_recall["F1"]),
         outside=float(outside[1:].sum() / max(resamples, 1)),
     )
 
@@ -172,15 +189,15 @@ class Against:
     ) -> None:
         self.captions = {score.image_id: score.caption for score in base}
         self.truth, self.vocabulary, self.variant = truth, vocabulary, variant
-        self.known: dict[frozenset[int], CutCaptions] = {}
+        self.cut_of: dict[frozenset[int], CutCaptions] = {}
 
     def cut(self, images: frozenset[int] | None = None) -> CutCaptions:
         """The captions of these images, or of all, cut. `ValueError` if none of them has an object."""
         images = frozenset(self.captions) if images is None else images
-        if images not in self.known:
+        if images not in self.cut_of:
             captions = [(image, caption) for image, caption in self.captions.items() if image in images]
-            self.known[images] = cut_captions(captions, self.truth, self.vocabulary, self.variant)
-        return self.known[images]
+            self.cut_of[images] = cut_captions(captions, self.truth, self.vocabulary, self.variant)
+        return self.cut_of[images]
 
     def control(self, method: Sequence[CaptionScore], *, resamples: int = RESAMPLES) -> TruncationControl | None:
         """A method's control; None where there is nothing to compare recall by."""
@@ -193,53 +210,51 @@ class Against:
 
 def _matched(base: CutCaptions, method: Sequence[CaptionScore]) -> list[CaptionScore]:
     """The method's scores in the order of the base's images."""
-    of = {score.image_id: score for score in method}
-    if alone := sorted(of.keys() ^ set(base.images)):
+    score_of = {score.image_id: score for score in method}
+    unpaired = sorted(score_of.keys() ^ set(base.images))
+    if unpaired:
         raise ValueError(
-            f"{len(alone)} images, such as {alone[0]}, have a caption by only one of base and method; "
+            f"{len(unpaired)} images, such as {unpaired[0]}, have a caption by only one of base and method; "
             "give both for the same images."
         )
-    if others := {score.variant for score in method} - {base.variant}:
+    other_variants = {score.variant for score in method} - {base.variant}
+    if other_variants:
         raise ValueError(
-            f"the method is scored by {', '.join(sorted(others))}, the base by {base.variant}; score both the same way."
+            f"the method is scored by {', '.join(sorted(other_variants))}, the base by {base.variant}; "
+            "score both the same way."
         )
-    return [of[image] for image in base.images]
+    return [score_of[image] for image in base.images]
 
 
-def _draws(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of n images counts, in blocks (resamples, n): once, then as often as it is drawn."""
-    yield np.ones((1, n))
-    rng = np.random.default_rng(seed)
-    block = max(1, 4_000_000 // n)
-    for start in range(0, resamples, block):
-        times = np.empty((min(block, resamples - start), n))
-        for row in times:
-            row[:] = np.bincount(rng.integers(0, n, n), minlength=n)
-        yield times
+def _draws(n_images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each image counts, in blocks (resamples, images): once, then as often as it is drawn."""
+    yield np.ones((1, n_images))
+    generator = np.random.default_rng(seed)
+    block_size = max(1, 4_000_000 // n_images)
+    for start in range(0, resamples, block_size):
+        times_drawn = np.empty((min(block_size, resamples - start), n_images))
+        for row in times_drawn:
+            row[:] = np.bincount(generator.integers(0, n_images, n_images), minlength=n_images)
+        yield times_drawn
 
 
-def _figures(columns: Mapping[str, np.ndarray], times: np.ndarray) -> dict[str, np.ndarray]:
-    """Figures of each resample: `times` (resamples, images), columns (images, sets) -> (resamples, sets)."""
-    sums = {name: times @ column for name, column in columns.items()}
+def _figures(columns: Mapping[str, np.ndarray], times_drawn: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures of each resample: draws (resamples, images), columns (images, sets) -> (resamples, sets)."""
+    sums = {name: times_drawn @ column for name, column in columns.items()}
     return {name: METRICS[name](sums) for name in _FIGURES}
 
 
-def _interpolate(own: Mapping[str, np.ndarray], curve: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _interpolate(recall: np.ndarray, curve: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """A figure of the curve at the method's recall, in each resample. Recall need not rise with every cut."""
     order = np.argsort(curve["recall"], axis=1, kind="stable")
-    recalls = np.take_along_axis(curve["recall"], order, axis=1)
+    curve_recall = np.take_along_axis(curve["recall"], order, axis=1)
     values = np.take_along_axis(curve[name], order, axis=1)
-    return np.array([np.interp(*row) for row in zip(own["recall"], recalls, values, strict=True)])
+    return np.array([np.interp(*row) for row in zip(recall, curve_recall, values, strict=True)])
 
 
 def _estimate(gaps: np.ndarray) -> Estimate:
     """The difference itself, then its resamples; no interval where there is no difference."""
-    drawn = gaps[1:][np.isfinite(gaps[1:])]
-    if not np.isfinite(gaps[0]) or not len(drawn):
-        return Estimate(_number(gaps[0]), None, None)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(float(gaps[0]), float(low), float(high))
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    value = number_or_none(gaps[0])
+    if value is None:
+        return Estimate(None, None, None)
+    return Estimate(value, *interval(gaps[1:]))

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.scorers import chair
-from vlmfix.eval.scorers.stats import Estimate
+from vlmfix.eval.scorers.stats import Estimate, ratio
 from vlmfix.eval.tune.object_words import Words, read_words
 from vlmfix.eval.tune.tool import ShowProgress, Subject, no_progress
 from vlmfix.hooks.lookback import Detector, Lookback
@@ -135,7 +134,7 @@ def auroc(score: np.ndarray, grounded: np.ndarray, weights: np.ndarray) -> np.nd
     below = invented_before[:, np.searchsorted(score, score, "left")]
     below_or_equal = invented_before[:, np.searchsorted(score, score, "right")]
     won_pairs = (grounded_weights * (below + below_or_equal)).sum(1) / 2
-    return chair.ratio(won_pairs, grounded_weights.sum(1) * invented_weights.sum(1))
+    return ratio(won_pairs, grounded_weights.sum(1) * invented_weights.sum(1))
 
 
 def aurocs(

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmfix.asking.asker import Asker
 from vlmfix.asking.words import Written
-from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.scorers import chair
 from vlmfix.eval.tune.tool import Subject
 from vlmfix.hooks.lookback import Lookback

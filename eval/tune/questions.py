@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vlmfix.asking.asker import Asker
 from vlmfix.asking.words import word_log_probs, yes_no_tokens
-from vlmfix.eval.benchmarks.benchmark import Item, Pope
+from vlmfix.eval.benchmarks.benchmark import Item
+from vlmfix.eval.benchmarks.pope import Pope
 from vlmfix.eval.tune.log_probs import log_probs_at
 from vlmfix.eval.tune.tool import Subject
 from vlmfix.method.intervention import Intervention

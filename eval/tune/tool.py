@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 
 from vlmfix.asking.asker import Asker
-from vlmfix.eval.benchmarks.benchmark import Chair, Item
+from vlmfix.eval.benchmarks.benchmark import Item
+from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import naming
 from vlmfix.eval.tune.measurement import Measurement

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmfix.asking.asker import Asker
-from vlmfix.eval.benchmarks.benchmark import Chair
+from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.tune.measurement import Measurement
 from vlmfix.eval.tune.tool import Subject, Tool
 from vlmfix.hooks.vhr import Choice, choose

@@ -29,7 +29,7 @@ def verdict(name: str, score: float, lo: float, hi: float) -> Verdict:
 
 def says_yes(run: Batch, objects: Sequence[str]) -> list[float]:
     """P(yes) / (P(yes) + P(no)) of the untouched model's first token, on POPE's question for each object."""
-    from vlmfix.eval.benchmarks.pope import question_text
+    from vlmfix.eval.benchmarks.pope_building import question_text
 
     images, _ = run.questions[0]
     try:

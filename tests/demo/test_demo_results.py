@@ -11,7 +11,7 @@ import pytest
 from vlmfix.demo import leaderboard, results
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.report.report import figure
+from vlmfix.eval.report.figures import figure
 from vlmfix.eval.run.runner import answer_all
 from vlmfix.method.registry import parse
 from vlmfix.model.loading import load
@@ -82,8 +82,8 @@ def test_only_clear_differences_are_coloured():
 
 
 def test_labels_are_escaped_and_short():
-    assert leaderboard._wrapping("a:b=0.8999999999999999") == "a:<wbr>b=<wbr>0.9"
-    assert leaderboard._wrapping("<b>") == "&lt;b&gt;"
+    assert leaderboard.wrapping("a:b=0.8999999999999999") == "a:<wbr>b=<wbr>0.9"
+    assert leaderboard.wrapping("<b>") == "&lt;b&gt;"
 
 
 # Runs

@@ -23,13 +23,16 @@ from vlmfix.asking.batch import chat
 from vlmfix.asking.words import spellings
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.report import html, report
+from vlmfix.eval.report import html, markdown, tables, terminal, words
+from vlmfix.eval.report.csv_json import to_csv, to_json
+from vlmfix.eval.report.study import study
+from vlmfix.eval.run.controls import controls_of
 from vlmfix.eval.run.progress import PlainProgress
 from vlmfix.eval.run.results import BrokenFile, Run, compare
 from vlmfix.eval.run.runner import answer_all
 from vlmfix.hooks import REGISTRY
 from vlmfix.method.heads import HeadList, picture_id
-from vlmfix.method.registry import parse
+from vlmfix.method.registry import parse, spec_of
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "vlmfix"]
@@ -185,9 +188,9 @@ def test_comparison_and_tables(runs):
         assert vhr.differences[metric].value == pytest.approx(gap)
         assert none.estimates[metric].low <= none.estimates[metric].value <= none.estimates[metric].high
     assert chair.notes == ["testing only: the first 24 pictures"]
-    markdown = report.markdown(chair)
-    assert "| CHAIR (rohrbach), 24 pictures (testing only: --limit 24) | `none` | `vhr` |" in markdown
-    assert "| CHAIR_S % |" in markdown and "| CHAIR_S % at equal recall |" in markdown
+    text = markdown.tables(study(chair))
+    assert "| CHAIR (rohrbach), 24 pictures (testing only: --limit 24) | `none` | `vhr` |" in text
+    assert "| CHAIR_S % |" in text and "| CHAIR_S % at equal recall |" in text
     data = json.loads(json.dumps(chair.to_json()))
     assert data["rows"][1]["differences"]["CHAIR_S"]["n"] == 24 and len(data["runs"]) == 2
 
@@ -404,18 +407,18 @@ def test_plain_progress_tells_the_figure(capsys):
 
 def test_limit_stands_in_every_output(runs, tmp_path):
     (one,) = compare(runs[:2], 50)
-    studies = [report.study(one)]
+    studies = [study(one)]
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in report.tables(one):
+    for table in terminal.tables(studies[0], 200):
         console.print(table)
     mark = "testing only: --limit 24"
     assert (
         mark in " ".join(console.export_text().split())
-        and mark in report.markdown(one)
-        and mark in report.to_markdown(studies)
+        and mark in markdown.tables(studies[0])
+        and mark in markdown.to_markdown(studies)
     )
-    assert mark in html.page(studies) and json.loads(report.to_json(studies))[0]["limit"] == 24
-    assert {line["limit"] for line in csv.DictReader(io.StringIO(report.to_csv(studies)))} == {"24"}
+    assert mark in html.page(studies) and json.loads(to_json(studies))[0]["limit"] == 24
+    assert {line["limit"] for line in csv.DictReader(io.StringIO(to_csv(studies)))} == {"24"}
 
 
 # Honesty
@@ -423,7 +426,8 @@ def test_limit_stands_in_every_output(runs, tmp_path):
 
 def test_control_and_honest_columns_stand_next_to_chair(runs):
     (one,) = compare(runs[:2], 200)
-    names = [name for name, _ in report.lines(one, one.rows)]
+    (table,) = tables.comparison_tables(study(one))
+    names = [line.label for line in table.lines]
     for wanted in (
         "recall %",
         "F1 %",
@@ -445,11 +449,11 @@ def test_every_method_that_chooses_has_negative_controls():
         (method,) = parse(name)
         controls = method.controls()
         assert controls and all(type(c) is type(method) and c != method for c in controls), name
-        assert all(report.spec_of([c]) != name for c in controls)
+        assert all(spec_of([c]) != name for c in controls)
 
 
 def test_controls_of_combined_methods():
-    found = {report.spec_of(control) for control in report.controls_of(parse("vhr+pai"))}
+    found = {spec_of(control) for control in controls_of(parse("vhr+pai"))}
     assert "vhr+pai:alpha=-0.5" in found and "vhr:select=random+pai" in found and len(found) == 4
 
 
@@ -460,12 +464,12 @@ def test_the_report_tells_whether_a_method_beats_its_controls(runs, tmp_path):
     none, vhr = runs[:2]
     worse = [{**r, "text": "A zebra and a giraffe on a surfboard."} for r in vhr.records]
     control, twin = renamed(vhr, "vhr:select=random", worse), renamed(vhr, "vhr:select=least", vhr.records)
-    study = report.study(compare([none, control, vhr, twin], 200)[0])
-    said = {text.split("`")[1]: text for text in report.words(study)}
+    compared = study(compare([none, control, vhr, twin], 200)[0])
+    said = {text.split("`")[1]: text for text in words.summary(compared)}
     assert "It is better than its negative control `vhr:select=random` (CHAIR_S −" in said["vhr"]
     assert "It is not told apart from its negative control `vhr:select=least` (CHAIR_S +0.0 points" in said["vhr"]
     assert said["vhr:select=random"].startswith("`vhr:select=random`, a negative control of `vhr`: CHAIR_S +")
-    assert len(json.loads(report.to_json([study]))[0]["against_controls"]) == 2
+    assert len(json.loads(to_json([compared]))[0]["against_controls"]) == 2
 
 
 def test_every_verdict_of_a_run_can_be_written(runs, tmp_path):

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
-from vlmfix.eval import external
-from vlmfix.eval.benchmarks import hallusion, mme, pope
-from vlmfix.eval.scorers import chair, variants
+from vlmfix.eval.benchmarks import hallusionbench, mme, pope_questions
+from vlmfix.eval.benchmarks.benchmark import BENCHMARKS, FileOptions, benchmark_class
+from vlmfix.eval.scorers import chair
+from vlmfix.eval.scorers.chair import variants
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -102,7 +103,7 @@ def test_chair_as_in_the_reference(variant):
             if variant == "rohrbach"
             else json.loads((DATA / "chair/scores/opera_approx/summary.json").read_text())[name]
         )
-        assert row["n"] == summary["n"] == 500 and row["method"] == Path(name).name
+        assert row["answers"] == summary["n"] == 500 and row["method"] == Path(name).name
         for ours, theirs in {"CHAIR_S": "CHAIRs", "CHAIR_I": "CHAIRi", "recall": "Recall"}.items():
             assert figures[ours] == pytest.approx(summary[theirs], abs=1e-12), ours
         for ours, theirs in {"words": "words", "repetition": "rep_share"}.items():
@@ -141,7 +142,13 @@ def test_table(tmp_path):
     done = run(*files, "--benchmark", "chair", "--variant", "strict")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("CHAIR (strict)")
-    for part in ("CHAIR_I_unique %", "repetition %", "dC_S % at equal recall", "dF1 %", "images in common"):
+    for part in (
+        "CHAIR_I_unique %",
+        "repetition %",
+        "CHAIR_S % at equal recall",
+        "F1 % at equal recall",
+        "images in common",
+    ):
         assert part in done.stdout
     assert "paired difference to llava-1.5-greedy" in done.stdout and "left out" in done.stdout
 
@@ -293,7 +300,7 @@ def test_pope_as_in_the_reference(name, parser):
         assert figures["F1" if key == "f1" else key] == pytest.approx(expected[key], abs=1e-12), key
 
 
-@pytest.mark.parametrize("split", pope.SPLITS)
+@pytest.mark.parametrize("split", pope_questions.SPLITS)
 def test_published_answers_to_published_questions(split):
     name = f"cd_rethink-llava7b-coco-{split}-greedy"
     path = ANSWERS / f"{name}.answers.jsonl.gz"
@@ -301,14 +308,14 @@ def test_published_answers_to_published_questions(split):
     expected = packed(DATA / f"pope/reference/{name}.json.gz")["metrics"]["pope_evaluate_py"]
     assert found["edition"] == f"coco/{split}" and found["title"] == f"POPE coco/{split}, parser pope"
     assert values(found["rows"][0])["F1"] == pytest.approx(expected["f1"], abs=1e-12)
-    others = [other for other in pope.SPLITS if other != split]
+    others = [other for other in pope_questions.SPLITS if other != split]
     assert "answers are to another question" in sentence(path, "--benchmark", "pope", "--split", others[0])
     done = sentence(path, "--benchmark", "pope", "--source", "coco_first_release", "--split", "random")
     assert "answers belong to no question" in done and str(path) in done
 
 
 def test_answers_are_joined_by_id(tmp_path):
-    questions = pope.load("gqa", "popular")
+    questions = pope_questions.load("gqa", "popular")
     lines = [{"question_id": q.id, "response": q.label} for q in questions]
     right = write(tmp_path / "right.jsonl", lines[::-1])
     wrong = write(tmp_path / "yes.jsonl", [{**line, "response": "yes"} for line in lines])
@@ -325,13 +332,13 @@ def test_answers_are_joined_by_id(tmp_path):
 
 
 def test_other_labels(tmp_path):
-    questions = pope.load("coco", "random")
+    questions = pope_questions.load("coco", "random")
     path = write(tmp_path / "a.jsonl", [{"question_id": q.id, "answer": q.label} for q in questions])
     labels = [{"question_id": q.id, "image": q.image, "text": q.text, "label": "yes"} for q in questions[:100]]
     found = scored(
         path, "--benchmark", "pope", "--split", "random", "--labels", write(tmp_path / "labels.jsonl", labels)
     )
-    assert (found["labels"], found["rows"][0]["n"], values(found["rows"][0])["accuracy"]) == ("custom", 100, 0.5)
+    assert (found["labels"], found["rows"][0]["answers"], values(found["rows"][0])["accuracy"]) == ("custom", 100, 0.5)
 
 
 def test_margins(tmp_path):
@@ -352,7 +359,7 @@ def test_amber_as_in_the_reference():
     assert f"discriminative_odd_600: the official script prints {printed}" in found["notes"]
     assert "discriminative_odd_600: 600 of 14216 questions are answered" in found["notes"]
     assert 100 * values(found["rows"][0])["accuracy"] == pytest.approx(expected["Accuracy"], abs=0.06)
-    assert [row["group"] for row in found["rows"]][:2] == ["all", "existence"] and found["rows"][0]["n"] == 600
+    assert [row["group"] for row in found["rows"]][:2] == ["all", "existence"] and found["rows"][0]["answers"] == 600
     assert found["rows"][0]["unparsed"] > 0
 
 
@@ -368,7 +375,7 @@ def test_only_answers_to_the_same_questions_compare(tmp_path):
 
 def test_amber_passes_over_descriptions(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"id": 1, "response": "A dog."}, {"id": 1005, "response": "Yes"}])
-    assert scored(path, "--benchmark", "amber")["rows"][0]["n"] == 1
+    assert scored(path, "--benchmark", "amber")["rows"][0]["answers"] == 1
     write(path, [{"id": 1, "response": "A dog."}])
     assert "none of them answers one of AMBER's questions" in sentence(path, "--benchmark", "amber")
 
@@ -410,14 +417,14 @@ def test_hallusionbench_as_in_the_reference(tmp_path, split):
         parts = {"category": category, "subcategory": subcategory, "set_id": number, "figure_id": figure}
         return {**parts, "question_id": place, "question": question.text, "model_prediction": answer}
 
-    questions = hallusion.load("all")
+    questions = hallusionbench.load("all")
     lines = [entry(question, answer) for question, answer in zip(questions, HALLUSION["answers"], strict=True)]
     found = scored(
         write(tmp_path / "a.jsonl", lines), "--benchmark", "hallusionbench", "--split", split, "--parser", "vlmevalkit"
     )
     expected, whole = HALLUSION["reference"][split], found["rows"][0]
     assert {row["group"] for row in found["rows"]} == {"all", "VD", "VS"}
-    assert found["split"] == split and whole["n"] == expected["n"]
+    assert found["split"] == split and whole["answers"] == expected["n"]
     for name in ("aAcc", "fAcc", "qAcc"):
         assert 100 * values(whole)[name] == pytest.approx(expected[name]), name
     assert (split == "all") is not any("178 answers to questions without a figure" in note for note in found["notes"])
@@ -441,7 +448,7 @@ def test_questions_of_ones_own(tmp_path):
     questions = write(tmp_path / "q\x1b[31m.jsonl", asked)
     path = write(tmp_path / "a.jsonl", [{"id": n, "answer": "Yes." if n < 6 else "Perhaps"} for n in range(8)])
     found = scored(path, "--benchmark", "yesno", "--questions", questions)
-    assert [(row["group"], row["n"], row["unparsed"]) for row in found["rows"]] == [
+    assert [(row["group"], row["answers"], row["unparsed"]) for row in found["rows"]] == [
         ("all", 8, 2),
         ("a", 4, 1),
         ("b", 4, 1),
@@ -471,7 +478,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("c.jsonl --benchmark chiar", "'chiar' is no benchmark (did you mean 'chair'?); there are chair, pope, amber"),
+        ("c.jsonl --benchmark chiar", "unknown benchmark 'chiar'; did you mean 'chair'?"),
         ("c.jsonl --benchmark chair --variant rorbach", "'rorbach' is no variant of CHAIR: did you mean 'rohrbach'?"),
         ("c.jsonl --benchmark chair --caption-key said", "c.jsonl, line 1 has only 'image_id, caption'; expected a text under"),
         ("c.jsonl --benchmark chair --parser pope", "parser is for pope, amber, mme, hallusionbench, dashb, yesno; chair takes only variant"),
@@ -526,8 +533,8 @@ def test_names_of_files_in_any_letters(here):
 
 
 def test_every_option_is_taken_by_some_benchmark():
-    taken = {name for _, takes in external.BENCHMARKS.values() for name in takes}
-    assert taken == {field.name for field in fields(external.Options)}
+    taken = {option for name in BENCHMARKS for option in benchmark_class(name).file_options}
+    assert taken == {field.name for field in fields(FileOptions)}
 
 
 def test_imports_no_torch(tmp_path):
@@ -689,7 +696,7 @@ def test_any_captions_are_counted(said, data):
         ]
         truth = write(Path(folder) / "t.jsonl", [{"image": image, "objects": ["dog"]} for image in range(6)])
         found = scored(*paths, "--benchmark", "chair", "--truth", truth)
-    assert [row["n"] for row in found["rows"]] == [len(said)] * 2
+    assert [row["answers"] for row in found["rows"]] == [len(said)] * 2
     assert found["rows"][1]["differences"]["CHAIR_S"]["left_out"] == 0 and found["rows"][1]["control"]["images"] == len(
         said
     )
@@ -722,7 +729,7 @@ def test_a_page_of_other_peoples_answers(tmp_path):
 def test_a_page_of_other_peoples_answers_to_questions(tmp_path, benchmark):
     own = [{"id": i, "image": f"{i // 2}.jpg", "question": "Is it?", "label": ("yes", "no")[i % 2]} for i in range(12)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in own))
-    questions = pope.load("coco", "random")[:12] if benchmark == "pope" else None
+    questions = pope_questions.load("coco", "random")[:12] if benchmark == "pope" else None
     if questions:
         asked = [{"question_id": q.id, "image": q.image, "text": q.text, "label": q.label} for q in questions]
         (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))

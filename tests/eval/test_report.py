@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,12 +12,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
 from vlmfix.eval.benchmarks.benchmark import benchmark
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.report import html, plots, report
+from vlmfix.eval.report import figures, gallery, html, latex, markdown, mistakes, plots, tables, terminal, words
+from vlmfix.eval.report.csv_json import to_csv, to_json
+from vlmfix.eval.report.latex import to_latex
+from vlmfix.eval.report.markdown import to_markdown
+from vlmfix.eval.report.study import find_runs, study
+from vlmfix.eval.run.protocols import find_protocol
 from vlmfix.eval.run.results import Run, compare
 from vlmfix.eval.scorers import stats
 from vlmfix.eval.scorers.chair import score_captions
@@ -26,7 +33,7 @@ N = 48
 DATA = Data.load(limit=N)
 HOSTILE = (
     '</div></dl><script>alert(1)</script><img src=x onerror=alert(2)> a dog & a "zebra" \' \x00\x1b[2J \u202egnp.exe '
-    "\ud800 `code` ]]> <!-- \U0001f600"
+    "\ud800 `code` ]]> <!-- \U0001f600 [a](javascript:alert(6)) {{ 7 * 7 }} {% raw %}"
 )
 
 
@@ -64,7 +71,7 @@ def write(folder, label, texts, bench="chair", **identity):
 
 
 def studies(*folders):
-    return [report.study(c) for c in compare(report.find_runs(folders), 400)]
+    return [study(c) for c in compare(find_runs(folders), 400)]
 
 
 def pope_answers(wrong):
@@ -151,7 +158,7 @@ def safe(page):
 
 
 def test_real_differences_are_called_real(chair):
-    said = {text.split("`")[1]: text for text in report.words(chair)}
+    said = {text.split("`")[1]: text for text in words.summary(chair)}
     assert list(said) == ["good", "same", "almost"]
     assert said["good"].startswith("`good`: really better in CHAIR_S −50.0 points [")
     assert "really changed in objects −" in said["good"] and ", words −" in said["good"]
@@ -161,7 +168,7 @@ def test_real_differences_are_called_real(chair):
 
 
 def test_unreal_differences_are_not(chair):
-    said = {text.split("`")[1]: text for text in report.words(chair)}
+    said = {text.split("`")[1]: text for text in words.summary(chair)}
     assert said["same"] == (
         f"`same` answers word for word as the untouched model does, all {N} times: it changes nothing here."
     )
@@ -174,7 +181,7 @@ def test_unreal_differences_are_not(chair):
 def test_for_the_worse(folders):
     (turned,) = studies(folders["none"], folders["good"])
     swapped = replace(turned, verdicts=[replace(v, difference=mirrored(v.difference)) for v in turned.verdicts])
-    (said,) = report.words(swapped)
+    (said,) = words.summary(swapped)
     assert said.startswith("`good`: really worse in CHAIR_S +50.0 points [")
 
 
@@ -195,8 +202,8 @@ def test_holm_takes_back_what_one_comparison_would_give(tmp_path):
     assert (alone.discordant.only_base, alone.discordant.only_method) == (6, 0)
     assert alone.p == together.p == alone.p_holm == 2 / 2**6 and alone.real
     assert together.p_holm == 4 / 2**6 and together.difference.clear and not together.real
-    assert "really better in CHAIR_S" in report.words(studies(*one)[0])[0]
-    assert "really better in CHAIR_S" not in report.words(studies(*many)[0])[0]
+    assert "really better in CHAIR_S" in words.summary(studies(*one)[0])[0]
+    assert "really better in CHAIR_S" not in words.summary(studies(*many)[0])[0]
 
 
 def test_an_interval_that_holds_0_is_never_real(chair):
@@ -206,17 +213,17 @@ def test_an_interval_that_holds_0_is_never_real(chair):
 
 
 def test_what_n_can_resolve(chair):
-    told = report.resolution(chair)
+    told = words.resolution(chair)
     widest = max(v.difference.high - v.difference.low for v in chair.verdicts if v.metric == "CHAIR_S") / 2
     assert told.startswith(f"With {N} pictures, differences are known to about ±{100 * widest:.1f} points in CHAIR_S")
 
 
 def test_without_the_untouched_model(folders):
     (one,) = studies(folders["good"])
-    assert "nothing to tell a difference from" in report.words(one)[0] and not one.verdicts
+    assert "nothing to tell a difference from" in words.summary(one)[0] and not one.verdicts
     assert "Differences are paired" not in html.page([one])
     (bare,) = studies(folders["none"])
-    assert report.words(bare) == ["There is only the untouched model, and nothing to compare it with."]
+    assert words.summary(bare) == ["There is only the untouched model, and nothing to compare it with."]
     safe(html.page([bare]))
 
 
@@ -225,8 +232,8 @@ def test_merely_shorter_captions_are_on_the_curve(folders):
     control = one.controls[1]
     assert control.status == "inside" and control.chair_s.value == pytest.approx(0) and not control.below_curve
     assert control.cut_words == pytest.approx(one.comparison.rows[1].estimates["words"].value)
-    assert "no more than saying less would do" in report.words(one)[0]
-    assert any("shorter than the untouched model's" in flag for flag in report.flags(one))
+    assert "no more than saying less would do" in words.summary(one)[0]
+    assert any("shorter than the untouched model's" in flag for flag in words.warnings(one))
 
 
 # What else must be said
@@ -235,11 +242,11 @@ def test_merely_shorter_captions_are_on_the_curve(folders):
 def test_runs_that_differ_in_more_than_the_method(tmp_path, folders):
     other = write(tmp_path, "other", captions(lambda k: False), dtype="float16")
     (one,) = studies(folders["none"], other)
-    assert any('in dtype: `none` null, `other` "float16"' in flag for flag in report.flags(one))
+    assert any('in dtype: `none` null, `other` "float16"' in flag for flag in words.warnings(one))
     for asked in ({"max_new_tokens": 32}, {"decoding": "beam5"}, {"template": "pai"}, {"asking": {"prompt": "What?"}}):
         apart = studies(folders["none"], write(tmp_path, "apart", captions(lambda k: False), **asked))
         assert len(apart) == 2 and not any(one.verdicts for one in apart), "asked otherwise, so never compared"
-    assert not any("Runs differ" in flag for flag in report.flags(studies(folders["none"], folders["good"])[0]))
+    assert not any("Runs differ" in flag for flag in words.warnings(studies(folders["none"], folders["good"])[0]))
 
 
 def test_loops_and_cut_captions_are_flagged(tmp_path, folders):
@@ -247,7 +254,7 @@ def test_loops_and_cut_captions_are_flagged(tmp_path, folders):
     folder = write(tmp_path, "loop", loop)
     lines = (folder / "records.jsonl").read_text().replace('"finish": "stop"', '"finish": "length"')
     (folder / "records.jsonl").write_text(lines)
-    flags = " ".join(report.flags(studies(folders["none"], folder)[0]))
+    flags = " ".join(words.warnings(studies(folders["none"], folder)[0]))
     assert "`loop` repeats itself" in flags and "the token budget cut 100% of the captions" in flags
     assert "longer than the untouched model's" in flags
 
@@ -256,13 +263,13 @@ def test_naming_fewer_objects_more_often_is_flagged(tmp_path):
     some = {str(i): caption(i) for i in DATA.images}
     first = {str(i): f"{caption(i).split('.')[0]}. " * 8 for i in DATA.images}
     (one,) = studies(write(tmp_path, "none", some), write(tmp_path, "again", first))
-    assert any("look at CHAIR_I_unique" in flag for flag in report.flags(one))
+    assert any("look at CHAIR_I_unique" in flag for flag in words.warnings(one))
 
 
 def test_pictures_with_one_answer_are_counted(tmp_path, folders):
     fewer = write(tmp_path, "fewer", dict(list(captions(lambda k: False).items())[:-5]))
     (one,) = studies(folders["none"], fewer)
-    assert any("`fewer`: 5 pictures lack one of the two answers" in flag for flag in report.flags(one))
+    assert any("`fewer`: 5 pictures lack one of the two answers" in flag for flag in words.warnings(one))
     assert one.controls[1].images == N - 5
     assert len(re.findall("Drawn at random", html.page([one]))) == 1
 
@@ -274,14 +281,144 @@ def test_two_runs_with_one_name_are_told_apart(tmp_path, folders):
     assert {v.method for v in one.verdicts} == set(one.names[1:])
 
 
+# One rule
+
+
+def row_below(text, start, rows=1):
+    """The line so many lines below the one that starts so."""
+    lines = text.splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith(start)) + rows]
+
+
+def test_one_rule_decides_on_stars_bold_colours_and_words(tmp_path):
+    """Holm takes back CHAIR_S of two equal methods that one method alone would have: so it is marked nowhere."""
+    base = captions(lambda k: k < 40)
+    some = captions(lambda k: 6 <= k < 40)
+    folders = [write(tmp_path, "none", base), *(write(tmp_path, name, some) for name in ("some", "more"))]
+    for methods, real in ((folders, False), (folders[:2], True)):
+        (one,) = studies(*methods)
+        verdict = next(v for v in one.verdicts if (v.method, v.metric) == ("some", "CHAIR_S"))
+        assert verdict.difference.clear and verdict.real is real
+        (table,) = tables.comparison_tables(one)
+        cell = next(line for line in table.lines if line.label == "CHAIR_S %").cells[1]
+        assert cell.verdict is verdict and cell.real is real
+        change = cell.change
+        assert (f"{change} *" in row_below(drawn_in(one, 200), "│ CHAIR_S % ")) is real
+        assert (f"**{change}**" in row_below(to_markdown([one]), "| CHAIR_S % |", 0)) is real
+        assert (rf"\textbf{{{latex.escape(change)}}}" in row_below(to_latex([one]), r"CHAIR\_S \% & ")) is real
+        page = html.page([one])
+        kind = "real good" if real else "unreal"
+        assert f'<span class="{kind}">{cell.change_number}</span><small>{cell.change_interval}, p = ' in page
+        line = next(
+            x for x in csv.DictReader(io.StringIO(to_csv([one]))) if (x["method"], x["metric"]) == ("some", "CHAIR_S")
+        )
+        assert line["real"] == str(real)
+        assert ("really better in CHAIR_S" in words.summary(one)[0]) is real
+
+
+# Tables
+
+
+def drawn_in(one, width):
+    """Its tables in a terminal."""
+    console = Console(width=width, file=io.StringIO())
+    terminal.show(console, [one])
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_terminal_of_any_width_cuts_nothing(chair, width):
+    shown = drawn_in(chair, width)
+    assert "…" not in shown
+    frame = [line for line in shown.splitlines() if line.startswith(("│", "┃", "┏"))]
+    assert max(map(len, frame)) <= width
+    (table,) = tables.comparison_tables(chair)
+    assert table.methods == ["none", "good", "same", "almost"]
+    for line in table.lines:
+        rows = [row for row in frame if row.split("│")[1:2] and row.split("│")[1].strip() == line.label]
+        assert len(rows) == shown.count("┏"), "every part names its lines"
+        for cell in line.cells:
+            assert any(cell.value in row for row in rows) and all(part in shown for part in cell.change.split("\n"))
+
+
+def test_a_long_name_goes_on_in_the_next_line(tmp_path, folders):
+    label = "vhr:layers=" + "/".join(map(str, range(40)))
+    (one,) = studies(folders["none"], write(tmp_path, label, captions(lambda k: False)))
+    shown = drawn_in(one, 80)
+    column = [line.split("┃")[3].strip() for line in shown.splitlines() if line.startswith("┃")]
+    assert "".join(column) == label
+
+
+def test_runs_with_unlike_numbers_of_answers_say_so(tmp_path, folders):
+    fewer = write(tmp_path, "fewer", dict(list(captions(lambda k: False).items())[:-5]))
+    (table,) = tables.comparison_tables(studies(folders["none"], fewer)[0])
+    assert table.lines[0].label == "captions" and [cell.value for cell in table.lines[0].cells] == [str(N), str(N - 5)]
+    assert table.lines[0].cells[1].change == f"{N - 5} images in common"
+    (whole,) = tables.comparison_tables(studies(folders["none"], folders["good"])[0])
+    assert whole.lines[0].label == "CHAIR_S %"
+
+
+def test_markdown_rows_stay_rows(tmp_path, folders):
+    (one,) = studies(folders["none"], write(tmp_path, "a|b\nc", captions(lambda k: False)))
+    rows = [row for row in markdown.tables(one).splitlines() if row.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and r"`a\|b c`" in rows[0]
+
+
+# LaTeX
+
+
+def test_latex_of_captions(chair, pope):
+    text = to_latex([chair, pope])
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 1 + 3
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 4
+    for table in re.findall(r"\\begin\{tabular\}\{(l?r*)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
+        rows = [row for row in table[1].splitlines() if row.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table[0]) - 1}, "as many cells as columns"
+    assert r"CHAIR\_I\_unique \% & " in text and r"\textbf{$-$50.0 [$-$" in text
+    assert "Scorer: CHAIR (rohrbach). " in text and "Scorer: POPE, parser pope. " in text
+    assert "bold marks a real one: its interval excludes 0 and its p, adjusted for the number of methods" in text
+
+
+def test_latex_names_the_protocol_and_what_others_report(tmp_path, folders):
+    (one,) = studies(folders["none"], folders["good"])
+    preset = find_protocol("pai-512")
+    asked = replace(one.comparison, protocol=preset, deviations=("images: scenes instead of coco",))
+    text = to_latex([study(asked)])
+    assert "Deviates from protocol pai-512 in images: scenes instead of coco" in text
+    assert "Published for pai-512, LLaVA-1.5-7B" in text
+
+
+def test_latex_obeys_no_text(tmp_path):
+    mean = r"\input{/etc/passwd} $x_1^2$ 50% & #1 ~ {a} --limit \\ [b]" + "\n\x1b\ud800"
+    escaped = latex.escape(mean)
+    assert escaped == (
+        r"\textbackslash{}input\{/etc/passwd\} \$x\_1\textasciicircum{}2\$ 50\% \& \#1 \textasciitilde{} \{a\} -{}-limit "
+        r"\textbackslash{}\textbackslash{} [b]"
+    )
+    (one,) = studies(
+        write(tmp_path, "none", captions(lambda k: True)), write(tmp_path, mean[:-2], captions(lambda k: False))
+    )
+    assert r"\input" not in to_latex([one])
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles(chair, pope, tmp_path):
+    (tmp_path / "tables.tex").write_text(to_latex([chair, pope]), "utf-8")
+    paper = r"\documentclass{article}\usepackage[margin=2cm]{geometry}\usepackage{booktabs}\begin{document}\input{tables}\end{document}"
+    (tmp_path / "paper.tex").write_text(paper)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Overfull" not in done.stdout, done.stdout[-2000:]
+
+
 # Numbers
 
 
 def test_figures_are_those_of_the_comparison(folders, chair):
     wanted = [folders[name] for name in ("none", "good", "same", "almost")]
     (comparison,) = compare([Run.read(f) for f in wanted], 400)
-    lines = list(csv.DictReader(io.StringIO(report.to_csv([chair]))))
-    (data,) = json.loads(report.to_json([chair]))
+    lines = list(csv.DictReader(io.StringIO(to_csv([chair]))))
+    (data,) = json.loads(to_json([chair]))
     shown = Page(html.page([chair])).text
     for at, row in enumerate(comparison.rows):
         for metric, e in row.estimates.items():
@@ -290,11 +427,11 @@ def test_figures_are_those_of_the_comparison(folders, chair):
             assert (float(line["value"]), float(line["low"]), float(line["high"])) == (e.value, e.low, e.high)
             assert data["rows"][at]["estimates"][metric]["value"] == e.value
             factor = chair.columns[metric][1]
-            assert f"{report.number(e.value, factor)}{report.interval(e, factor)}" in shown
+            assert f"{figures.number(e.value, factor)}{figures.interval(e, factor)}" in shown
             if row.differences:
                 d = row.differences[metric]
                 assert float(line["difference"]) == d.value and float(line["difference_low"]) == d.low
-                assert d.value == 0 or report.interval(d, factor, True) in shown
+                assert d.value == 0 or figures.interval(d, factor, True) in shown
     assert set(chair.columns) == {*comparison.rows[0].estimates, "objects", "mentions"}
 
 
@@ -315,37 +452,38 @@ def test_mcnemar_decides_on_chair_s(chair):
 
 def test_position_of_inventions_by_hand():
     (score,) = score_captions([(1, "a dog b c d e f g a cat")], {1: frozenset({"dog"})})
-    assert [e.value for e in report.by_position({1: score}, 10)] == [0.0, None, None, None, 1.0]
+    assert [e.value for e in mistakes.by_position({1: score}, 10)] == [0.0, None, None, None, 1.0]
 
 
 def test_rates_of_objects_by_hand(chair):
-    invented, missed = report.object_rates(chair)
+    invented, missed = mistakes.object_rates(chair)
     giraffes = sum("giraffe" not in DATA.truth[i] for i in DATA.images)
     times = sum("giraffe" not in DATA.truth[i] for k, i in enumerate(DATA.images) if k % 4)
-    assert invented["giraffe"][0] == report.Rate(times, giraffes) and next(iter(invented)) == "giraffe"
+    assert invented["giraffe"][0] == mistakes.Rate(times, giraffes) and next(iter(invented)) == "giraffe"
     assert all(any(r.times for r in rates) for rates in missed.values())
     assert all(r.times <= r.of for rates in missed.values() for r in rates)
+    assert len({r.of for r in invented["giraffe"]}) == 1, "also for a method that never names it"
 
 
 def test_an_object_can_only_be_invented_where_it_is_not(tmp_path):
     people = write(tmp_path, "none", {str(i): "There is a person." for i in DATA.images})
-    invented, missed = report.object_rates(studies(people)[0])
+    invented, missed = mistakes.object_rates(studies(people)[0])
     without = sum("person" not in DATA.truth[i] for i in DATA.images)
-    assert invented == {"person": [report.Rate(without, without)]} and 0 < without < N
+    assert invented == {"person": [mistakes.Rate(without, without)]} and 0 < without < N
     assert "person" not in missed and missed["car"][0].share == 1
 
 
 def test_confusion_and_objects_of_questions(pope):
     bench = pope.comparison.benchmark
     asked = [q for q in bench.questions(DATA) if q.split == "adversarial"]
-    table = report.confusion(pope)["adversarial"]
+    table = mistakes.confusion(pope)["adversarial"]
     wrong = [q for q in asked if q.object == "person"]
     assert table[0]["fn"] == sum(q.label == "yes" for q in wrong) and table[0]["fp"] == sum(
         q.label == "no" for q in wrong
     )
     assert table[1]["fp"] == 0 and table[1]["fn"] > table[0]["fn"]
     assert sum(table[0][k] for k in ("tp", "fn", "tn", "fp")) == len(asked)
-    invented, denied = report.object_rates(pope)
+    invented, denied = mistakes.object_rates(pope)
     assert invented["person"][0].share == 1 and invented["person"][1].times == 0
     assert set(denied) == {"person", "car"} and denied["car"][1].share == 1
     shown = Page(html.page([pope])).text
@@ -367,7 +505,7 @@ def test_page_is_whole_and_needs_nothing_else(chair, pope):
     assert {a["href"] for tag, a in parsed.tags if tag == "a"} == {"#part1", "#part2"} <= {f"#{i}" for i in ids}
     assert parsed.text.count("Provenance") == 2 and "00c0ffee" in parsed.text
     assert "Model toy; methods none, good, same, almost, timid;" in parsed.text
-    for said in report.words(chair):
+    for said in words.summary(chair):
         assert said.replace("`", "") in parsed.text
     assert html.page([chair, pope]) == page, "the same answers, the same page"
 
@@ -387,21 +525,28 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
     parsed = safe(page)
     assert not any(tag == "b" and attributes for tag, attributes in parsed.tags)
     assert "<script>alert(1)</script><img src=x onerror=alert(2)> a " in parsed.text
+    assert "[a](javascript:alert(6)) {{ 7 * 7 }} {% raw %}" in parsed.text, "text is no template"
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", page)
     page.encode("utf-8")
     safe(html.page(found, gallery=0, sample=0))
-    report.to_markdown(found), json.loads(report.to_json(found)), report.to_csv(found)
+    to_markdown(found), json.loads(to_json(found)), to_csv(found)
+
+
+def drawn(macro, *args):
+    """A part of the page by itself."""
+    return str(getattr(html.environment().get_template("pictures.html.j2").module, macro)(*args))
 
 
 def test_words_are_marked_where_they_stand():
     (score,) = score_captions([(1, 'A "dog" <and> two cats near a dog.')], {1: frozenset({"dog", "car"})})
-    assert html.marked(score) == (
-        'A &quot;<span class="present" title="dog">dog</span>&quot; &lt;and&gt; two '
+    assert drawn("caption", gallery.marked(score)) == (
+        'A &#34;<span class="present" title="dog">dog</span>&#34; &lt;and&gt; two '
         '<del class="invented" title="cat">cats</del> near a <span class="present" title="dog">dog</span>.'
     )
-    assert "missed: car" in html._missed(score)
+    answer = gallery.Answer(["none"], gallery.marked(score), sorted(score.missed))
+    assert "<small>missed: car</small>" in drawn("cards", [gallery.Card(1, "", None, [answer])])
     (empty,) = score_captions([(1, "")], {1: frozenset()})
-    assert "an empty answer" in html.marked(empty)
+    assert "an empty answer" in drawn("caption", gallery.marked(empty))
 
 
 def test_pictures_where_methods_differ_most_come_first(tmp_path):
@@ -414,7 +559,7 @@ def test_pictures_where_methods_differ_most_come_first(tmp_path):
 
 
 def test_gallery(chair):
-    worst = max(DATA.images, key=lambda i: (html._spread(chair, i), -i))
+    worst = max(DATA.images, key=lambda i: (gallery.spread(chair, i), -i))
     page = html.page([chair], gallery=1, sample=3, seed=5)
     names = re.findall(r'<img src="[^"]+" alt="([^"]+)"', page)
     assert names[0] == DATA.images[worst].name and len(names) == 4
@@ -424,10 +569,10 @@ def test_gallery(chair):
 
 
 def test_pictures_that_cannot_be_read(chair, tmp_path):
-    assert html.thumbnail(tmp_path / "none.png") is None
+    assert gallery.thumbnail(tmp_path / "none.png") is None
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
-    assert html.thumbnail(tmp_path / "broken.png") is None
-    assert "is not on this machine" in html._picture(tmp_path / "none.png", 1)
+    assert gallery.thumbnail(tmp_path / "broken.png") is None
+    assert "none.png is not on this machine" in drawn("picture", gallery.Card(1, "none.png", None, []))
 
 
 def test_without_matplotlib(chair, monkeypatch):
@@ -448,7 +593,7 @@ def test_runs_without_answers(tmp_path):
     nothing = [write(tmp_path, "none", {}), write(tmp_path, "some", {})]
     found = studies(*nothing)
     safe(html.page(found))
-    json.loads(report.to_json(found)), report.to_markdown(found)
+    json.loads(to_json(found)), to_markdown(found)
     safe(html.page([]))
 
 
@@ -456,34 +601,52 @@ def test_runs_without_answers(tmp_path):
 
 
 def test_markdown_holds_words_tables_and_notes(chair):
-    text = report.to_markdown([chair])
-    assert report.markdown(chair.comparison).strip() in text and report.words(chair)[0] in text
+    text = to_markdown([chair])
+    assert markdown.tables(chair).strip() in text and words.summary(chair)[0] in text
     assert "| against the untouched model cut to the same recall |" in text and "- testing only: the first" in text
 
 
 def test_no_minus_before_nothing():
-    assert report.figure(stats.Estimate(-0.0001, -0.01, 0.0), 100, signed=True) == "+0.0 [−1.0, +0.0]"
-    assert report.p_text(0.0004) == "p < .001" and report.p_text(0.0421) == "p = .042" and report.p_text(1.0) == "p = 1"
+    assert figures.figure(stats.Estimate(-0.0001, -0.01, 0.0), 100, signed=True) == "+0.0 [−1.0, +0.0]"
+    assert (
+        figures.p_text(0.0004) == "p < .001" and figures.p_text(0.0421) == "p = .042" and figures.p_text(1.0) == "p = 1"
+    )
 
 
 def test_runs_are_found_in_folders(folders):
-    found = report.find_runs([folders["none"].parent, folders["good"]])
+    found = find_runs([folders["none"].parent, folders["good"]])
     assert len(found) == len(folders) and found[0].untouched
-    assert [r.folder for r in report.find_runs([folders["good"] / "records.jsonl"])] == [folders["good"]]
+    assert [r.folder for r in find_runs([folders["good"] / "records.jsonl"])] == [folders["good"]]
 
 
 def test_command(folders, tmp_path):
     out = tmp_path / "deep" / "report.html"
     args = ["report", str(folders["none"]), str(folders["good"]), "--output", str(out)]
-    for kind in ("markdown", "csv", "json"):
+    for kind in ("markdown", "csv", "json", "latex"):
         args += [f"--{kind}", str(tmp_path / f"report.{kind}")]
     code = "import sys; from vlmfix.cli import app; app(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     safe(out.read_text("utf-8"))
     assert json.loads((tmp_path / "report.json").read_text())[0]["methods"] == ["none", "good"]
-    assert (tmp_path / "report.csv").read_text().startswith("benchmark,model,") and done.stderr.count("written: ") == 4
+    assert (tmp_path / "report.csv").read_text().startswith("benchmark,model,") and done.stderr.count("written: ") == 5
     assert "`good`: really better" in (tmp_path / "report.markdown").read_text("utf-8")
+    assert (tmp_path / "report.latex").read_text("utf-8").count(r"\toprule") == 1
+
+
+def test_score_writes_the_same_files(folders, chair, tmp_path):
+    files = {kind: tmp_path / f"table.{kind}" for kind in ("markdown", "csv", "latex")}
+    args = [str(folders[name]) for name in ("none", "good", "same", "almost")]
+    for kind, path in files.items():
+        args += [f"--{kind}", str(path)]
+    done = CliRunner().invoke(app, ["score", *args])
+    assert done.exit_code == 0 and done.stderr.count("written: ") == 3, done.output
+    for kind, render in (("markdown", to_markdown), ("csv", to_csv), ("latex", to_latex)):
+        lines = files[kind].read_text("utf-8").splitlines()
+        assert len(lines) == len(render([chair]).splitlines()), "the tables of the report, with more resamples"
+    assert "CHAIR_S %" in done.stdout and "* marks a real one" in done.stdout
+    again = CliRunner().invoke(app, ["score", *args, "--json"])
+    assert json.loads(again.stdout)[0]["benchmark"] == "chair" and "written: " in again.stderr
 
 
 def test_mistakes_end_in_a_sentence(folders, tmp_path):

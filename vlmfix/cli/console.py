@@ -61,29 +61,21 @@ def sentences() -> Iterator[None]:
             raise fail(str(error)) from error
 
 
-def load_model(name: str, dtype: str | None, device_map: str | None, quantize: str | None) -> tuple[Any, Any]:
-    """`vlmfix.load` with the command line's options."""
-    import torch
+def quiet_libraries() -> None:
+    """Leave out what transformers and httpx would say besides."""
     from transformers.utils import logging as hf_logging
-
-    import vlmfix
 
     hf_logging.set_verbosity_error()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options: dict[str, Any] = {}
-    if dtype is not None:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-        options["dtype"] = getattr(torch, dtype)
-    if device_map is not None:
-        options["device_map"] = device_map
-    if quantize is not None:
-        if quantize not in ("8bit", "4bit"):
-            raise ValueError(f"quantize: expected 8bit or 4bit, got {quantize!r}")
-        from transformers import BitsAndBytesConfig
 
-        options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantize}": True})
-    return vlmfix.load(name, **options)
+
+def load_model(name: str, dtype: str | None, device_map: str | None, quantize: str | None) -> tuple[Any, Any]:
+    """`vlmfix.load` with the command line's options."""
+    import vlmfix
+    from vlmfix.model.loading import load_options
+
+    quiet_libraries()
+    return vlmfix.load(name, **load_options(dtype, device_map, quantize))
 
 
 @contextmanager

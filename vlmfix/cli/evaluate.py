@@ -24,11 +24,11 @@ from vlmfix.cli.console import (
     Speed,
     err,
     fail,
-    load_model,
     progress_bar,
+    quiet_libraries,
     sentences,
 )
-from vlmfix.cli.score import scoring_of, show_comparison
+from vlmfix.cli.results import CsvFile, Files, LatexFile, MarkdownFile, show
 
 
 def evaluate(
@@ -87,72 +87,55 @@ def evaluate(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    markdown: MarkdownFile = None,
+    as_csv: CsvFile = None,
+    latex: LatexFile = None,
     as_json: Json = False,
 ) -> None:
     """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
     with sentences():
-        from vlmfix.eval.benchmarks.benchmark import benchmark as find_benchmark
-        from vlmfix.eval.pictures.data import WHERE, Data
-        from vlmfix.eval.report.report import controls_of
-        from vlmfix.eval.run.protocols import MODEL, find_protocol, generation
-        from vlmfix.method.registry import parse, split_methods, with_accelerator
-
-        preset = find_protocol(protocol)
-        if preset is not None and data is None and images is None:
-            raise ValueError(
-                f"protocol {preset.name} asks about photos of COCO val2014: name their folder with --images "
-                f"({WHERE['coco']}), or try it on other pictures, such as --data organism"
-            )
-        names = [
-            n.strip() for n in (benchmark or (preset.benchmark if preset else "chair,pope")).split(",") if n.strip()
-        ]
-        if preset is not None and names != [preset.benchmark]:
-            raise ValueError(f"protocol {preset.name} is of {preset.benchmark}; leave out --benchmark")
-        scoring = scoring_of(variant, parser, similarity)
-        own_prompt = prompt if prompt is not None else preset.prompt if preset else None
-        first = (preset.scoring if preset else (None,))[0]
-        benches = [find_benchmark(name, scoring.get(name, first), own_prompt) for name in names]
-        methods = [parse(spec) for spec in split_methods(method)]
-        if controls:
-            methods += [control for found in methods for control in controls_of(found)]
-        methods = with_accelerator(methods, speed, controls)
-        if not benches or not methods:
-            raise ValueError("nothing to do: give at least one benchmark and one method")
-        if data is None:
-            data = "coco" if preset or which else "organism"
-        if which is None and preset is not None and data == "coco":
-            which = preset.images
-        if data.startswith("hf:"):
-            from vlmfix.eval.pictures.hub import fetch
-
-            pictures = Data.load(str(fetch(data, names)), limit, which, images, questions)
-        else:
-            pictures = Data.load(data, limit, which, images, questions)
-        for bench in benches:
-            bench.items(pictures)
-        decoding = decoding or (preset.decoding if preset else "greedy")
-        seed = seed if seed is not None else preset.seed if preset else 0
-        generation(decoding)
-        loaded, processor = load_model(model, dtype, device_map, quantize)
-        if template is None:
-            fits = preset is not None and getattr(processor, "image_token", None) == "<image>"
-            template = preset.template if preset and fits else MODEL
-        from vlmfix.eval.run.runner import answer_each
+        from vlmfix.eval.api import Task, compare, prepare
+        from vlmfix.eval.benchmarks.benchmark import FileOptions
         from vlmfix.eval.run.workers import Workers
 
+        task = Task(
+            model=model,
+            methods=method,
+            benchmarks=benchmark or (),
+            protocol=protocol,
+            speed=speed,
+            controls=controls,
+            data=data,
+            images=images,
+            which=which,
+            questions=questions,
+            limit=limit,
+            output=str(output),
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            prompt=prompt,
+            template=template,
+            decoding=decoding,
+            seed=seed,
+            variant=variant,
+            parser=parser,
+            similarity=similarity,
+            beside=beside,
+            dtype=dtype,
+            device_map=device_map,
+            quantize=quantize,
+        )
+        setup = prepare(task)
+        quiet_libraries()
         command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
-        runs = []
         with progress_bar() if workers.rank == 0 else nullcontext() as progress:
             try:
-                for bench in benches:
-                    runs += answer_each(
-                        loaded, processor, methods, bench, pictures, output, batch_size=batch_size,
-                        max_new_tokens=max_new_tokens or (preset.max_new_tokens if preset else None),
-                        decoding=decoding, template=template, seed=seed,
-                        protocol=protocol, beside=beside, progress=progress, command=command, workers=workers,
-                    )  # fmt: skip
+                runs = setup.answer(progress=progress, command=command, workers=workers)
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
     if workers.rank == 0:
-        show_comparison(runs, as_json, scoring)
+        with sentences():
+            options = FileOptions(variant=variant, parser=parser, similarity=similarity)
+            comparisons = compare(runs, options=options)
+        show(comparisons, as_json, Files(markdown=markdown, csv=as_csv, latex=latex))
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)

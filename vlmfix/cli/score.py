@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vlmfix.cli.console import (
-    PARSER_HELP,
-    SIMILARITY_HELP,
-    VARIANT_HELP,
-    Json,
-    err,
-    out,
-    sentences,
-)
-
-
-def scoring_of(variant: str | None, parser: str | None, similarity: str | None) -> dict[str, str]:
-    """How answers to each benchmark are judged, where that is told."""
-    from vlmfix.eval.benchmarks.benchmark import BENCHMARKS, YesNo
-
-    asked = {"chair": variant, "amber_captions": similarity}
-    asked |= {name: parser for name, cls in BENCHMARKS.items() if isinstance(cls, type) and issubclass(cls, YesNo)}
-    return {name: how for name, how in asked.items() if how is not None}
+from vlmfix.cli.console import PARSER_HELP, SIMILARITY_HELP, VARIANT_HELP, Json, sentences
+from vlmfix.cli.results import CsvFile, ExplainFile, Files, LatexFile, MarkdownFile, show
 
 
 def score(
@@ -59,7 +41,10 @@ def score(
     questions: Annotated[str | None, typer.Option(help="File (mme: folder) with the questions.")] = None,
     labels: Annotated[str | None, typer.Option(help="pope: file with other labels, such as RePOPE's.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="File to compare with; default: the first.")] = None,
-    explain: Annotated[Path | None, typer.Option(help="Write every verdict to this file, one JSON line each.")] = None,
+    explain: ExplainFile = None,
+    markdown: MarkdownFile = None,
+    as_csv: CsvFile = None,
+    latex: LatexFile = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write a page to read (HTML) to this file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -67,61 +52,36 @@ def score(
 
     Published files of captions or answers are scored with --benchmark.
     """
-    asked: dict[str, Any] = {
-        "variant": variant, "truth": truth, "synonyms": synonyms, "key": key, "parser": parser, "source": source,
-        "split": split, "questions": questions, "labels": labels, "similarity": similarity,
-    }  # fmt: skip
-    if benchmark is not None:
-        with sentences():
-            score_files(files, benchmark, asked, baseline, explain, page, as_json)
-        return
+    written = Files(page=page, markdown=markdown, csv=as_csv, latex=latex, explain=explain)
     with sentences():
-        from vlmfix.eval.run.results import RECORDS, Run
+        from vlmfix.eval.api import compare
+        from vlmfix.eval.benchmarks.benchmark import FileOptions
 
-        asked |= {"baseline": baseline, "report": page, "variant": None, "parser": None, "similarity": None}
-        if given := [name for name, value in asked.items() if value is not None]:
-            raise ValueError(f"{', '.join(given)}: only with --benchmark, for files that are no runs of `vlmfix eval`")
-        if plain := next((path for path in files if path.is_file() and path.name != RECORDS), None):
-            raise ValueError(
-                f"{plain} is no run of `vlmfix eval`; to score captions or answers in a file, add --benchmark"
-            )
-        runs = [Run.read(path) for path in files]
-    show_comparison(runs, as_json, scoring_of(variant, parser, similarity), explain)
+        options = FileOptions(
+            variant=variant,
+            truth=truth,
+            synonyms=synonyms,
+            key=key,
+            parser=parser,
+            source=source,
+            split=split,
+            questions=questions,
+            similarity=similarity,
+            labels=labels,
+        )
+        if benchmark is None and page is not None:
+            raise ValueError("report: only with --benchmark, for files that are no runs of `vlmfix eval`")
+        _check_not_read(written, [*files, baseline, truth, synonyms, questions, labels])
+        comparisons = compare(files, benchmark=benchmark, options=options, baseline=baseline)
+    show(comparisons, as_json, written)
 
 
-def score_files(
-    files: Sequence[Path],
-    benchmark: str,
-    asked: dict[str, Any],
-    baseline: Path | None,
-    explain: Path | None,
-    page: Path | None,
-    as_json: bool,
-) -> None:
-    """Score and compare other people's answers; print tables, or JSON with the notes on stderr."""
-    from vlmfix.eval import external
-
-    read = [Path(path) for path in (*files, baseline, *asked.values()) if path is not None]
-    for written in filter(None, (explain, page)):
-        if written.exists() and any(path.exists() and written.samefile(path) for path in read):
-            raise ValueError(f"{written} is one of the files to read; write elsewhere")
-    comparison = external.compare(files, benchmark, external.Options(**asked), baseline)
-    if explain is not None:
-        write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in comparison.verdicts()))
-    if page is not None:
-        from vlmfix.eval.report import html
-        from vlmfix.eval.report.report import study
-
-        write_page(page, html.page([study(comparison.as_runs())]))
-    if as_json:
-        sys.stdout.write(json.dumps([comparison.to_json()]) + "\n")
-    else:
-        for table in external.tables(comparison):
-            out().print(table)
-    for note in comparison.notes:
-        (err if as_json else out()).print(f"note: {note}", markup=False, soft_wrap=True)
-    if not as_json:
-        out().print(external.legend(comparison), markup=False, soft_wrap=True)
+def _check_not_read(written: Files, read: Sequence[str | Path | None]) -> None:
+    """`ValueError` if a file that is to be written is one of those that are read."""
+    sources = [Path(source) for source in read if source is not None and Path(source).exists()]
+    for target in written.paths():
+        if target.exists() and any(target.samefile(source) for source in sources):
+            raise ValueError(f"{target} is one of the files to read; write elsewhere")
 
 
 def report(
@@ -131,55 +91,17 @@ def report(
     output: Annotated[Path, typer.Option(help="The page: one HTML file that needs nothing else.")] = Path(
         "report.html"
     ),
-    markdown: Annotated[Path | None, typer.Option(help="Also write words and tables as Markdown, here.")] = None,
-    as_csv: Annotated[Path | None, typer.Option("--csv", help="Also write every figure as CSV, here.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON, here.")] = None,
+    markdown: MarkdownFile = None,
+    as_csv: CsvFile = None,
+    latex: LatexFile = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write all figures as JSON, to this file.")
+    ] = None,
 ) -> None:
     """Make a page to read from finished runs: words, tables, plots, pictures and where it all came from."""
     with sentences():
-        from vlmfix.eval.report import html
-        from vlmfix.eval.report import report as reports
+        from vlmfix.eval.report.study import find_runs
         from vlmfix.eval.run.results import compare
 
-        studies = [reports.study(comparison) for comparison in compare(reports.find_runs(runs))]
-        texts = [(output, html.page), (markdown, reports.to_markdown)]
-        texts += [(as_csv, reports.to_csv), (as_json, reports.to_json)]
-        for path, make in texts:
-            if path is None:
-                continue
-            write_page(path, make(studies))
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write a file, and say so. `ValueError` if it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-    err.print(f"written: {path}", soft_wrap=True, markup=False)
-
-
-def show_comparison(
-    runs: Sequence[Any], as_json: bool, scoring: dict[str, str] | None = None, explain: Path | None = None
-) -> None:
-    """Print tables, or JSON; write every verdict to `explain`."""
-    with sentences():
-        from vlmfix.eval.report import report
-        from vlmfix.eval.run.results import compare
-
-        comparisons = compare(runs, scoring=scoring)
-        if explain is not None:
-            verdicts = (verdict for comparison in comparisons for verdict in report.verdicts(comparison))
-            write_page(explain, "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
-    if as_json:
-        sys.stdout.write(json.dumps([c.to_json() for c in comparisons], ensure_ascii=False) + "\n")
-        return
-    console = out()
-    for comparison in comparisons:
-        for table in report.tables(comparison):
-            console.print(table)
-        for note in filter(None, [report.deviation_text(comparison), *comparison.notes]):
-            console.print(note, markup=False, soft_wrap=True)
-        console.print()
-    console.print(report.LEGEND, markup=False, soft_wrap=True)
+        written = Files(page=output, markdown=markdown, csv=as_csv, latex=latex, json=as_json)
+        written.write(compare(find_runs(runs)))

@@ -55,6 +55,33 @@ def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, An
     return model.eval(), processor
 
 
+def load_options(dtype: str | None, device_map: str | None = None, quantize: str | None = None) -> dict[str, Any]:
+    """Arguments of `load` for choices that are given as text.
+
+    Args:
+        dtype: float32, bfloat16 or float16.
+        device_map: Passed to `from_pretrained`, for instance `auto`.
+        quantize: 8bit or 4bit; needs bitsandbytes.
+
+    Raises:
+        ValueError: another text.
+    """
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+        options["dtype"] = getattr(torch, dtype)
+    if device_map is not None:
+        options["device_map"] = device_map
+    if quantize is not None:
+        if quantize not in ("8bit", "4bit"):
+            raise ValueError(f"quantize: expected 8bit or 4bit, got {quantize!r}")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+    return options
+
+
 class _Pictures:
     """Goes before a processor class whose part for videos, its last one, cannot be had: it takes all but videos."""
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmfix.eval.benchmarks import amber, amber_captions
+from vlmfix.eval.scorers import yesno
 
 DATA = Path(__file__).parents[2] / "data" / "other" / "amber"
 REFERENCE = json.loads((DATA / "reference.json").read_text("utf-8"))
@@ -34,7 +35,8 @@ def scored(name, parser="amber"):
 
 
 def summed(module, scores):
-    return {name: column.sum() for name, column in module.counts(scores).items()}
+    counting = amber_captions if module is amber_captions else yesno
+    return {name: column.sum() for name, column in counting.counts(scores).items()}
 
 
 # Questions
@@ -123,7 +125,7 @@ def test_official_figures_of_descriptions(similarity, key):
 
 
 def one(truth, hallu, nouns, similarity="off"):
-    item = amber_captions.Item(1, "1.jpg", "", tuple(truth), tuple(hallu))
+    item = amber_captions.DescribedPicture(1, "1.jpg", "", tuple(truth), tuple(hallu))
     return amber_captions.score([item], {1: nouns}, similarity)[0]
 
 

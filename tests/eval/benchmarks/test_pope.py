@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmfix.eval.benchmarks import pope
+from vlmfix.eval.benchmarks import pope_building, pope_questions
+from vlmfix.eval.scorers import yesno
 
 DATA = Path(__file__).parents[2] / "data" / "pope"
 CASES = json.loads((DATA / "parser_cases.json").read_text("utf-8"))
@@ -30,7 +31,7 @@ def read_lines(path):
 @cache
 def questions(name):
     return tuple(
-        pope.Question(line["question_id"], line["image"], line["text"], "", line["label"], "random")
+        yesno.Question(line["question_id"], line["image"], line["text"], "", line["label"], "random")
         for line in read_lines(DATA / f"answers/{name}.questions.jsonl.gz")
     )
 
@@ -47,16 +48,16 @@ def reference(name):
 
 
 def scored(name, parser="pope"):
-    return pope.score_answers(questions(name), answers(name), parser)
+    return yesno.score_answers(questions(name), answers(name), parser)
 
 
 def summed(scores):
-    return {name: column.sum() for name, column in pope.counts(scores).items()}
+    return {name: column.sum() for name, column in yesno.counts(scores).items()}
 
 
 def values(scores):
     sums = summed(scores)
-    return {name: float(metric(sums)) for name, metric in pope.METRICS.items()}
+    return {name: float(metric(sums)) for name, metric in yesno.METRICS.items()}
 
 
 def same(value, expected):
@@ -76,24 +77,26 @@ def as_lines(built):
     )
 
 
-@pytest.mark.parametrize("split", pope.SPLITS)
+@pytest.mark.parametrize("split", pope_questions.SPLITS)
 @pytest.mark.parametrize(("folder", "k"), [("n60", 3), ("n5", 3), ("k2", 2)])
 def test_builder_is_bit_equal_to_the_official_one(folder, k, split):
-    built = pope.build_questions(images(f"{folder}/selected.json"), k=k, seed=0, splits=(split,), article="official")
+    built = pope_building.build_questions(
+        images(f"{folder}/selected.json"), k=k, seed=0, splits=(split,), article="official"
+    )
     assert as_lines(built) == (DATA / f"builder/{folder}/toy_pope_{split}.json").read_text("utf-8")
 
 
 def test_images_are_drawn_as_by_the_official_script():
-    built = pope.build_questions(images("segmentation_all400.json"), n_images=60, seed=0, splits=("random",))
+    built = pope_building.build_questions(images("segmentation_all400.json"), n_images=60, seed=0, splits=("random",))
     expected = json.loads((DATA / "builder/main_py_random_sample_seed0_60.json").read_text("utf-8"))
     assert list(dict.fromkeys(question.image for question in built)) == expected
 
 
 def test_all_splits_together():
-    built = pope.build_questions(images("n60/selected.json"), seed=0)
+    built = pope_building.build_questions(images("n60/selected.json"), seed=0)
     assert [question.id for question in built] == list(range(1, 1081))
-    for place, split in enumerate(pope.SPLITS):
-        alone = pope.build_questions(images("n60/selected.json"), seed=0, splits=(split,))
+    for place, split in enumerate(pope_questions.SPLITS):
+        alone = pope_building.build_questions(images("n60/selected.json"), seed=0, splits=(split,))
         part = [question for question in built if question.split == split]
         assert [(q.text, q.label, q.image, q.object) for q in part] == [
             (q.text, q.label, q.image, q.object) for q in alone
@@ -102,12 +105,12 @@ def test_all_splits_together():
 
 
 def test_article():
-    assert pope.question_text("dog") == "Is there a dog in the image?"
-    assert pope.question_text("orange") == "Is there an orange in the image?"
-    assert pope.question_text("orange", "official") == "Is there an orange in the imange?"
-    built = pope.build_questions(images("n60/selected.json"), seed=0)
+    assert pope_building.question_text("dog") == "Is there a dog in the image?"
+    assert pope_building.question_text("orange") == "Is there an orange in the image?"
+    assert pope_building.question_text("orange", "official") == "Is there an orange in the imange?"
+    built = pope_building.build_questions(images("n60/selected.json"), seed=0)
     assert all("imange" not in question.text for question in built)
-    assert all(question.text == pope.question_text(question.object) for question in built)
+    assert all(question.text == pope_building.question_text(question.object) for question in built)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,9 @@ def test_article():
 )
 def test_builder_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        pope.build_questions([("a.jpg", ["a", "b", "c"]), ("b.jpg", ["c", "d", "e"])], **{"seed": 0, **options})
+        pope_building.build_questions(
+            [("a.jpg", ["a", "b", "c"]), ("b.jpg", ["c", "d", "e"])], **{"seed": 0, **options}
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -132,7 +137,7 @@ def test_builder_refuses(options, message):
 def test_builder_ends_and_asks_rightly(objects, k, seed):
     holding = {f"{number}.jpg": row for number, row in enumerate(objects)}
     try:
-        built = pope.build_questions(list(holding.items()), k=k, seed=seed)
+        built = pope_building.build_questions(list(holding.items()), k=k, seed=seed)
     except ValueError:
         rows = [set(row) for row in objects if len(set(row)) >= k]
         assert not rows or any(len(set().union(*rows) - row) < k for row in rows)
@@ -153,10 +158,10 @@ def test_ordered_objects(tmp_path):
         "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "unicorn"}, {"id": 3, "name": "cat"}],
     }
     path.write_text(json.dumps(content))
-    assert pope.ordered_objects(path) == [("b.jpg", ("unicorn", "dog", "cat")), ("a.jpg", ())]
+    assert pope_building.ordered_objects(path) == [("b.jpg", ("unicorn", "dog", "cat")), ("a.jpg", ())]
     path.write_text(json.dumps(content).replace('"file_name": "a.jpg"', '"name": "a.jpg"'))
     with pytest.raises(ValueError, match="image 3 has no file_name"):
-        pope.ordered_objects(path)
+        pope_building.ordered_objects(path)
 
 
 # Parsers
@@ -166,17 +171,17 @@ def test_there_are_65_cases():
     assert len(CASES) == 65
 
 
-@pytest.mark.parametrize("parser", [name for name in pope.PARSERS if name in (*CASES[0], "pope")])
+@pytest.mark.parametrize("parser", [name for name in yesno.PARSERS if name in (*CASES[0], "pope")])
 @pytest.mark.parametrize("label", ["yes", "no"])
 def test_parser_cases(parser, label):
     key = "llava" if parser == "pope" else parser
-    read = {case["answer"]: pope.PARSERS[parser](case["answer"], label) for case in CASES}
+    read = {case["answer"]: yesno.PARSERS[parser](case["answer"], label) for case in CASES}
     assert read == {case["answer"]: case[key] for case in CASES}
 
 
 @pytest.mark.parametrize("label", ["yes", "no"])
 def test_parser_that_knows_the_label(label):
-    right = {case["answer"]: pope.PARSERS["vcd"](case["answer"], label) == label for case in CASES}
+    right = {case["answer"]: yesno.PARSERS["vcd"](case["answer"], label) == label for case in CASES}
     assert right == {case["answer"]: case[f"vcd_correct_if_label_{label}"] for case in CASES}
 
 
@@ -195,7 +200,7 @@ def test_parser_that_knows_the_label(label):
     ],
 )
 def test_sentences(answer, expected):
-    assert pope.PARSERS["sentence"](answer, "yes") == expected
+    assert yesno.PARSERS["sentence"](answer, "yes") == expected
 
 
 @pytest.mark.parametrize(
@@ -203,23 +208,23 @@ def test_sentences(answer, expected):
     [("no-one", "no"), ("no-one - nobody", None), ("1,000 no-one", None), ("1, 000 no-one", "no")],
 )
 def test_vlmevalkit_deletes_signs_that_touch_a_blank_or_all_beside_a_grouped_number(answer, expected):
-    assert pope.PARSERS["vlmevalkit"](answer, "yes") == expected
+    assert yesno.PARSERS["vlmevalkit"](answer, "yes") == expected
 
 
 def test_vlmevalkit_deletes_at_most_32_full_stops():
-    assert pope.PARSERS["vlmevalkit"]("." * 32 + "no", "yes") == "no"
-    assert pope.PARSERS["vlmevalkit"]("." * 33 + "no", "yes") is None
+    assert yesno.PARSERS["vlmevalkit"]("." * 32 + "no", "yes") == "no"
+    assert yesno.PARSERS["vlmevalkit"]("." * 33 + "no", "yes") is None
 
 
 def test_parser_names_and_treatment():
-    assert {name: parser.unparsed for name, parser in pope.PARSERS.items()} == {
+    assert {name: parser.unparsed for name, parser in yesno.PARSERS.items()} == {
         **dict.fromkeys(("pope", "negword", "vcd", "vaf"), "never"),
         **dict.fromkeys(("lmms_eval", "vlmevalkit", "dashb", "amber", "mme", "mme_lmms_eval"), "wrong"),
         **dict.fromkeys(("strict", "sentence"), "wrong"),
         **dict.fromkeys(("repope", "icd"), "dropped"),
     }
     with pytest.raises(ValueError, match=r"did you mean 'strict'\?"):
-        pope.score_answers([], {}, "strct")
+        yesno.score_answers([], {}, "strct")
 
 
 # Figures of the evaluators in use
@@ -282,7 +287,7 @@ def test_every_prediction_as_in_the_reference(name):
 
 @pytest.mark.parametrize("name", REAL)
 def test_most_parsers_agree_on_real_answers(name):
-    read = {parser: tuple(score.prediction for score in scored(name, parser)) for parser in pope.PARSERS}
+    read = {parser: tuple(score.prediction for score in scored(name, parser)) for parser in yesno.PARSERS}
     agreeing = [read[parser] for parser in ("pope", "negword", "vcd", "repope", "vlmevalkit", "strict", "sentence")]
     assert len(set(agreeing)) == 1
 
@@ -316,22 +321,23 @@ def test_missing_doubled_and_unknown_answers_are_named():
         scored("synthetic-duplicate-answer")
     asked = questions("synthetic-all-yes")
     with pytest.raises(ValueError, match=r"1 answers belong to no question.*\(ids: '1'\)"):
-        pope.score_answers(asked, {**dict(answers("synthetic-all-yes")), "1": "yes"})
+        yesno.score_answers(asked, {**dict(answers("synthetic-all-yes")), "1": "yes"})
     with pytest.raises(ValueError, match=r"4 questions share their id.*\(ids: 1, 2, 3, 4\)"):
-        pope.score_answers([*asked, *asked], dict(answers("synthetic-all-yes")))
+        yesno.score_answers([*asked, *asked], dict(answers("synthetic-all-yes")))
     with pytest.raises(ValueError, match=r"1 answers are no text.*\(ids: 2\)"):
-        pope.score_answers(asked, {**dict(answers("synthetic-all-yes")), 2: None})
+        yesno.score_answers(asked, {**dict(answers("synthetic-all-yes")), 2: None})
 
 
 def ask(*labels, image="x.jpg"):
     return [
-        pope.Question(n, image, pope.question_text("dog"), "dog", label, "random") for n, label in enumerate(labels)
+        yesno.Question(n, image, pope_building.question_text("dog"), "dog", label, "random")
+        for n, label in enumerate(labels)
     ]
 
 
 def test_counts_by_hand():
     said = ("Yes.", "No.", "yes", "no", "maybe", "maybe")
-    scores = pope.score_answers(ask("yes", "yes", "no", "no", "yes", "no"), dict(enumerate(said)), "strict")
+    scores = yesno.score_answers(ask("yes", "yes", "no", "no", "yes", "no"), dict(enumerate(said)), "strict")
     assert summed(scores) == {
         **{"questions": 6, "predictions": 4, "yes_predictions": 2, "tp": 1, "fp": 1, "tn": 1, "fn": 1},
         **{"unknown": 2, "unknown_yes": 1, "dropped": 0, "pairs": 0, "pairs_right": 0},
@@ -339,7 +345,7 @@ def test_counts_by_hand():
     assert values(scores) == pytest.approx(
         {"accuracy": 2 / 6, "precision": 1 / 2, "recall": 1 / 3, "F1": 0.4, "TNR": 1 / 3, "yes_ratio": 1 / 2, "MCC": 0}
     )
-    dropping = pope.score_answers(ask("yes", "yes", "no", "no", "yes", "no"), dict(enumerate(said)), "repope")
+    dropping = yesno.score_answers(ask("yes", "yes", "no", "no", "yes", "no"), dict(enumerate(said)), "repope")
     assert summed(dropping)["dropped"] == 2
     assert values(dropping) == pytest.approx(
         {
@@ -356,7 +362,7 @@ def test_counts_by_hand():
 
 def test_mcc():
     said = ("yes",) * 3 + ("no",) + ("yes",) + ("no",) * 5
-    scores = pope.score_answers(ask(*("yes",) * 4, *("no",) * 6), dict(enumerate(said)))
+    scores = yesno.score_answers(ask(*("yes",) * 4, *("no",) * 6), dict(enumerate(said)))
     assert values(scores)["MCC"] == pytest.approx((3 * 5 - 1 * 1) / np.sqrt(4 * 4 * 6 * 6))
 
 
@@ -365,14 +371,14 @@ def test_undefined_figures_are_nan():
     ours = values(scored("synthetic-all-no"))
     assert {metric for metric, value in ours.items() if np.isnan(value)} == {"precision", "F1", "MCC"}
     assert ours["accuracy"] == 0.5
-    wrong = values(pope.score_answers(ask("yes", "no"), {0: "no", 1: "yes"}))
+    wrong = values(yesno.score_answers(ask("yes", "no"), {0: "no", 1: "yes"}))
     assert wrong["F1"] == 0
     assert wrong["MCC"] == -1
 
 
 def test_counts_are_per_image():
     scores = scored("cd_rethink-llava7b-coco-random-greedy")
-    names, columns = pope.clusters(scores), pope.counts(scores)
+    names, columns = yesno.clusters(scores), yesno.counts(scores)
     assert len(names) == 500
     assert names[:2] == ["COCO_val2014_000000310196.jpg", scores[6].question.image]
     assert all(column.shape == (500,) and column.dtype == float for column in columns.values())
@@ -383,10 +389,10 @@ def test_counts_are_per_image():
 
 
 def test_metrics_take_counts_of_any_shape():
-    columns = pope.counts(scored("cd_rethink-llava7b-coco-random-greedy"))
+    columns = yesno.counts(scored("cd_rethink-llava7b-coco-random-greedy"))
     draws = np.random.default_rng(0).integers(0, 500, (7, 500))
     resampled = {name: column[draws].sum(axis=1) for name, column in columns.items()}
-    assert all(metric(resampled).shape == (7,) for metric in pope.METRICS.values())
+    assert all(metric(resampled).shape == (7,) for metric in yesno.METRICS.values())
 
 
 # Anything
@@ -414,14 +420,14 @@ ANY_TEXT = st.text(st.characters()) | st.lists(st.sampled_from(WORDS), max_size=
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ANY_TEXT, min_size=1, max_size=6), st.sampled_from(list(pope.PARSERS)))
+@given(st.lists(ANY_TEXT, min_size=1, max_size=6), st.sampled_from(list(yesno.PARSERS)))
 def test_any_answers(said, parser):
     labels = [("yes", "no")[number % 2] for number in range(len(said))]
-    scores = pope.score_answers(ask(*labels), dict(enumerate(said)), parser)
+    scores = yesno.score_answers(ask(*labels), dict(enumerate(said)), parser)
     sums = summed(scores)
     assert all(score.prediction in ("yes", "no", None) for score in scores)
     assert sums["questions"] == sums["predictions"] + sums["unknown"] + sums["dropped"] == len(said)
     assert sums["predictions"] == sums["tp"] + sums["fp"] + sums["tn"] + sums["fn"]
-    if pope.PARSERS[parser].unparsed == "never":
+    if yesno.PARSERS[parser].unparsed == "never":
         assert sums["predictions"] == len(said)
     assert all(np.isnan(value) or -1 <= value <= 1 for value in values(scores).values())

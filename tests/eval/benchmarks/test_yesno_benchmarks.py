@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmfix.eval.benchmarks import dash, hallusion, mme
+from vlmfix.eval.benchmarks import dashb, hallusionbench, mme
+from vlmfix.eval.scorers import yesno
 from vlmfix.eval.scorers.yesno import PARSERS, Parser
 
 DATA = Path(__file__).parents[2] / "data" / "other"
@@ -21,7 +22,8 @@ MME, HALLUSION, DASH = (
 
 
 def summed(module, scores):
-    return {name: column.sum() for name, column in module.counts(scores).items()}
+    counting = hallusionbench if module is hallusionbench else yesno
+    return {name: column.sum() for name, column in counting.counts(scores).items()}
 
 
 def values(module, scores):
@@ -141,20 +143,20 @@ LETTERS = Parser(
 
 
 def hallusion_scores(which, group=None, parser=LETTERS):
-    answer_of = {q.id: answer for q, answer in zip(hallusion.load("all"), HALLUSION["answers"], strict=True)}
-    questions = [question for question in hallusion.load(which) if group in (None, question.group)]
-    return hallusion.score(questions, {question.id: answer_of[question.id] for question in questions}, parser)
+    answer_of = {q.id: answer for q, answer in zip(hallusionbench.load("all"), HALLUSION["answers"], strict=True)}
+    questions = [question for question in hallusionbench.load(which) if group in (None, question.group)]
+    return hallusionbench.score(questions, {question.id: answer_of[question.id] for question in questions}, parser)
 
 
 def test_hallusion_questions():
-    asked = hallusion.load("all")
+    asked = hallusionbench.load("all")
     assert len({question.id for question in asked}) == 1129
     assert [sum(q.label == label for q in asked) for label in ("yes", "no")] == [484, 645]
     assert [sum(q.group == group for q in asked) for group in ("VD", "VS")] == [591, 538]
-    assert hallusion.load() == [question for question in asked if question.image]
-    assert len(hallusion.load()) == 951
+    assert hallusionbench.load() == [question for question in asked if question.image]
+    assert len(hallusionbench.load()) == 951
     with pytest.raises(ValueError, match="there are with_image_951 and all"):
-        hallusion.load("951")
+        hallusionbench.load("951")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_hallusion_questions():
 )
 def test_hallusion_as_in_the_reference(which, group, key):
     scores, expected = hallusion_scores(which, group), HALLUSION["reference"][key]
-    found, sums = values(hallusion, scores), summed(hallusion, scores)
+    found, sums = values(hallusionbench, scores), summed(hallusionbench, scores)
     assert (len(scores), sums["figures"]) == (expected["n"], expected["n_figures"])
     assert sums["items"] == expected["n_questions"]
     for name in {"aAcc", "fAcc", "qAcc", "easy", "hard"} & expected.keys():
@@ -174,23 +176,23 @@ def test_hallusion_as_in_the_reference(which, group, key):
 
 
 def test_unclear_is_right_only_where_there_is_no_figure():
-    questions = hallusion.load("all")
-    scores = hallusion.score(questions, {question.id: "I am not sure." for question in questions})
+    questions = hallusionbench.load("all")
+    scores = hallusionbench.score(questions, {question.id: "I am not sure." for question in questions})
     assert all(score.prediction is None for score in scores)
     assert {score.correct for score in scores if score.question.image} == {False}
     assert sum(score.correct for score in scores) == 178
     with pytest.raises(ValueError, match="drops answers"):
-        hallusion.score(questions, {question.id: "hm" for question in questions}, "repope")
+        hallusionbench.score(questions, {question.id: "hm" for question in questions}, "repope")
 
 
 def test_hallusion_counts_add_up_over_sets():
     scores = hallusion_scores("all", parser="sentence")
-    names, columns = hallusion.clusters(scores), hallusion.counts(scores)
+    names, columns = hallusionbench.clusters(scores), hallusionbench.counts(scores)
     assert all(column.shape == (len(names),) and column.dtype == float for column in columns.values())
     for at in (0, len(names) - 1):
-        alone = summed(hallusion, [score for score in scores if score.question.set == names[at]])
+        alone = summed(hallusionbench, [score for score in scores if score.question.set == names[at]])
         assert alone == {name: column[at] for name, column in columns.items()}
-    assert all(np.isnan(value) for value in values(hallusion, []).values())
+    assert all(np.isnan(value) for value in values(hallusionbench, []).values())
 
 
 # DASH-B
@@ -204,15 +206,15 @@ def dash_file(tmp_path):
 
 
 def test_dash_as_in_the_reference(dash_file):
-    questions = dash.load(dash_file)
+    questions = dashb.load(dash_file)
     assert questions[0].text == "Can you see a backpack in this image? Please answer only with yes or no."
     answers = {f"{line['object_name']}/{line['img_id']}": line["response"] for line in DASH["answers"]}
-    scores = dash.score(questions, answers)
+    scores = dashb.score(questions, answers)
     assert [score.prediction for score in scores] == [line["answer"] for line in DASH["answers"]]
-    found, expected = values(dash, scores), DASH["reference"]
+    found, expected = values(dashb, scores), DASH["reference"]
     for name, key in (("accuracy", "ACC"), ("TPR", "TPR"), ("TNR", "TNR"), ("harmonic_mean", "Harmonic Mean")):
         assert found[name] == pytest.approx(expected[key], abs=1e-12)
-    assert summed(dash, scores)["unknown"] == expected["unparsed"] == 11
+    assert summed(dashb, scores)["unknown"] == expected["unparsed"] == 11
 
 
 def test_dash_refuses(dash_file):
@@ -222,10 +224,10 @@ def test_dash_refuses(dash_file):
     ):
         dash_file.write_text(json.dumps([DASH["answers"][0], {**DASH["answers"][1], **change}]))
         with pytest.raises(ValueError, match=message):
-            dash.load(dash_file)
+            dashb.load(dash_file)
     dash_file.write_text(json.dumps(DASH["answers"][:1] * 2))
     with pytest.raises(ValueError, match="1 questions share their id"):
-        dash.load(dash_file)
+        dashb.load(dash_file)
 
 
 # Anything
@@ -236,9 +238,9 @@ def test_dash_refuses(dash_file):
     st.lists(st.text(st.characters(), max_size=6) | st.sampled_from(["yes", "no", "know", ""]), min_size=9, max_size=9)
 )
 def test_any_answers(said):
-    questions = hallusion.load("all")[:9]
-    scores = hallusion.score(questions, dict(zip((q.id for q in questions), said, strict=True)))
-    sums = summed(hallusion, scores)
+    questions = hallusionbench.load("all")[:9]
+    scores = hallusionbench.score(questions, dict(zip((q.id for q in questions), said, strict=True)))
+    sums = summed(hallusionbench, scores)
     assert sums["questions"] == 9
     assert all(sums[f"{part}_right"] <= sums[part] for part in ("figures", "items", "easy_items", "hard_items"))
     assert sums["figure_shares"] <= sums["figures"]

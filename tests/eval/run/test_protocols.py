@@ -20,7 +20,7 @@ from vlmfix.eval.pictures.lists import image_list
 from vlmfix.eval.run.protocols import MODEL, PROTOCOLS, TEMPLATES, generation, published
 from vlmfix.eval.run.runner import answer_all
 from vlmfix.eval.scorers import chair
-from vlmfix.eval.scorers.variants import VARIANTS
+from vlmfix.eval.scorers.chair.variants import VARIANTS
 from vlmfix.eval.scorers.yesno import MARGIN, PARSERS
 
 SYSTEM = (

@@ -14,7 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmfix.eval.scorers import chair, variants
+from vlmfix.eval.scorers import chair
+from vlmfix.eval.scorers.chair import variants
+from vlmfix.eval.scorers.chair.captions import _join_pairs
+from vlmfix.eval.scorers.chair.singular import singularize
+from vlmfix.eval.scorers.chair.tokens import tokenize
 
 DATA = Path(__file__).parents[2] / "data" / "chair"
 FILES = sorted(f"{path.parent.name}/{path.name.removesuffix('.jsonl.gz')}" for path in DATA.glob("captions/*/*.gz"))
@@ -135,7 +139,7 @@ def test_edge_cases(case):
     if any(f"{short}." in case["caption"].lower() for short in ("a.m", "p.m", "mr", "u.s")):
         return  # Punkt knows these abbreviations
     words = [token.text for token in variants.rohrbach(case["caption"])]
-    joined = [word for word, *_ in chair._join_pairs(words, chair.Vocabulary.load().double_words)]
+    joined = [word for word, *_ in _join_pairs(words, chair.Vocabulary.load().double_words)]
     quotes = {"``": '"', "''": '"', "'s's": '"'}  # NLTK's names for a quotation mark, and their singular
     assert [quotes.get(word, word) for word in joined] == [quotes.get(word, word) for word in expected["tokens"]]
     if not {"toilet", "seat"} <= set(joined):  # the reference's indices slip there
@@ -164,13 +168,13 @@ def test_edge_cases(case):
     ],
 )
 def test_tokens(caption, expected):
-    assert [token.text for token in variants.tokenize(caption)] == expected.split()
+    assert [token.text for token in tokenize(caption)] == expected.split()
 
 
 def test_spans_survive_characters_that_grow_in_lower_case():
     caption = "İİ a DOG, İ hot  Dogs"
     assert [caption[m.start : m.end] for m in chair.mentions(caption)] == ["DOG", "hot  Dogs"]
-    first = variants.tokenize(caption)[0]
+    first = tokenize(caption)[0]
     assert caption[first.start : first.end] == "İİ"
 
 
@@ -183,11 +187,11 @@ CHECK_VALUES = (
 
 @pytest.mark.parametrize(("word", "expected"), [pair.split() for pair in CHECK_VALUES.split(", ")])
 def test_singular(word, expected):
-    assert variants.singularize(word) == expected
+    assert singularize(word) == expected
 
 
 def test_singular_of_many_quotes_does_not_recurse():
-    assert variants.singularize("dogs" + "'" * 5000) == "dog" + "'s" * 5000
+    assert singularize("dogs" + "'" * 5000) == "dog" + "'s" * 5000
 
 
 # Vocabulary
@@ -568,7 +572,7 @@ ANY_TEXT = st.text(st.characters()) | st.lists(st.sampled_from(FRAGMENTS), max_s
 @settings(max_examples=300, deadline=None)
 @given(ANY_TEXT)
 def test_any_text(caption):
-    tokens = variants.tokenize(caption)
+    tokens = tokenize(caption)
     assert "".join(token.text for token in tokens) == "".join(caption.lower().split())
     edges = [edge for token in tokens for edge in (token.start, token.end)]
     assert edges == sorted(edges)

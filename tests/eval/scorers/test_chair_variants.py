@@ -14,7 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlmfix.eval.scorers import chair, variants
+from vlmfix.eval.scorers import chair
+from vlmfix.eval.scorers.chair import variants
+from vlmfix.eval.scorers.chair.tokens import tokenize
 
 DATA = Path(__file__).parents[2] / "data" / "chair"
 FILES = sorted(f"{path.parent.name}/{path.name.removesuffix('.jsonl.gz')}" for path in DATA.glob("captions/*/*.gz"))
@@ -66,7 +68,7 @@ def recorded_tokens():
     for name, tags in replay()["tags"].items():
         for at, (_, caption) in enumerate(captions(name)):
             other = replay()["tokens"][name].get(str(at))
-            words = other.split() if other else [token.text for token in variants.tokenize(caption)]
+            words = other.split() if other else [token.text for token in tokenize(caption)]
             tokens[caption.lower()] = words
             letters[" ".join(words)] = tags[at]
     return tokens, letters
@@ -75,7 +77,7 @@ def recorded_tokens():
 def made_up_tokens(text):
     """Tokens of a text that was not recorded, with quotation marks rewritten as NLTK does it."""
     quotes = iter(("``", "''") * len(text))
-    return [next(quotes) if token.text == '"' else token.text for token in variants.tokenize(text)]
+    return [next(quotes) if token.text == '"' else token.text for token in tokenize(text)]
 
 
 class FakeNltk:
@@ -501,4 +503,4 @@ def test_any_text(caption, variant):
 @given(ANY_TEXT, st.sampled_from(sorted(variants.NORMALISERS)))
 def test_words_keep_their_place(caption, variant):
     words = variants.NORMALISERS[variant](caption)
-    assert [(word.start, word.end) for word in words] == [(t.start, t.end) for t in variants.tokenize(caption)]
+    assert [(word.start, word.end) for word in words] == [(t.start, t.end) for t in tokenize(caption)]

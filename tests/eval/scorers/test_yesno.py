@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmfix.eval.benchmarks import dash, pope
+from vlmfix.eval.benchmarks import dashb, pope_questions
 from vlmfix.eval.scorers import stats, yesno
 from vlmfix.eval.scorers.yesno import Answer, Question
 
@@ -338,7 +338,7 @@ def test_any_file_is_read_or_refused(lines, torn, name):
         path = Path(folder) / name
         content = b"".join(json.dumps(entry).encode() + b"\n" for entry in lines) + torn
         path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-        for read in (yesno.read_questions, yesno.read_answers, pope.read_questions, dash.load):
+        for read in (yesno.read_questions, yesno.read_answers, pope_questions.read_questions, dashb.load):
             try:
                 found = read(path)
             except ValueError:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import vlmfix
 from vlmfix.cli import app
 from vlmfix.eval.benchmarks.benchmark import benchmark
-from vlmfix.eval.benchmarks.pope import ordered_objects
+from vlmfix.eval.benchmarks.pope_building import ordered_objects
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.runner import answer_all
 from vlmfix.eval.tune import zerotuning

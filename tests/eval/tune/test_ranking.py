@@ -16,7 +16,8 @@ from vlmfix.asking.asker import Asker
 from vlmfix.asking.words import spellings
 from vlmfix.engine import attention
 from vlmfix.engine.wrap import wrapped
-from vlmfix.eval.benchmarks.benchmark import Chair, Pope
+from vlmfix.eval.benchmarks.chair import Chair
+from vlmfix.eval.benchmarks.pope import Pope
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.report.headmap import head_map
 from vlmfix.eval.scorers import chair, naming

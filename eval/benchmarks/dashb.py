@@ -14,25 +14,27 @@ Lists and pictures have no licence and do not come with the package: see github.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
+from vlmfix.eval.benchmarks.benchmark import Figure, FileAnswers, FileOptions
+from vlmfix.eval.benchmarks.questions import YES_NO_FIGURES, OriginalQuestions
+from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
-from vlmfix.eval.scorers.chair import ratio
+from vlmfix.eval.scorers.reading import about_file
+from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.yesno import (
     Answers,
     AnswerScore,
     Question,
     check_ids,
-    clusters,
-    counts,
     label_field,
     read_records,
     text_field,
 )
-
-__all__ = ["METRICS", "clusters", "counts", "load", "prompt", "score"]
 
 
 def prompt(name: str) -> str:
@@ -76,3 +78,44 @@ METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
     "MCC": yesno.METRICS["MCC"],
 }
 """Metric -> its value from *summed* counts; nan if undefined."""
+
+
+class DashB(OriginalQuestions):
+    """DASH-B: pictures in which models see an object that is not there."""
+
+    name, heading, parser = "dashb", "DASH-B", "dashb"
+    figures: ClassVar[Mapping[str, Figure]] = {
+        "accuracy": YES_NO_FIGURES["accuracy"],
+        "TPR": Figure(METRICS["TPR"], "yes where yes is right", "more"),
+        "TNR": Figure(METRICS["TNR"], "no where no is right", "more"),
+        "harmonic_mean": Figure(METRICS["harmonic_mean"], "of TPR and TNR", "more"),
+        "yes_ratio": YES_NO_FIGURES["yes_ratio"],
+        "MCC": YES_NO_FIGURES["MCC"],
+    }
+    where = "lists and pictures of DASH-B are linked at https://github.com/YanNeu/DASH-B"
+    id_keys = ("object_name", "img_id")
+    file_options = ("parser", "questions", "key")
+
+    def __init__(self, scoring: str = "", prompt: str = "{question}") -> None:
+        super().__init__(scoring, prompt)
+        self.file_questions: Sequence[Question] = ()
+        """What answers in files answer."""
+
+    def find(self, data: Data) -> Sequence[Question]:
+        """Those of the authors' list."""
+        return load(data.question_file("the authors' list of DASH-B"))
+
+    def parts(self, scores: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+        """All objects together."""
+        return {"": scores}
+
+    def prepare_files(self, options: FileOptions) -> None:
+        """Read the authors' list."""
+        super().prepare_files(options)
+        place = self.asked_of_files("the authors' list of DASH-B")
+        with about_file(place):
+            self.file_questions = load(place)
+
+    def read(self, path: Path) -> FileAnswers:
+        """An answer for each picture and object of the list."""
+        return self.file_answers(self.judge(self.file_questions, self.read_answers(path)))

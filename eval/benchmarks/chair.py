@@ -1,0 +1,127 @@
+"""CHAIR: one detailed description a picture, and which of the objects in it are made up.
+
+Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1809.02156. The scorer is
+`vlmfix.eval.scorers.chair`; the ground truth comes with the data of a run, and for files from `FileOptions.truth`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlmfix.eval.benchmarks.benchmark import Benchmark, Figure, FileAnswers, FileOptions, Group, Item
+from vlmfix.eval.pictures.data import Data, Elsewhere
+from vlmfix.eval.scorers import chair, reading
+from vlmfix.eval.scorers.chair import METRICS, CaptionScore, GroundTruth, Vocabulary, variants
+from vlmfix.eval.scorers.reading import about_file, printable
+from vlmfix.eval.scorers.stats import ratio
+from vlmfix.eval.scorers.truncation import Against
+
+PROMPT = "Please describe this image in detail."
+
+
+class Chair(Benchmark):
+    """CHAIR on one detailed description per picture."""
+
+    name = "chair"
+    figures: ClassVar[Mapping[str, Figure]] = {
+        "CHAIR_S": Figure(METRICS["CHAIR_S"], "captions that name anything that is not there", "less"),
+        "CHAIR_I": Figure(METRICS["CHAIR_I"], "mentions of objects that are not there", "less"),
+        "CHAIR_I_unique": Figure(METRICS["CHAIR_I_unique"], "the same, each object once a caption", "less"),
+        "recall": Figure(METRICS["recall"], "objects in the pictures that are named", "more"),
+        "precision": Figure(METRICS["precision"], "objects named that are there", "more", shown=False),
+        "F1": Figure(METRICS["F1"], "harmonic mean of precision and recall", "more"),
+        "objects": Figure(lambda n: ratio(n["unique_mentions"], n["captions"]), "different objects a caption", unit=""),
+        "mentions": Figure(
+            lambda n: ratio(n["mentions"], n["captions"]), "mentions of objects a caption", unit="", shown=False
+        ),
+        "words": Figure(METRICS["words"], "words a caption", unit=""),
+        "repetition": Figure(
+            METRICS["repetition"], "captions that repeat themselves: over a fifth of their 4-grams", "less"
+        ),
+    }
+    max_new_tokens = 512
+    describes = True
+    running = "CHAIR_S"
+    scoring_option = "variant"
+    file_options = ("variant", "truth", "synonyms", "key")
+
+    def __init__(self, scoring: str = "rohrbach", prompt: str = PROMPT) -> None:
+        variants.check_variant(scoring)
+        stand_in = ""
+        if scoring == "opera":
+            scoring, stand_in = variants.best_opera()
+        super().__init__(scoring, prompt)
+        if stand_in:
+            self.notes.append(stand_in)
+        self.file_truth = GroundTruth({}, None, "")
+        """Ground truth of files of captions."""
+        self.file_vocabulary: Vocabulary | None = None
+        """Objects and synonyms of files of captions; COCO's if None."""
+
+    @property
+    def label(self) -> str:
+        """The variant, as it stands in titles: it also tells which ground truth it was used with."""
+        return chair.label(self.scoring) if self.options is None else chair.label(self.scoring, self.file_truth)
+
+    @property
+    def title(self) -> str:
+        """CHAIR and the variant."""
+        return f"CHAIR ({self.label})"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The variant, and for files the ground truth."""
+        origin = {} if self.options is None else {"truth": printable(self.file_truth.source)}
+        return {"variant": self.label, **origin}
+
+    def items(self, data: Data) -> list[Item]:
+        """One description per picture."""
+        return [Item(str(key), str(path), self.prompt) for key, path in data.images.items()]
+
+    def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
+        """Counts per caption."""
+        truth = data.truth_for(self.scoring)
+        scores = chair.score_captions(list(answers.items()), truth, data.vocabulary, self.scoring)
+        return [_group(scores)]
+
+    def explain(self, score: CaptionScore) -> dict[str, Any]:
+        """Every mention of an object, and whether the object is there."""
+        return chair.explain(score)
+
+    def against(self, data: Data, base: Sequence[Group]) -> Against | None:
+        """The baseline's captions, to be cut to the recall of others; None if no picture of theirs has an object."""
+        captions = base[0].scores
+        if not any(score.truth for score in captions):
+            return None
+        if isinstance(data, Elsewhere):
+            return Against(captions, self.file_truth, self.file_vocabulary, self.scoring)
+        return Against(captions, data.truth_for(self.scoring), data.vocabulary, self.scoring)
+
+    def prepare_files(self, options: FileOptions) -> None:
+        """Find the ground truth, and read the synonyms."""
+        super().prepare_files(options)
+        if options.synonyms is not None:
+            with about_file(options.synonyms):
+                self.file_vocabulary = Vocabulary.load(options.synonyms)
+        place = "coco" if options.truth is None else options.truth
+        with about_file(place):
+            self.file_truth = reading.find_truth(place, self.scoring, self.file_vocabulary)
+        chair.label(self.scoring, self.file_truth)  # raises where the variant does not go with this ground truth
+        if self.file_truth.variant is None:
+            origin = printable(self.file_truth.source)
+            self.notes.append(f"{origin}: objects as annotated, no human captions were read")
+
+    def read(self, path: Path) -> FileAnswers:
+        """Captions by image, in the formats of `reading.read_captions`."""
+        captions = reading.read_captions(path, self.options.key if self.options else None)
+        scores = chair.score_captions(captions, self.file_truth, self.file_vocabulary, self.scoring)
+        n_empty = sum(not score.words for score in scores)
+        remarks = [f"{n_empty} of {len(scores)} captions are empty"] if n_empty else []
+        records = [{"id": str(score.image_id), "text": score.caption} for score in scores]
+        return FileAnswers(records, [_group(scores)], remarks)
+
+
+def _group(scores: Sequence[CaptionScore]) -> Group:
+    return Group("", chair.clusters(scores), chair.counts(scores), scores)

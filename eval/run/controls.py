@@ -1,0 +1,29 @@
+"""Negative controls: the same push with the method's choice taken out of it, or turned round. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmfix.method.intervention import Intervention
+from vlmfix.method.registry import parse, spec_of
+
+
+def controls_of(method: Sequence[Intervention]) -> list[tuple[Intervention, ...]]:
+    """Negative controls of a method, also of one that combines several: each part replaced by its control in turn."""
+    controls: list[tuple[Intervention, ...]] = []
+    for position, part in enumerate(method):
+        before, after = method[:position], method[position + 1 :]
+        controls += [(*before, control, *after) for control in part.controls()]
+    return controls
+
+
+def control_labels(label: str) -> list[str]:
+    """Labels of the negative controls of a method that is given by its label.
+
+    Returns:
+        No labels where the label names no method that is known here, such as the name of a file.
+    """
+    try:
+        return [spec_of(control) for control in controls_of(parse(label))]
+    except (ValueError, TypeError):
+        return []
