@@ -29,7 +29,7 @@ from vlmfix.demo.studio import (
 from vlmfix.demo.verdicts import COPY
 from vlmfix.method.registry import method_class
 
-SCENES = ("test_0032", "test_0021", "test_0010", "test_0009", "test_0001", "test_0134")
+SCENES = ("test_0135", "test_0100", "test_0053", "test_0140", "test_0009", "test_0093")
 """Picked by hand, no sample: VHR invents less on the first four scenes, as much on the fifth, more on the last."""
 PHOTOS = ("000000000544", "000000184324", "000000311303", "000000577539", "000000005001", "000000168974")
 PROMPTS = {"Describe": "Please describe this image in detail.", "Yes or no": "Is there a dog in the image?", "Free": ""}

@@ -47,7 +47,7 @@ class Studio:
 
     @property
     def name(self) -> str:
-        """Of the model: a Hub id, a folder, or `tiny`."""
+        """Of the model: a Hub id, a folder, or `organism`."""
         return self.model.config._name_or_path  # type: ignore[union-attr, return-value]
 
     @property
@@ -114,14 +114,14 @@ class Shared:
 @cache
 def known_pictures() -> dict[str, Path]:
     """Embedded pictures by name: `test_0032`, `000000000544`."""
-    return {path.stem: path for name in ("scenes", "photos") for path in Data.load(name).images.values()}
+    return {path.stem: path for name in ("organism", "photos") for path in Data.load(name).images.values()}
 
 
 @cache
 def _known() -> dict[str, tuple[str, frozenset[str]]]:
     """Hash of the pixels of each embedded picture -> its name, and the objects in it."""
     by_pixels = {}
-    for name in ("scenes", "photos"):
+    for name in ("organism", "photos"):
         data = Data.load(name)
         objects = data.truth
         for key, path in data.images.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from html import escape
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from vlmfix.asking.record import Record
@@ -122,7 +124,7 @@ def command(answer: Answer) -> str:
 def _file(answer: Answer) -> str:
     name = picture_name(answer.picture)
     path = known_pictures().get(name or "")
-    return answer.file if path is None else "/".join(["assets", *path.parts[-3:]])
+    return answer.file if path is None else Path("assets", path.relative_to(str(files("vlmfix.assets")))).as_posix()
 
 
 def running(spec: str, text: str) -> str:

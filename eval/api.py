@@ -44,7 +44,7 @@ class Task:
     It is kept with the answers, as `task` in `run.json`; `evaluate(Task.from_json(...))` of it goes on with them.
     """
 
-    model: str = "tiny"
+    model: str = "organism"
     """An embedded model, a Hub id, or a folder."""
     methods: str | Sequence[Any] = ("none", "var", "vhr")
     """Methods, as a text with commas or as a list: of texts such as `var:p=0.4`, of interventions, of tuples of both.
@@ -132,7 +132,7 @@ class Task:
         names = self.benchmarks or ((protocol.benchmark,) if protocol else ("chair", "pope"))
         if protocol is not None and names != (protocol.benchmark,):
             raise ValueError(f"protocol {protocol.name} is of {protocol.benchmark}; leave out --benchmark")
-        data = self.data or ("coco" if protocol or self.which else "scenes")
+        data = self.data or ("coco" if protocol or self.which else "organism")
         of_coco = protocol is not None and data == "coco"
         return replace(
             self,
@@ -155,7 +155,7 @@ def _check_pictures_of(protocol: Protocol | None, task: Task) -> None:
     if protocol is not None and task.data is None and task.images is None:
         raise ValueError(
             f"protocol {protocol.name} asks about photos of COCO val2014: name their folder with --images "
-            f"({WHERE['coco']}), or try it on other pictures, such as --data scenes"
+            f"({WHERE['coco']}), or try it on other pictures, such as --data organism"
         )
 
 
@@ -232,7 +232,7 @@ def prepare(task: Task) -> Setup:
 
 
 def _data(task: Task) -> Data:
-    name = task.data or "scenes"
+    name = task.data or "organism"
     if name.startswith("hf:"):
         from vlmfix.eval.pictures.hub import fetch
 

@@ -41,8 +41,8 @@ class ACT(Intervention):
         "no extra pass; attention of all prompt rows again in float32, twice, in pieces of rows; then one row per token"
     )
     expect: ClassVar[str] = (
-        "yes/no with calibrated heads: about one point fewer yes on the embedded model, accuracy at most 0.7 points "
-        "better, with random heads as much worse; captions: nothing. In all heads: no gain"
+        "yes/no with calibrated heads: a little fewer yes, and less than a point of accuracy; captions: nothing. In "
+        "all heads: no gain"
     )
     variants: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"rule": "alpha"}, "official": {"rule": "abs"}}
 

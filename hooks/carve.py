@@ -58,8 +58,8 @@ class CARVE(Intervention):
     paper: ClassVar[str] = "Ge et al., arXiv 2509.06461; variant vicrop: Zhang et al., ICLR 2025, arXiv 2502.17422"
     cost: ClassVar[str] = "two short generations before the answer, which sees two pictures"
     expect: ClassVar[str] = (
-        "questions about a part of the picture; refuses captioning prompts. On the embedded model POPE's accuracy "
-        "falls by 5 to 7 points, and as much with masks at random places; the same picture twice costs nothing"
+        "questions about a part of the picture; refuses captioning prompts. Small models lose accuracy on POPE, and as "
+        "much with masks at random places"
     )
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": PAPER,

@@ -27,9 +27,7 @@ class Chunks(Lookback):
     summary: ClassVar[str] = "samples several next chunks, keeps the one that looks at the image most"
     paper: ClassVar[str] = "Chuang et al., EMNLP 2024, arXiv 2407.07071; on images: ours"
     cost: ClassVar[str] = "k times the decoding and a prefill per chunk"
-    expect: ClassVar[str] = (
-        "captions: on the embedded model a little better than sampling, and worse than greedy: longer, more inventions"
-    )
+    expect: ClassVar[str] = "captions: a little better than sampling, and worse than greedy: longer, more inventions"
 
     c: Annotated[int, Range(1)] = 8
     """Tokens of a chunk (paper)."""

@@ -51,8 +51,8 @@ class Lookback(Intervention):
     paper: ClassVar[str] = "Chuang et al., EMNLP 2024, arXiv 2407.07071; on images: ours"
     cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
     expect: ClassVar[str] = (
-        "captions: low scores mark words to doubt (AUROC on the embedded model 0.87, with a detector 0.89; position "
-        "alone 0.67); yes/no: untested"
+        "captions: low scores mark words to doubt, better than a word's position does; a detector adds a little. "
+        "Yes/no: untested"
     )
 
     preset: Literal["lookback", "lookback_text", "tracker", "focus", "prelim"] = "lookback"

@@ -59,8 +59,8 @@ class PyramidDrop(Intervention):
         "negative: about half of the prefill's work on image tokens; queries and keys of 3 layers twice"
     )
     expect: ClassVar[str] = (
-        "an accelerator (--speed pyramiddrop), no cure: yes/no loses a point or two, and captions of the embedded "
-        "model, with 64 image tokens, invent more and see less, as with random tokens dropped. For long image blocks"
+        "an accelerator (--speed pyramiddrop), no cure: for long image blocks. Where a picture has few tokens, yes/no "
+        "loses a point or two, and captions invent more and see less, as with random tokens dropped"
     )
 
     ratios: Annotated[tuple[float, ...], Range(above=0, most=1)] = (0.5, 0.25, 0.125)

@@ -43,8 +43,8 @@ class Rerank(Lookback):
     paper: ClassVar[str] = "Peng et al., ICCV 2025, arXiv 2507.12455, appendix A.2; verifiers self and lookback: ours"
     cost: ClassVar[str] = "n times the decoding, a prefill per sentence, and with self one per new object"
     expect: ClassVar[str] = (
-        "captions: far fewer inventions where the model answers yes/no well, as the embedded one does; with "
-        "greedy_first recall is kept, too, at a third of the cost"
+        "captions: far fewer inventions where the model answers yes/no well; with greedy_first recall is kept, too, at "
+        "a third of the cost"
     )
 
     n: Annotated[int, Range(1)] = 5
@@ -63,7 +63,7 @@ class Rerank(Lookback):
     """Score from which an object is present. `None`: 0.5, or the lookback detector's calibrated threshold."""
     lo: float | None = None
     """Score up to which an object is absent. `None`: as `hi`."""
-    truth: str = "scenes"
+    truth: str = "organism"
     """`oracle`: annotated pictures, as --data of `vlmfix eval`."""
     extract: Literal["coco"] = "coco"
     """Objects of a sentence: CHAIR's 80 with their synonyms. CHAIR then shares its blind spots with the method."""

@@ -37,8 +37,8 @@ class ZeroTuning(Intervention):
         "no extra pass; at the prefill attention of all rows again in float32, in pieces of rows; one row per token"
     )
     expect: ClassVar[str] = (
-        "made for language models whose first token is a strong sink; in the embedded model it gets 1 to 2 % of the "
-        "attention, so that yes/no answers stay as they are and captions do not gain"
+        "made for language models whose first token is a strong sink, as the embedded model's is. There captions do "
+        "not gain at the default, and do with span=image,gamma=1.5: CHAIR_S −8.4 [−11.6, −5.4] at no loss of recall"
     )
     rows: ClassVar[Rows] = "all"
 

@@ -33,24 +33,28 @@ TEST_SEED, CALIBRATION_SEED = 101, 102
 """Of the scenes that are reported on, from object sets of COCO's val split, and of those to choose settings on."""
 
 
-def write_sets(folder: Path, n: int = 500) -> None:
-    """Write `test` and `calibration`, scenes with annotations, captions and `attributes.jsonl`."""
+def write_sets(folder: Path, n: int = 500, limit: int | None = None) -> None:
+    """Write `test` and `calibration`, n scenes each or the first of them, with annotations, captions and
+    `attributes.jsonl`.
+    """
     for name, sets, seed in (
         ("test", object_sets("val"), TEST_SEED),
         ("calibration", object_sets("train"), CALIBRATION_SEED),
     ):
-        write(folder / name, sets, seed, n, name)
-        (folder / name / "attributes.jsonl").write_text(
-            "".join(f"{line}\n" for line in attributes(sets, seed, n, name))
-        )
+        write(folder / name, sets, seed, n, name, limit)
+        questions = "".join(f"{line}\n" for line in attributes(sets, seed, n, name, limit))
+        (folder / name / "attributes.jsonl").write_text(questions)
 
 
-def attributes(sets: np.ndarray, seed: int, n: int, stem: str, each: int = 3) -> Iterable[str]:
+def attributes(
+    sets: np.ndarray, seed: int, n: int, stem: str, limit: int | None = None, each: int = 3
+) -> Iterable[str]:
     """Yes/no questions on number, place and relation of the scenes that `write` writes, as the benchmark yesno reads
     them: one line of JSON each.
     """
     painter, number = Painter(), 0
-    for index, row in enumerate(np.random.default_rng(seed).choice(len(sets), n, replace=False), start=1):
+    rows = np.random.default_rng(seed).choice(len(sets), n, replace=False)[:limit]
+    for index, row in enumerate(rows, start=1):
         scene = painter.scene(sets[row], seed, index)
         rng = np.random.default_rng([seed, index, 2])
         for question, answer, group in dict.fromkeys(captions.attribute(scene, rng) for _ in range(each)):
@@ -165,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs"))
     options = parser.parse_args(arguments)
     if options.write:
-        write_sets(options.write)
+        write_sets(options.write, limit=options.scenes)
         return
     model, processor = vlmfix.load(options.model)
     data = Data.load(options.data, limit=options.scenes)

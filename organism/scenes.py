@@ -274,11 +274,12 @@ def _visible(mask: np.ndarray, label: int) -> Placed | None:
     return Placed(label, (left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1), area)
 
 
-def write(folder: Path, sets: np.ndarray, seed: int, n: int, stem: str = "scene") -> None:
+def write(folder: Path, sets: np.ndarray, seed: int, n: int, stem: str = "scene", limit: int | None = None) -> None:
     """Write n scenes with annotations in COCO format; the captions are true and name every object.
 
-    Scene i shows the set `sets[j]` with j drawn from the seed; no set is drawn twice. Pictures are rounded to multiples
-    of 4, far below their noise, and written as WebP without further loss: 17 kB each instead of 27.
+    Scene i shows the set `sets[j]` with j drawn from the seed; no set is drawn twice. With a limit only the first
+    scenes are written, the same as without one. Pictures are rounded to multiples of 4, far below their noise, and
+    written as WebP without further loss: 17 kB each instead of 27.
     """
     from vlmfix.organism.captions import true_caption
 
@@ -287,7 +288,7 @@ def write(folder: Path, sets: np.ndarray, seed: int, n: int, stem: str = "scene"
     images: list[dict[str, object]] = []
     instances: list[dict[str, object]] = []
     captions: list[dict[str, object]] = []
-    for index, row in enumerate(np.random.default_rng(seed).choice(len(sets), n, replace=False), start=1):
+    for index, row in enumerate(np.random.default_rng(seed).choice(len(sets), n, replace=False)[:limit], start=1):
         scene = painter.scene(sets[row], seed, index)
         name = f"{stem}_{index:04d}.webp"
         rounded = ((scene.pixels.astype(np.int16) + 2) // 4 * 4).clip(0, 255).astype(np.uint8)

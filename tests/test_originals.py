@@ -98,19 +98,19 @@ LAID_OUT = {"amber": amber, "mme": mme, "hallusionbench": hallusion, "dashb": da
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return vlmfix.load("tiny")
+def organism():
+    return vlmfix.load("organism")
 
 
 @pytest.mark.parametrize("name", LAID_OUT)
-def test_asked_from_the_authors_folder(tiny, tmp_path, name):
+def test_asked_from_the_authors_folder(organism, tmp_path, name):
     """The pictures are found where the authors put them, and the figures are those of answers in a file."""
     LAID_OUT[name](tmp_path)
     limit = {"amber": 3, "hallusionbench": 3}.get(name)
     data, bench = Data.load(str(tmp_path), limit=limit), benchmark(name)
     questions = bench.questions(data)
     assert all(Path(item.image).is_file() for item in bench.items(data))
-    runs = [answer_all(*tiny, parse(m), bench, data, tmp_path / "out", max_new_tokens=4) for m in ("none", "vhr")]
+    runs = [answer_all(*organism, parse(m), bench, data, tmp_path / "out", max_new_tokens=4) for m in ("none", "vhr")]
     (found,) = compare(runs, 50)
     assert found.rows[0].differences is None and found.rows[-1].differences is not None
     texts = {r["id"]: r["text"] for r in runs[0].records}
@@ -123,10 +123,10 @@ def test_asked_from_the_authors_folder(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["dashb", "yesno", "mme"])
-def test_a_run_scores_as_its_answers_in_a_file_do(tiny, tmp_path, name):
+def test_a_run_scores_as_its_answers_in_a_file_do(organism, tmp_path, name):
     LAID_OUT[name](tmp_path)
     bench, data = benchmark(name), Data.load(str(tmp_path))
-    done = answer_all(*tiny, (), bench, data, tmp_path / "out", max_new_tokens=4)
+    done = answer_all(*organism, (), bench, data, tmp_path / "out", max_new_tokens=4)
     ids = {bench.item_id(q): q.id for q in bench.questions(data)}
     lines(tmp_path / "said.txt", [{"id": ids[r["id"]], "answer": r["text"]} for r in done.records])
     place = {"dashb": "dashb.json", "yesno": "questions.jsonl", "mme": ""}[name]
@@ -139,7 +139,7 @@ def test_a_run_scores_as_its_answers_in_a_file_do(tiny, tmp_path, name):
             assert e.value == theirs.estimates[metric].value, metric
 
 
-def test_descriptions_of_amber(tiny, tmp_path, monkeypatch):
+def test_descriptions_of_amber(organism, tmp_path, monkeypatch):
     amber(tmp_path)
     monkeypatch.setattr(
         amber_captions,
@@ -148,7 +148,7 @@ def test_descriptions_of_amber(tiny, tmp_path, monkeypatch):
     )
     bench, data = benchmark("amber_captions"), Data.load(str(tmp_path), limit=3)
     assert [item.prompt for item in bench.items(data)] == ["Describe this image."] * 3
-    done = answer_all(*tiny, (), bench, data, tmp_path / "out", max_new_tokens=12)
+    done = answer_all(*organism, (), bench, data, tmp_path / "out", max_new_tokens=12)
     (found,) = compare([done], 50)
     assert found.rows[0].n == 3 and "similarity off" in found.title
     assert any("not the figures of AMBER's paper" in note for note in found.notes)
@@ -173,7 +173,7 @@ def test_what_is_missing_is_said_with_where_to_get_it(tmp_path):
         assert "https://github.com/" in benchmark_class(name).where
 
 
-def test_ones_own_categories(tiny, tmp_path):
+def test_ones_own_categories(organism, tmp_path):
     """A folder in COCO format with categories and synonyms that COCO does not have."""
     picture(tmp_path / "images" / "1.png")
     categories = [{"id": 1, "name": "anvil"}, {"id": 2, "name": "lute"}]
@@ -186,7 +186,7 @@ def test_ones_own_categories(tiny, tmp_path):
     fresh = Data.load(str(tmp_path))
     (group,) = benchmark("chair").score(fresh, {"1": "An anvil, a lute and a guitar."})
     assert (group.counts["mentions"][0], group.counts["hallucinated_mentions"][0]) == (3, 2)
-    run_ = answer_all(*tiny, (), benchmark("chair"), fresh, tmp_path / "out", max_new_tokens=4)
+    run_ = answer_all(*organism, (), benchmark("chair"), fresh, tmp_path / "out", max_new_tokens=4)
     assert compare([run_], 20)[0].rows[0].n == 1
 
 

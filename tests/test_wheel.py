@@ -35,12 +35,16 @@ def test_wheel_holds_one_package_and_its_data(installed):
         "demo/app.py",
         "organism/train.py",
         "py.typed",
-        "assets/scenes/instances.json",
+        "assets/organism/test/instances.json",
     ):
         assert f"vlmfix/{needed}" in names
-    assert sum("assets/scenes/images/" in n for n in names) == 400
-    assert any(n.endswith("tiny-llava/model.safetensors") for n in names) and any("LICENSE" in n for n in names)
-    assert installed[0].stat().st_size < 48e6
+    scenes = {
+        folder: sum(f"assets/organism/{folder}/images/" in n for n in names) for folder in ("test", "calibration")
+    }
+    assert scenes == {"test": 500, "calibration": 120}
+    for needed in ("organism/model/model.safetensors", "organism/qwen/model.safetensors", "LICENSE"):
+        assert any(n.endswith(needed) for n in names)
+    assert installed[0].stat().st_size < 28e6
 
 
 def test_everything_imports_and_runs_from_the_wheel(installed, tmp_path):
@@ -57,8 +61,8 @@ def test_everything_imports_and_runs_from_the_wheel(installed, tmp_path):
     assert done.returncode == 0 and int(done.stdout) > 100, done.stderr
     command = [sys.executable, "-m", "vlmfix", "eval", "--limit", "2", "--benchmark", "chair", "--method", "none,vhr"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "CHAIR (rohrbach), model tiny, 2 pictures" in done.stdout, done.stderr
-    assert (tmp_path / "runs" / "chair" / "tiny").is_dir()
+    assert done.returncode == 0 and "CHAIR (rohrbach), model organism, 2 pictures" in done.stdout, done.stderr
+    assert (tmp_path / "runs" / "chair" / "organism").is_dir()
 
 
 def test_the_parts_of_the_package_are_links_and_no_module_has_a_second_name():

@@ -3,11 +3,12 @@ says with VHR.
 
     python assets/figures/effect.py
 
-The scenes were picked to show the kinds of outcome (mended, mended at a price, spoilt), not at random; the table of the
-README gives the whole.
+The scenes are picked by a rule, not by hand: of the test scenes, in their order, the first of each kind of outcome
+(mended, no better, spoilt). So they show what can happen, and not how often; the table of the README gives that.
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -22,8 +23,35 @@ from vlmfix.eval.benchmarks.chair import PROMPT
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import chair
 
-SCENES = {58: "mended", 322: "mended, but it repeats itself", 167: "spoilt"}
+KINDS = ("mended", "no better", "spoilt")
 COLOURS = {"present": "#1a7f37", "invented": "#cf222e", "": "#24292f"}
+
+
+def outcome(untouched: chair.CaptionScore, edited: chair.CaptionScore) -> str | None:
+    """Kind of what the method did to inventions in one scene; `None` where there are none, or some fewer or more."""
+    before, after = len(untouched.hallucinated), len(edited.hallucinated)
+    if before and not after:
+        return "mended"
+    if after and not before:
+        return "spoilt"
+    return "no better" if before and before == after else None
+
+
+def first_of_each_kind(model: Any, processor: Any, data: Data) -> dict[str, tuple[int, list[chair.CaptionScore]]]:
+    """Kind -> number of its first scene, and the scored captions, untouched and with VHR."""
+    scenes: dict[str, tuple[int, list[chair.CaptionScore]]] = {}
+    for number, picture in data.images.items():
+        scores = []
+        for method in (None, "vhr"):
+            with wrapped(model, method, processor):
+                text = vlmfix.ask(model, processor, picture, PROMPT).text
+            scores += chair.score_captions([(number, text)], data.truth)
+        kind = outcome(*scores)
+        if kind is not None:
+            scenes.setdefault(kind, (number, scores))
+        if len(scenes) == len(KINDS):
+            break
+    return scenes
 
 
 def pieces(score: chair.CaptionScore) -> list[tuple[str, str]]:
@@ -53,29 +81,22 @@ def lines(words: list[tuple[str, str]], width: int = 50) -> VPacker:
 
 def main() -> None:
     """Ask, score, draw."""
-    model, processor = vlmfix.load("tiny")
+    model, processor = vlmfix.load("organism")
     data = Data.load()
-    figure, axes = plt.subplots(len(SCENES), 1, figsize=(10.5, 1.75 * len(SCENES) + 0.35), dpi=110)
-    for axis, (scene, verdict) in zip(axes, SCENES.items(), strict=True):
+    scenes = first_of_each_kind(model, processor, data)
+    figure, axes = plt.subplots(len(KINDS), 1, figsize=(10.5, 1.95 * len(KINDS) + 0.35), dpi=110)
+    for axis, kind in zip(axes, KINDS, strict=True):
+        number, scores = scenes[kind]
         axis.set_axis_off()
         axis.set_xlim(0, 10.5)
-        axis.set_ylim(0, 1.75)
-        axis.imshow(Image.open(data.images[scene]), extent=(0.05, 1.65, 0.05, 1.65), aspect="auto", zorder=1)
-        axis.text(
-            1.85,
-            1.6,
-            f"VHR: {verdict}. In the picture: {', '.join(sorted(data.truth[scene]))}",
-            size=10,
-            color="#57606a",
-            va="top",
-        )
-        for x, method in ((1.85, None), (6.25, "vhr")):
-            with wrapped(model, method, processor):
-                text = vlmfix.ask(model, processor, data.images[scene], PROMPT).text
-            (score,) = chair.score_captions([(scene, text)], data.truth)
-            axis.text(x, 1.28, "untouched" if method is None else "with VHR", size=10, weight="bold", va="top")
-            box = AnnotationBbox(lines(pieces(score), 44), (x, 1.05), frameon=False, box_alignment=(0, 1), pad=0)
-            axis.add_artist(box)
+        axis.set_ylim(0, 1.95)
+        axis.imshow(Image.open(data.images[number]), extent=(0.05, 1.75, 0.15, 1.85), aspect="auto", zorder=1)
+        objects = ", ".join(sorted(data.truth[number]))
+        axis.text(1.95, 1.8, f"VHR: {kind}. In the picture: {objects}", size=10, color="#57606a", va="top")
+        for x, label, score in zip((1.95, 6.3), ("untouched", "with VHR"), scores, strict=True):
+            axis.text(x, 1.48, label, size=10, weight="bold", va="top")
+            caption = lines(pieces(score), 44)
+            axis.add_artist(AnnotationBbox(caption, (x, 1.25), frameon=False, box_alignment=(0, 1), pad=0))
     figure.subplots_adjust(0.01, 0.07, 0.99, 0.99, hspace=0.05)
     figure.text(0.015, 0.015, "green: in the picture", color=COLOURS["present"], size=9)
     figure.text(0.16, 0.015, "red: invented (CHAIR)", color=COLOURS["invented"], size=9)

@@ -2,7 +2,7 @@
 
 | name | pictures | known |
 |---|---|---|
-| `scenes`, `photos` | embedded | categories, captions |
+| `organism`, `calibration`, `photos` | embedded | categories, captions |
 | a folder with `instances.json` | its `images/` | categories; `captions.json`, `synonyms.txt` where there |
 | `coco`, `coco_first_release`, `aokvqa`, `gqa` | yours | CHAIR's ground truth (`coco`); POPE's questions are on these |
 | any other folder | its own | what a benchmark such as AMBER or MME finds there |
@@ -23,7 +23,7 @@ from vlmfix.eval.benchmarks.pope_questions import SOURCES
 from vlmfix.eval.pictures.lists import image_list
 from vlmfix.eval.scorers import chair
 
-EMBEDDED = {"scenes": "scenes", "calibration": "calibration", "photos": "photos", "organism": "organism/test"}
+EMBEDDED = {"organism": "organism/test", "calibration": "organism/calibration", "photos": "photos"}
 """Name -> folder of the assets."""
 PUBLISHED = tuple(SOURCES)
 """Data sets whose annotations come with the package: those that POPE's questions are about."""
@@ -54,7 +54,7 @@ class Data:
     @classmethod
     def load(
         cls,
-        name: str = "scenes",
+        name: str = "organism",
         limit: int | None = None,
         which: str | None = None,
         pictures: str | Path | None = None,

@@ -103,7 +103,7 @@ class Protocol:
     """What cannot be repeated, and what takes its place."""
 
     def deviations(self, header: Mapping[str, Any], bench: Benchmark) -> tuple[str, ...]:
-        """In what a run, or how it is scored, differs: `images: scenes instead of paint500`, ..."""
+        """In what a run, or how it is scored, differs: `images: organism instead of paint500`, ..."""
         identity, data = header["identity"], header.get("data") or {}
         images = f"{identity['data']} {data.get('which') or ''}".strip()
         if identity.get("limit"):

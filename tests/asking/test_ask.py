@@ -12,46 +12,46 @@ import vlmfix
 from vlmfix.asking.pictures import open_picture
 from vlmfix.asking.record import Record
 
-SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
+SCENES = Path(__file__).parents[2] / "assets" / "organism" / "test" / "images"
 DESCRIBE = "Please describe this image in detail."
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return vlmfix.load("tiny")
+def organism():
+    return vlmfix.load("organism")
 
 
 @pytest.fixture(autouse=True)
-def _unwrapped(tiny):
+def _unwrapped(organism):
     yield
-    vlmfix.unwrap(tiny[0])
+    vlmfix.unwrap(organism[0])
 
 
-def test_record_goes_through_json(tiny):
-    vlmfix.wrap(tiny[0], "vhr", tiny[1])
-    record = vlmfix.ask(*tiny, SCENES / "test_0001.png", DESCRIBE)
+def test_record_goes_through_json(organism):
+    vlmfix.wrap(organism[0], "vhr", organism[1])
+    record = vlmfix.ask(*organism, SCENES / "test_0001.webp", DESCRIBE)
     again = Record.from_json(record.to_json())
     assert again == record and "\n" not in record.to_json()
-    assert record.method[0]["layers"] == [1, 3, 4, 5] and record.effects == [{"acted": True}]
-    assert record.finish == "stop" and record.token_ids[-1] == 2 and record.model == "tiny"
+    assert record.method[0]["layers"] == [1, 4, 5, 6, 7] and record.effects == [{"acted": True}]
+    assert record.finish == "stop" and record.token_ids[-1] == 2 and record.model == "organism"
     for broken in ("[]", '{"text": "a"}', json.dumps({**json.loads(record.to_json()), "extra": 1})):
         with pytest.raises(ValueError, match="not a record"):
             Record.from_json(broken)
 
 
-def test_cut_answers_say_so(tiny):
-    record = vlmfix.ask(*tiny, SCENES / "test_0001.png", DESCRIBE, max_new_tokens=3)
+def test_cut_answers_say_so(organism):
+    record = vlmfix.ask(*organism, SCENES / "test_0001.webp", DESCRIBE, max_new_tokens=3)
     assert record.finish == "length" and len(record.token_ids) == 3
 
 
-def test_pictures_in_any_form(tiny):
-    path = SCENES / "test_0002.png"
-    texts = {vlmfix.ask(*tiny, form, DESCRIBE).text for form in (path, str(path), Image.open(path), [path])}
+def test_pictures_in_any_form(organism):
+    path = SCENES / "test_0002.webp"
+    texts = {vlmfix.ask(*organism, form, DESCRIBE).text for form in (path, str(path), Image.open(path), [path])}
     assert len(texts) == 1
-    two = vlmfix.ask(*tiny, [path, SCENES / "test_0003.png"], DESCRIBE)
+    two = vlmfix.ask(*organism, [path, SCENES / "test_0003.webp"], DESCRIBE)
     assert len(two.image) == len(two.image_sha256) == 2
     grey = Image.open(path).convert("L")
-    assert open_picture(grey).mode == "RGB" and vlmfix.ask(*tiny, grey, DESCRIBE).image == ["96x96"]
+    assert open_picture(grey).mode == "RGB" and vlmfix.ask(*organism, grey, DESCRIBE).image == ["120x120"]
 
 
 def test_pictures_are_turned_upright(tmp_path):
@@ -67,56 +67,60 @@ def test_pictures_are_turned_upright(tmp_path):
     [
         (None, DESCRIBE, ValueError, "no image was given for the prompt"),
         ([], DESCRIBE, ValueError, "no image was given for the prompt"),
-        (SCENES / "test_0001.png", "", ValueError, "prompt: expected some text, got ''"),
+        (SCENES / "test_0001.webp", "", ValueError, "prompt: expected some text, got ''"),
         ("nowhere.png", DESCRIBE, ValueError, "no such image file: nowhere.png"),
         ([3], DESCRIBE, TypeError, "image: expected a path or a PIL image, got int"),
         (Path(__file__), DESCRIBE, ValueError, "is no image that can be read"),
     ],
 )
-def test_bad_input(tiny, image, prompt, error, sentence):
+def test_bad_input(organism, image, prompt, error, sentence):
     with pytest.raises(error, match=sentence):
-        vlmfix.ask(*tiny, image, prompt)
+        vlmfix.ask(*organism, image, prompt)
 
 
-def test_sampling_is_seeded(tiny):
-    ask = lambda seed: vlmfix.ask(*tiny, SCENES / "test_0001.png", DESCRIBE, seed=seed, do_sample=True, temperature=1.5)  # noqa: E731
+def test_sampling_is_seeded(organism):
+    picture, sampling = SCENES / "test_0001.webp", {"do_sample": True, "temperature": 1.5}
+
+    def ask(seed):
+        return vlmfix.ask(*organism, picture, DESCRIBE, seed=seed, **sampling)
+
     assert ask(1).text == ask(1).text and len({ask(seed).text for seed in range(5)}) > 1
     assert ask(3).generation["seed"] == 3
 
 
-def test_pipeline_uses_the_wrapped_model(tiny):
-    model, processor = tiny
+def test_pipeline_uses_the_wrapped_model(organism):
+    model, processor = organism
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    content = [{"type": "image", "image": str(SCENES / "test_0058.png")}, {"type": "text", "text": DESCRIBE}]
+    content = [{"type": "image", "image": str(SCENES / "test_0058.webp")}, {"type": "text", "text": DESCRIBE}]
 
     def say():
         chat = [{"role": "user", "content": content}]
-        return pipe(text=chat, return_full_text=False, max_new_tokens=60, do_sample=False)[0]["generated_text"].strip()
+        return pipe(text=chat, return_full_text=False, max_new_tokens=120, do_sample=False)[0]["generated_text"].strip()
 
     plain = say()
     vlmfix.wrap(model, "vhr", processor)
     edited = say()
-    assert edited != plain and edited == vlmfix.ask(model, processor, SCENES / "test_0058.png", DESCRIBE).text
+    assert edited != plain and edited == vlmfix.ask(model, processor, SCENES / "test_0058.webp", DESCRIBE).text
     vlmfix.unwrap(model)
     assert say() == plain
 
 
-def test_saved_and_loaded_again_from_a_folder(tiny, tmp_path):
-    model, processor = tiny
+def test_saved_and_loaded_again_from_a_folder(organism, tmp_path):
+    model, processor = organism
     vlmfix.wrap(model, "vhr", processor)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again = vlmfix.load(tmp_path, dtype=torch.float32, device_map="cpu")
     vlmfix.unwrap(model)
-    path = SCENES / "test_0007.png"
-    assert vlmfix.ask(*again, path, DESCRIBE).text == vlmfix.ask(*tiny, path, DESCRIBE).text
+    path = SCENES / "test_0007.webp"
+    assert vlmfix.ask(*again, path, DESCRIBE).text == vlmfix.ask(*organism, path, DESCRIBE).text
     assert vlmfix.ask(*again, path, DESCRIBE).model == str(tmp_path)
 
 
 def test_load_says_what_it_cannot_load(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"cannot load 'tiney': expected an embedded model \(tiny, tiny-sinks, organism, organism-qwen\)",
+        match=r"cannot load 'tiney': expected an embedded model \(organism, organism-qwen\)",
     ):
         vlmfix.load("tiney")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -128,7 +132,7 @@ def test_loading_takes_less_than_two_seconds():
     import time
 
     began = time.perf_counter()
-    vlmfix.load("tiny")
+    vlmfix.load("organism")
     assert time.perf_counter() - began < 2
 
 

@@ -15,8 +15,8 @@ from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import from_json, method_class
 from vlmfix.method.stages import ASK_STAGES
 
-SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
-PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]
+SCENES = Path(__file__).parents[2] / "assets" / "organism" / "test" / "images"
+PICTURES = [str(SCENES / f"test_{n:04d}.webp") for n in (1, 58, 77)]
 DESCRIBE = "Please describe this image in detail."
 INTERVENTIONS = {
     "beam": (Beam(n=3), DESCRIBE),
@@ -29,8 +29,8 @@ INTERVENTIONS = {
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return vlmfix.load("tiny")
+def organism():
+    return vlmfix.load("organism")
 
 
 def plain(record):
@@ -42,9 +42,9 @@ def test_every_method_is_under_contract():
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)
-def test_bites_and_comes_off(tiny, method):
+def test_bites_and_comes_off(organism, method):
     one, prompt = INTERVENTIONS[method]
-    model, processor = tiny
+    model, processor = organism
     said = vlmfix.ask(model, processor, PICTURES[1], prompt, max_new_tokens=48)
     before = footprint(model)
     vlmfix.wrap(model, one)
@@ -60,9 +60,9 @@ def test_bites_and_comes_off(tiny, method):
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)
-def test_batch_equals_singles(tiny, method):
+def test_batch_equals_singles(organism, method):
     one, prompt = INTERVENTIONS[method]
-    model, processor = tiny
+    model, processor = organism
     other = "Is there a person in the image?" if "?" in prompt else "Please describe the image."
     questions = [(PICTURES[0], prompt), (PICTURES[1], other), (PICTURES[2], prompt)]
     with one(model):
@@ -72,9 +72,9 @@ def test_batch_equals_singles(tiny, method):
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)
-def test_comes_off_after_an_exception_and_plain_generate_warns(tiny, method, monkeypatch):
+def test_comes_off_after_an_exception_and_plain_generate_warns(organism, method, monkeypatch):
     one, prompt = INTERVENTIONS[method]
-    model, processor = tiny
+    model, processor = organism
     before, forward = footprint(model), type(model).forward
 
     def broken(*args, **kwargs):
@@ -96,20 +96,20 @@ def test_comes_off_after_an_exception_and_plain_generate_warns(tiny, method, mon
 
 
 @pytest.mark.parametrize("method", INTERVENTIONS)
-def test_settings_are_frozen_and_round_trip_and_copies_work(tiny, method):
+def test_settings_are_frozen_and_round_trip_and_copies_work(organism, method):
     one, prompt = INTERVENTIONS[method]
     with pytest.raises(FrozenInstanceError):
         one.name = "other"
     assert from_json(json.loads(json.dumps(one.to_json()))) == one
-    model, processor = tiny
+    model, processor = organism
     with one(model):
         want = plain(vlmfix.ask(model, processor, PICTURES[1], prompt, max_new_tokens=24))
         for twin in (copy.deepcopy(model),):
             assert plain(vlmfix.ask(twin, processor, PICTURES[1], prompt, max_new_tokens=24)) == want
 
 
-def test_truncation_cuts_words_and_no_more(tiny):
-    model, processor = tiny
+def test_truncation_cuts_words_and_no_more(organism):
+    model, processor = organism
     whole = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE)
     for words in (1, 5, 12):
         with Truncate(words=words)(model):
@@ -121,8 +121,8 @@ def test_truncation_cuts_words_and_no_more(tiny):
     assert same.token_ids == whole.token_ids and same.effects == [{"acted": False}]
 
 
-def test_beam_is_beam_search_and_composes(tiny):
-    model, processor = tiny
+def test_beam_is_beam_search_and_composes(organism):
+    model, processor = organism
     for inner in ((), ("vhr",)):
         with_inner = [*inner, Beam(n=3)]
         vlmfix.wrap(model, list(inner))
@@ -133,16 +133,16 @@ def test_beam_is_beam_search_and_composes(tiny):
     vlmfix.unwrap(model)
 
 
-def test_two_that_decode_are_refused(tiny):
-    model, _ = tiny
+def test_two_that_decode_are_refused(organism):
+    model, _ = organism
     with pytest.raises(ValueError, match="beam and truncate each decode in their own way"):
         vlmfix.wrap(model, "beam+truncate")
     assert not vlmfix.effects(model)
 
 
-def test_a_method_that_refines_reads_in_its_looks_only(tiny):
+def test_a_method_that_refines_reads_in_its_looks_only(organism):
     """Its other stages are in force in its looks, alone; the answer has everyone else's."""
-    model, processor = tiny
+    model, processor = organism
     seen = []
 
     @dataclass(frozen=True)
@@ -184,15 +184,15 @@ def test_a_method_that_refines_reads_in_its_looks_only(tiny):
     assert got[0].passes == 3 + 4
 
 
-def test_the_record_counts_every_pass(tiny):
-    model, processor = tiny
+def test_the_record_counts_every_pass(organism):
+    model, processor = organism
 
     def cost(method, **settings):
         with vlmfix.engine.wrap.wrapped(model, method):
             r = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=5, **settings)
         return r.passes, r.tokens
 
-    image = 64
+    image = 100
     passes, tokens = cost(None)
     prompt = int(tokens) - 4
     assert passes == 5 and prompt > image

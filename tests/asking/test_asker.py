@@ -76,8 +76,8 @@ def test_it_knows_who_answers(organism):
     assert {key for key in identity if identity[key] != other[key]} == {"method"}
 
 
-def test_idle_methods_have_their_place(organism):
-    model, processor = vlmfix.load("tiny")
+def test_idle_methods_have_their_place():
+    model, processor = vlmfix.load("organism-qwen")
     with pytest.warns(UserWarning, match="var will not act on this model"):
         asker = Asker(model, processor, "var+pai")
     assert asker.interventions[0] is None and asker.interventions[1].name == "pai"

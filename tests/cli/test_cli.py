@@ -14,7 +14,7 @@ from vlmfix.cli import app
 from vlmfix.hooks import REGISTRY
 
 ROOT = Path(__file__).parents[2]
-SCENE = str(ROOT / "assets" / "scenes" / "images" / "test_0001.png")
+SCENE = str(ROOT / "assets" / "organism" / "test" / "images" / "test_0003.webp")
 
 
 def run(*args):
@@ -89,37 +89,37 @@ def test_eval_and_score(tmp_path):
         "--benchmark",
         "chair",
         "--method",
-        "none,var:dims=67/80,tau=4,rho=0,vhr+var:dims=67,tau=4",
+        "none,var:rho=0,vhr+var:dims=22,tau=3",
         "--limit",
         3,
         "--output",
         tmp_path,
     )
     assert done.exit_code == 0, done.output
-    assert "CHAIR (rohrbach), model tiny, 3 pictures" in done.stdout and "var:p=0.6" not in done.stdout
+    assert "CHAIR (rohrbach), model organism, 3 pictures" in done.stdout and "var:p=0.6" not in done.stdout
     assert re.search(r"CHAIR_S % .*\[\d", done.stdout) and "testing only" in done.stdout
     folders = sorted(p.parent for p in tmp_path.rglob("records.jsonl"))
     assert len(folders) == 3
     again = run("score", *folders, "--json")
     assert again.exit_code == 0 and len(json.loads(again.stdout)[0]["rows"]) == 3
     strict = run("score", *folders, "--variant", "strict")
-    assert strict.exit_code == 0 and "CHAIR (strict), model tiny, 3 pictures" in strict.stdout
+    assert strict.exit_code == 0 and "CHAIR (strict), model organism, 3 pictures" in strict.stdout
     wrong = run("score", *folders, "--variant", "strikt")
     assert wrong.exit_code == 1 and "did you mean 'strict'" in wrong.stderr
 
 
 def test_heads(tmp_path):
     listed, plot = tmp_path / "lists" / "heads.json", tmp_path / "heads.png"
-    args = ["heads", "--data", "scenes", "--limit", 4, "--output", listed]
+    args = ["heads", "--data", "organism", "--limit", 4, "--output", listed]
     done = run(*args, "--plot", plot)
     assert done.exit_code == 0, done.output
-    assert "vhd on tiny" in done.stdout and "48 heads, 12 selected; high is good" in done.stdout and plot.exists()
+    assert "vhd on organism" in done.stdout and "64 heads, 16 selected; high is good" in done.stdout and plot.exists()
     first = re.search(r"1 +│ (L\dH\d) ", done.stdout)[1]
     found = json.loads(run(*args, "--top", 3, "--json").stdout)
     assert len(found["selected"]) == 3 and "L{}H{}".format(*found["selected"][0]) == first
     assert json.loads(listed.read_text()) == found
     ask = run("ask", SCENE, "Please describe this image.", "--method", f"headgain:head_list={listed}", "--json")
-    assert json.loads(ask.stdout)["method"][0]["facts"]["head_list"]["data"]["name"] == "scenes"
+    assert json.loads(ask.stdout)["method"][0]["facts"]["head_list"]["data"]["name"] == "organism"
     judged = run(
         "eval", "--benchmark", "chair", "--limit", 2, "--output", tmp_path, "--method", f"headgain:head_list={listed}"
     )
@@ -130,7 +130,7 @@ def test_heads(tmp_path):
     ("args", "sentence"),
     [
         (["heads", "--tool", "vdh"], "unknown tool 'vdh'; did you mean 'vhd'?"),
-        (["heads", "--tool", "random", "--top", "99"], "top: expected a number of heads in 1..48, got 99"),
+        (["heads", "--tool", "random", "--top", "99"], "top: expected a number of heads in 1..64, got 99"),
         (["heads", "--tool", "random", "--top", "9", "--share", "0.5"], "expected one of top, share, threshold, positive"),
         (["heads", "--tool", "random", "--plot", "heads.xyz"], "cannot draw heads.xyz"),
         (["ask", SCENE, "Hello?", "--method", "headgain:head_list=none.json"], "cannot read the head list none.json"),
@@ -145,12 +145,12 @@ def test_heads(tmp_path):
         (["eval", "--speed", "vhr"], "speed: expected an accelerator (pyramiddrop), got 'vhr'"),
         (["eval", "--speed", "pyramiddrop"], "var tells tokens by their place in the prompt, and pyramiddrop takes tokens out; with pyramiddrop:form=mask"),
         (["eval", "--benchmark", "chiar"], "unknown benchmark 'chiar'; did you mean 'chair'?"),
-        (["eval", "--model", "no/such-folder/here"], "cannot load 'no/such-folder/here': expected an embedded model (tiny, tiny-sinks, organism"),
-        (["eval", "--data", "/no/such/folder"], "does not exist; expected scenes, calibration, photos, organism, coco, aokvqa, gqa, coco_first_release or a folder: with images/"),
+        (["eval", "--model", "no/such-folder/here"], "cannot load 'no/such-folder/here': expected an embedded model (organism, organism-qwen)"),
+        (["eval", "--data", "/no/such/folder"], "does not exist; expected organism, calibration, photos, coco, aokvqa, gqa, coco_first_release or a folder: with images/"),
         (["eval", "--dtype", "float8"], "dtype: expected float32, bfloat16 or float16, got 'float8'"),
         (["ask", "no-such.png", "Hello?"], "no such image file: no-such.png"),
         (["ask", SCENE, " "], "prompt: expected some text, got ' '"),
-        (["ask", SCENE, "Hello?", "--method", "vhr:layers=99"], "layers: expected numbers in 0..5, got [99]"),
+        (["ask", SCENE, "Hello?", "--method", "vhr:layers=99"], "layers: expected numbers in 0..7, got [99]"),
         (["score", "/no/such/run"], "expected a run folder of `vlmfix eval`"),
     ],
 )  # fmt: skip
@@ -190,7 +190,7 @@ def test_a_model_that_takes_no_pictures(tmp_path):
 
 
 def test_annotations_that_lack_an_image(tmp_path):
-    scenes = ROOT / "assets" / "scenes"
+    scenes = ROOT / "assets" / "organism" / "test"
     (tmp_path / "images").mkdir()
     instances = json.loads((scenes / "instances.json").read_text())
     instances["images"] = instances["images"][:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import shlex
@@ -31,19 +32,19 @@ from vlmfix.method.registry import method_class, parse
 
 ROOT = Path(__file__).parents[2]
 DESCRIBE, YES_NO, _ = compare.PROMPTS.values()
-RECORD = Record("tiny", ["96x96"], ["?"], "Describe it.", [], "A dog.", [5, 6], "stop", 0.1, 1, {})
-SCENE = studio.known_pictures()["test_0032"]  # a dining table and a vase
+RECORD = Record("organism", ["120x120"], ["?"], "Describe it.", [], "A dog.", [5, 6], "stop", 0.1, 1, {})
+SCENE = studio.known_pictures()["test_0135"]  # a cat and a person
 REST = ("none", "none")
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return studio.Studio.open("tiny")
+def organism():
+    return studio.Studio.open("organism")
 
 
 @pytest.fixture(scope="module")
 def page():
-    return app.build(studio.Studio.open("tiny"))
+    return app.build(studio.Studio.open("organism"))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def says(text, prompt="Describe it.", truth=("dog", "cat")):
     return verdicts.judged(dataclasses.replace(RECORD, text=text, prompt=prompt), frozenset(truth))
 
 
-def made(tiny, picture, spec, prompt=DESCRIBE):
-    *_, (html, answers) = columns.stream(tiny, picture, "mine.png", prompt, [spec])
+def made(organism, picture, spec, prompt=DESCRIBE):
+    *_, (html, answers) = columns.stream(organism, picture, "mine.png", prompt, [spec])
     return html[0], answers
 
 
@@ -76,11 +77,11 @@ def made(tiny, picture, spec, prompt=DESCRIBE):
 
 def test_vhr_drops_what_none_invents(asked):
     left, right, *rest = asked(str(SCENE), DESCRIBE, 2, "none", "vhr", *REST)[-1]
-    assert '<del class="wrong"' in left and "Invented: person" in plain(left)
+    assert '<del class="wrong"' in left and "Invented: dining table" in plain(left)
     assert "<del" not in right and "Nothing invented" in right
     for answer, method in ((left, "none"), (right, "vhr")):
         assert re.search(rf"{method} \d+\.\d\d s · \d+ tokens · \d+ passes", plain(answer))
-        assert '<span class="there">vase</span>' in answer
+        assert '<span class="there">cat</span>' in answer
     assert rest == [compare.EMPTY] * 2
 
 
@@ -90,7 +91,7 @@ def test_all_columns_that_are_shown_answer(asked):
     assert "The image shows Nothing" in plain(html[3])
 
 
-def test_words_come_as_they_are_written(tiny, scene, monkeypatch):
+def test_words_come_as_they_are_written(organism, scene, monkeypatch):
     """The first of a long answer's words are shown before its last one is there."""
     going = threading.Event()
 
@@ -101,19 +102,19 @@ def test_words_come_as_they_are_written(tiny, scene, monkeypatch):
                 going.wait(20)
 
     monkeypatch.setattr(columns, "Tokens", Slow)
-    steps = columns.stream(tiny, scene, "", DESCRIBE, ["none", "beam"])
+    steps = columns.stream(organism, scene, "", DESCRIBE, ["none", "beam"])
     seen = []
     for (left, right), answers in steps:
         seen.append(plain(left))
         if "…" in seen[-1] and seen[-1].endswith("The image shows a"):
             assert answers is None
-            if "135 passes" in plain(right):  # a method without words on the way is not waited for, nor waits
+            if "260 passes" in plain(right):  # a method without words on the way is not waited for, nor waits
                 going.set()
     assert going.is_set()
-    assert "23 tokens" in seen[-1]
+    assert "55 tokens" in seen[-1]
 
 
-def test_nobody_waits_nobody_works(tiny, scene, monkeypatch):
+def test_nobody_waits_nobody_works(organism, scene, monkeypatch):
     tokens = []
 
     class Slow(columns.Tokens):
@@ -123,34 +124,34 @@ def test_nobody_waits_nobody_works(tiny, scene, monkeypatch):
             threading.Event().wait(0.03)
 
     monkeypatch.setattr(columns, "Tokens", Slow)
-    steps = columns.stream(tiny, scene, "", DESCRIBE, ["none"])
+    steps = columns.stream(organism, scene, "", DESCRIBE, ["none"])
     next(steps)
     while not tokens:
         next(steps)
     steps.close()
-    assert len(tokens) < 23
+    assert len(tokens) < 55
 
 
-def test_columns_do_not_disturb_each_other_or_the_model(tiny, scene):
+def test_columns_do_not_disturb_each_other_or_the_model(organism, scene):
     """All at once, and each by itself, under methods that edit, sample and stop early."""
     specs = ["vhr", "none", "chunks", "vhr:alpha=1.5", "rerank"]
-    *_, (_, answers) = columns.stream(tiny, scene, "", DESCRIBE, specs)
-    assert attached(tiny.model) is None
+    *_, (_, answers) = columns.stream(organism, scene, "", DESCRIBE, specs)
+    assert attached(organism.model) is None
     for answer in answers:
-        with wrapped(tiny.model, parse(answer.spec), tiny.processor):
-            alone = ask(tiny.model, tiny.processor, scene, DESCRIBE)
+        with wrapped(organism.model, parse(answer.spec), organism.processor):
+            alone = ask(organism.model, organism.processor, scene, DESCRIBE)
         assert (answer.record.text, answer.record.passes) == (alone.text, alone.passes), answer.spec
     assert len(answers) == len(specs)
 
 
-def test_a_twin_shares_the_weights_and_no_hooks(tiny):
-    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]  # noqa: E731
+def test_a_twin_shares_the_weights_and_no_hooks(organism):
+    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in organism.model.modules()]  # noqa: E731
     before = hooks()
-    asker = tiny.asker(parse("vhr"))
+    asker = organism.asker(parse("vhr"))
     with asker.applied() as twin:
-        own = {id(x) for x in (*tiny.model.parameters(), *tiny.model.buffers())}
+        own = {id(x) for x in (*organism.model.parameters(), *organism.model.buffers())}
         assert {id(x) for x in (*twin.parameters(), *twin.buffers())} == own
-        assert attached(twin) is not None and attached(tiny.model) is None
+        assert attached(twin) is not None and attached(organism.model) is None
         assert hooks() == before
 
 
@@ -165,24 +166,28 @@ def test_twins_of_other_architectures_compute_the_same(model_type):
         assert all(x.data_ptr() in own for x in twin.state_dict().values())
 
 
-def test_settings_reach_the_method(tiny, scene):
-    text = lambda spec: made(tiny, scene, spec)[1][0].record.text  # noqa: E731
-    assert text("none") == text("vhr:alpha=1") == text(" ") != text("vhr:alpha=1.5")
+def test_settings_reach_the_method(organism, scene):
+    text = lambda spec: made(organism, scene, spec)[1][0].record.text  # noqa: E731
+    assert text("none") == text("vhr:alpha=1") == text(" ") != text("vhr:alpha=2")
 
 
 @pytest.mark.parametrize(
-    "spec, note", [("var", "var does not act on this model: no sink"), ("truncate", "truncate changed nothing")]
+    "name, spec, note",
+    [
+        ("organism-qwen", "var", "var does not act on this model: no sink"),
+        ("organism", "truncate:words=999", "truncate changed nothing"),
+    ],
 )
-def test_an_idle_method_says_so(tiny, scene, spec, note):
-    assert plain(made(tiny, scene, spec)[0]).count(note) == 1
+def test_an_idle_method_says_so(scene, name, spec, note):
+    assert plain(made(studio.Studio.open(name), scene, spec)[0]).count(note) == 1
 
 
-def test_an_unknown_picture_is_shaded_and_not_judged(tiny):
-    html, (answer,) = made(tiny, Image.new("RGB", (40, 30), "green"), "none")
+def test_an_unknown_picture_is_shaded_and_not_judged(organism):
+    html, (answer,) = made(organism, Image.new("RGB", (40, 30), "green"), "none")
     assert "nvented" not in html and "<del" not in html
     assert "doubt" in html
     assert answer.chosen == () and "--method none mine.png" in html  # the monitor is the page's, not the visitor's
-    html, (answer,) = made(tiny, Image.new("RGB", (40, 30), "green"), "beam")  # which no monitor can follow
+    html, (answer,) = made(organism, Image.new("RGB", (40, 30), "green"), "beam")  # which no monitor can follow
     assert answer.record.text and "doubt" not in html
 
 
@@ -228,11 +233,18 @@ def test_what_is_wrong_with_a_column_is_said_there(asked, spec, sentence):
     assert plain(right).startswith("none")  # the other column still answers
 
 
-def test_what_nobody_foresaw_is_a_sentence_and_logged(tiny, scene, monkeypatch, caplog):
+def test_what_nobody_foresaw_is_a_sentence_and_logged(organism, scene, monkeypatch, caplog):
     monkeypatch.setattr(studio.Studio, "ask", lambda *_, **__: 1 / 0)
-    html, answers = made(tiny, scene, "none")
+    html, answers = made(organism, scene, "none")
     assert plain(html) == "This answer failed on the server, whose log says why."
     assert answers == () and "ZeroDivisionError" in caplog.text
+
+
+def png(path):
+    """The bytes of a picture as PNG."""
+    file = io.BytesIO()
+    Image.open(path).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +253,7 @@ def test_what_nobody_foresaw_is_a_sentence_and_logged(tiny, scene, monkeypatch, 
         (b"\x89PNG no picture", "no picture that can be read"),
         (b"", "no picture that can be read"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture that can be read"),
-        (SCENE.read_bytes()[:2000], "damaged"),
+        (png(SCENE)[:2000], "damaged"),
     ],
 )
 def test_broken_pictures(page, tmp_path, content, sentence):
@@ -371,7 +383,7 @@ def test_what_chair_cannot_hear_is_not_called_missed():
 
 
 def test_examples_are_known():
-    assert len(studio.known_pictures()) == 410
+    assert len(studio.known_pictures()) == 510
     for name in (*compare.SCENES, *compare.PHOTOS):
         picture = studio.read_picture(str(studio.known_pictures()[name]))
         assert studio.picture_name(picture) == name and studio.truth(picture)
@@ -381,8 +393,8 @@ def test_examples_are_known():
 
 
 @pytest.mark.parametrize("spec", ["none", "vhr:alpha=1.5,variant=paper", "pai+vcd", "rerank"])
-def test_the_code_gives_the_same_text(tiny, scene, spec, monkeypatch, capsys):
-    _, (answer,) = made(tiny, scene, spec)
+def test_the_code_gives_the_same_text(organism, scene, spec, monkeypatch, capsys):
+    _, (answer,) = made(organism, scene, spec)
     monkeypatch.chdir(ROOT)
     code = verdicts.python(answer)
     assert code.count("\n") == (2 if spec == "none" else 3)
@@ -393,8 +405,8 @@ def test_the_code_gives_the_same_text(tiny, scene, spec, monkeypatch, capsys):
     assert program == "vlmfix" and json.loads(done.stdout)["text"] == answer.record.text
 
 
-def test_code_quotes_what_visitors_type(tiny, scene):
-    _, (answer,) = made(tiny, scene, "none", prompt='What\'s "this"; $(rm) `x`?')
+def test_code_quotes_what_visitors_type(organism, scene):
+    _, (answer,) = made(organism, scene, "none", prompt='What\'s "this"; $(rm) `x`?')
     tree = verdicts.python(answer)
     assert repr(answer.record.prompt) in tree
     assert shlex.split(verdicts.command(answer))[-1] == answer.record.prompt
@@ -403,10 +415,10 @@ def test_code_quotes_what_visitors_type(tiny, scene):
 # Links and files
 
 
-def test_links_and_files_give_back_what_was_asked(tiny, scene):
-    _, answers = made(tiny, scene, "vhr")
+def test_links_and_files_give_back_what_was_asked(organism, scene):
+    _, answers = made(organism, scene, "vhr")
     for asked in (
-        Question("test_0032", "Is there a dog & a cat? ä", ("none", "vhr:alpha=1.5,variant=paper", "var+vhr")),
+        Question("test_0135", "Is there a dog & a cat? ä", ("none", "vhr:alpha=1.5,variant=paper", "var+vhr")),
         Question(None, "", ("none", "none")),
     ):
         assert Question.from_query("?" + asked.query()) == asked
@@ -445,10 +457,10 @@ def test_hostile_links_and_files_are_sentences(read, said, sentence):
 
 
 def test_a_link_that_is_restored_fills_the_page():
-    asked = Question("test_0021", "What?", ("pai", "none", "beam"))
+    asked = Question("test_0100", "What?", ("pai", "none", "beam"))
     message, picture, prompt, n, *specs = compare.restored(Question.from_query, asked.query())
     assert (message, prompt, n, specs[:3]) == ("", "What?", 3, ["pai", "none", "beam"])
-    assert studio.picture_name(picture) == "test_0021"
+    assert studio.picture_name(picture) == "test_0100"
     assert len(specs) == 4
 
 
@@ -497,8 +509,8 @@ def test_the_page_is_served_and_answers_without_the_network(page, served):
     assert compare.PROMPTS["Yes or no"] in html
     assert not re.search(r"https?://(?!127\.0\.0\.1)[^\"']*\.(js|css|woff2?)\b", html)
     assert message == ""
-    assert "Invented: person" in left and "Nothing invented" in right
-    assert link == Question("test_0032", DESCRIBE, ("none", "vhr")).query()
+    assert "Invented: dining table" in left and "Nothing invented" in right
+    assert link == Question("test_0135", DESCRIBE, ("none", "vhr")).query()
     assert page.config["analytics_enabled"] is False
     assert outside == []
 
@@ -550,11 +562,11 @@ class Page:
 def test_the_command_hands_its_options_on_and_says_who_can_come_in(monkeypatch, options, exposed):
     given = {}
     monkeypatch.setattr(app, "build", lambda one, runs: given.update(model=one.name, runs=runs) or Page(given))
-    done = CliRunner().invoke(cli, ["demo", "--model", "tiny-sinks", "--port", "1234", "--runs", "there", *options])
+    done = CliRunner().invoke(cli, ["demo", "--model", "organism", "--port", "1234", "--runs", "there", *options])
     assert done.exit_code == 0
     host = "127.0.0.1" if "--server-name" not in options else options[1]
     wanted = {
-        "model": "tiny-sinks",
+        "model": "organism",
         "runs": Path("there"),
         "server_port": 1234,
         "server_name": host,

@@ -14,13 +14,13 @@ from vlmfix.demo.studio import Shared, Studio, known_pictures, truth
 from vlmfix.eval.scorers.chair import coco_truth
 from vlmfix.method.registry import parse
 
-SCENE = known_pictures()["test_0032"]  # a dining table and a vase
+SCENE = known_pictures()["test_0135"]  # a cat and a person
 GREY = Image.new("RGB", (300, 200), "grey")
 
 
 @pytest.fixture(scope="module")
 def studio():
-    return Studio.open("tiny")
+    return Studio.open("organism")
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +41,24 @@ def rows(html):
 
 
 def test_probabilities_are_those_of_the_first_token(studio, picture):
-    names = ["person", "vase", "umbrella"] * 8  # more than one batch
+    names = ["person", "cat", "umbrella"] * 8  # more than one batch
     found = probe.p_yes(studio, picture, (), names[:3])
     words = {word: spellings(studio.processor, word) for word in ("yes", "no")}
-    questions = [f"Is there {a} in the image?" for a in ("a person", "a vase", "an umbrella")]
+    questions = [f"Is there {a} in the image?" for a in ("a person", "a cat", "an umbrella")]
     for name, question in zip(names, questions, strict=False):
         (record,) = ask_batch(
             studio.model, studio.processor, [(picture, question)], max_new_tokens=1, first_token=words
         )
         yes, no = (np.exp(record.first_token[word]) for word in ("yes", "no"))
         assert found[name] == pytest.approx(yes / (yes + no), abs=1e-4)
-    assert found["vase"] > 0.9 > 0.3 > found["umbrella"]
+    assert found["cat"] > 0.9 > 0.3 > found["umbrella"]
 
 
 def test_the_method_is_in_force_and_comes_off(studio, picture):
-    plain = probe.p_yes(studio, picture, (), ["person", "vase"])
-    under = probe.p_yes(studio, picture, parse("vhr"), ["person", "vase"])
-    assert abs(plain["person"] - under["person"]) > 0.05
-    assert probe.p_yes(studio, picture, (), ["person", "vase"]) == plain
+    plain = probe.p_yes(studio, picture, (), ["person", "giraffe"])
+    under = probe.p_yes(studio, picture, parse("vhr"), ["person", "giraffe"])
+    assert abs(plain["giraffe"] - under["giraffe"]) > 0.05
+    assert probe.p_yes(studio, picture, (), ["person", "giraffe"]) == plain
 
 
 def test_co_occurrence_is_counted_in_coco():
@@ -122,7 +122,7 @@ def test_bars_come_method_by_method(studio):
     assert text(first).startswith("A none") and "B vhr …" in text(first)
     assert re.match(r"A none \d+ of 80 right.* B vhr \d+ of 80 right", text(last))
     assert "C" not in re.findall(r'class="key"[^>]*>(\w)<', last)  # the same method twice is asked once
-    assert set(rows(last)[:2]) == truth(Image.open(SCENE)) == {"dining table", "vase"}
+    assert set(rows(last)[:2]) == truth(Image.open(SCENE)) == {"cat", "person"}
 
 
 @pytest.mark.parametrize(

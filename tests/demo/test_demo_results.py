@@ -16,7 +16,7 @@ from vlmfix.eval.run.runner import answer_all
 from vlmfix.method.registry import parse
 from vlmfix.model.loading import load
 
-CHAIR = "CHAIR (rohrbach): tiny"
+CHAIR = "CHAIR (rohrbach): organism"
 
 
 def text(html):
@@ -33,11 +33,11 @@ def table(html):
 
 def test_boards_hold_the_committed_results():
     boards = leaderboard.boards()
-    assert list(boards) == [CHAIR, *(f"POPE, {split}: tiny" for split in ("random", "popular", "adversarial"))]
+    assert list(boards) == [CHAIR, *(f"POPE, {split}: organism" for split in ("random", "popular", "adversarial"))]
     for board in boards.values():
         assert set(board.owned()) == {"none", "vhr", "pai", "contrast", "vcd"}
         assert board.command.startswith("vlmfix eval --benchmark") and "--controls --json" in board.command
-    assert boards[CHAIR].pictures == 400 and boards["POPE, random: tiny"].pictures == 219
+    assert boards[CHAIR].pictures == 200 and boards["POPE, random: organism"].pictures == 55
 
 
 def test_controls_belong_to_their_method():
@@ -76,8 +76,8 @@ def test_only_clear_differences_are_coloured():
         lines = leaderboard.boards()[CHAIR].html(metric).replace("<wbr>", "").split("<tr")
         return {m[1]: m[2] for line in lines if (m := re.search(r"<code>(.*?)</code>.*?<b class=\"(\w*)\">", line))}
 
-    assert kinds("CHAIR_S")["vcd"] == "good" and kinds("CHAIR_S")["pai:alpha=-0.5"] == "bad"
-    assert kinds("recall")["vhr"] == "bad" and kinds("recall")["pai"] == ""
+    assert kinds("CHAIR_S")["vcd"] == "good" and kinds("F1")["pai:alpha=-0.5"] == "bad"
+    assert kinds("recall")["vhr"] == "bad" and kinds("recall")["contrast"] == ""
     assert kinds("F1")["pai"] == "good" and kinds("words")["vhr"] == ""
 
 
@@ -93,10 +93,10 @@ def test_labels_are_escaped_and_short():
 def root(tmp_path_factory):
     """Two methods on six scenes."""
     folder = tmp_path_factory.mktemp("runs")
-    model, processor = load("tiny")
+    model, processor = load("organism")
     for spec in ("none", "vhr"):
-        answer_all(model, processor, parse(spec), benchmark("chair"), Data.load("scenes", 6), folder)
-    answer_all(model, processor, (), benchmark("pope"), Data.load("scenes", 6), folder)
+        answer_all(model, processor, parse(spec), benchmark("chair"), Data.load("organism", 6), folder)
+    answer_all(model, processor, (), benchmark("pope"), Data.load("organism", 6), folder)
     return folder
 
 
@@ -104,9 +104,9 @@ def test_runs_below_the_root_are_found(root):
     found, broken = results.find(root)
     assert not broken
     assert {(one.kind, one.label) for one in found} == {
-        ("chair, model tiny, scenes, first 6", "none"),
-        ("chair, model tiny, scenes, first 6", "vhr"),
-        ("pope, model tiny, scenes, first 6", "none"),
+        ("chair, model organism, organism, first 6", "none"),
+        ("chair, model organism, organism, first 6", "vhr"),
+        ("pope, model organism, organism, first 6", "none"),
     }
     assert results.find(root / "nowhere") == ([], [])
 
@@ -114,16 +114,18 @@ def test_runs_below_the_root_are_found(root):
 def test_filters(root):
     found, _ = results.find(root)
     assert results.chosen(found, [], []) == found
-    assert [one.label for one in results.chosen(found, ["chair, model tiny, scenes, first 6"], ["vhr"])] == ["vhr"]
+    assert [one.label for one in results.chosen(found, ["chair, model organism, organism, first 6"], ["vhr"])] == [
+        "vhr"
+    ]
     assert len(results.chosen(found, [], ["none"])) == 2
     assert results.chosen(found, ["../../etc"], []) == []
 
 
 def test_the_report_is_the_one_of_the_command_line(root):
     page = results.report(results.find(root)[0])
-    assert page.startswith("<!DOCTYPE html>") and "CHAIR (rohrbach), model tiny" in page and "POPE" in page
+    assert page.startswith("<!DOCTYPE html>") and "CHAIR (rohrbach), model organism" in page and "POPE" in page
     assert "<code>vhr</code>" in page and "; methods none, vhr; " in page  # the untouched model first
-    one = results.report(results.chosen(results.find(root)[0], ["pope, model tiny, scenes, first 6"], []))
+    one = results.report(results.chosen(results.find(root)[0], ["pope, model organism, organism, first 6"], []))
     assert "CHAIR (rohrbach)" not in one
 
 
@@ -179,7 +181,7 @@ def handlers(root):
 
 def test_the_tab_lists_runs_and_reports(handlers, root):
     kinds, methods, said = handlers["list_runs"]()
-    assert kinds["choices"] == ["chair, model tiny, scenes, first 6", "pope, model tiny, scenes, first 6"]
+    assert kinds["choices"] == ["chair, model organism, organism, first 6", "pope, model organism, organism, first 6"]
     assert methods["choices"] == ["none", "vhr"] and "3 runs below" in said
     assert "<iframe sandbox" in handlers["make"](kinds["choices"][:1], [], False)
     assert "No run passes the filters" in handlers["make"](["../.."], [], False)
@@ -197,7 +199,7 @@ def test_without_runs_there_is_a_sentence(tmp_path):
 
 
 def test_boards_are_picked_and_sorted(handlers):
-    update, html = handlers["pick"]("POPE, random: tiny")
+    update, html = handlers["pick"]("POPE, random: organism")
     assert update["value"] == "accuracy" == update["choices"][0] and "accuracy %" in html
     assert handlers["sort"](CHAIR, "F1") == leaderboard.boards()[CHAIR].html("F1")
     assert handlers["sort"](CHAIR, "accuracy") == gr.skip()

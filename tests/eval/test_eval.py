@@ -39,16 +39,16 @@ COMMAND = [sys.executable, "-m", "vlmfix"]
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return vlmfix.load("tiny")
+def organism():
+    return vlmfix.load("organism")
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(organism, tmp_path_factory):
     """CHAIR and POPE on a few scenes, untouched and with VHR."""
     out, data = tmp_path_factory.mktemp("runs"), Data.load(limit=24)
     return [
-        answer_all(*tiny, parse(method), benchmark(name), data, out)
+        answer_all(*organism, parse(method), benchmark(name), data, out)
         for name in ("chair", "pope")
         for method in ("none", "vhr")
     ]
@@ -58,16 +58,16 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
-def test_records_hold_what_it_takes_to_ask_again(tiny, runs):
+def test_records_hold_what_it_takes_to_ask_again(organism, runs):
     run = runs[1]
     record = run.records[3]
-    model, processor = tiny
+    model, processor = organism
     with vlmfix.engine.wrap.wrapped(
         model,
         [vlmfix.method.registry.from_json({k: v for k, v in m.items() if k != "facts"}) for m in record["method"]],
         processor,
     ):
-        path = ROOT / "assets" / "scenes" / "images" / record["image"][0]
+        path = ROOT / "assets" / "organism" / "test" / "images" / record["image"][0]
         again = vlmfix.ask(model, processor, path, record["prompt"], **record["generation"])
     assert (again.text, again.token_ids, again.image_sha256) == (
         record["text"],
@@ -81,23 +81,23 @@ def test_records_hold_what_it_takes_to_ask_again(tiny, runs):
     assert {"command", "torch", "transformers", "platform", "batch_size"} <= set(run.header["environment"])
 
 
-def test_batched_answers_equal_single_answers(tiny, runs):
-    model, processor = tiny
+def test_batched_answers_equal_single_answers(organism, runs):
+    model, processor = organism
     for record in runs[0].records[:6]:
-        path = ROOT / "assets" / "scenes" / "images" / record["image"][0]
+        path = ROOT / "assets" / "organism" / "test" / "images" / record["image"][0]
         assert vlmfix.ask(model, processor, path, record["prompt"]).text == record["text"]
 
 
-def test_heads_are_not_judged_by_the_pictures_they_were_chosen_on(tiny, tmp_path):
+def test_heads_are_not_judged_by_the_pictures_they_were_chosen_on(organism, tmp_path):
     data, path = Data.load(limit=3), str(tmp_path / "heads.json")
     ids = [picture_id(file) for file in data.images.values()]
-    scores = [[1.0] * 8] * 6
-    HeadList("tiny", "visual", scores, data={"ids": ["0" * 16, ids[1]]}).select(top=2).save(path)
+    scores = [[1.0] * 8] * 8
+    HeadList("organism", "visual", scores, data={"ids": ["0" * 16, ids[1]]}).select(top=2).save(path)
     with pytest.raises(ValueError, match=r"heads\.json was made on 1 of the 3 pictures that are asked about"):
-        answer_all(*tiny, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
+        answer_all(*organism, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
     assert not (tmp_path / "chair").exists()
-    HeadList("tiny", "visual", scores, data={"ids": ["0" * 16]}).select(top=2).save(path)
-    run = answer_all(*tiny, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
+    HeadList("organism", "visual", scores, data={"ids": ["0" * 16]}).select(top=2).save(path)
+    run = answer_all(*organism, parse(f"headgain:head_list={path}"), benchmark("chair"), data, tmp_path)
     assert run.header["identity"]["method"][0]["facts"]["head_list"]["tool"] == "visual"
     assert all(record["effects"] == [{"acted": True}] for record in run.records)
 
@@ -110,29 +110,29 @@ def test_no_question_is_asked_twice(runs):
     assert len(runs[2].records) == len(pope.items(data)) < len(pope.questions(data))
 
 
-def test_a_finished_run_is_not_asked_again(tiny, runs, monkeypatch):
+def test_a_finished_run_is_not_asked_again(organism, runs, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a finished run asks nothing")
 
     monkeypatch.setattr("vlmfix.eval.run.sharing.ask_in_turns", refuse)
     out = runs[0].folder.parents[2]
-    again = answer_all(*tiny, (), benchmark("chair"), Data.load(limit=24), out)
+    again = answer_all(*organism, (), benchmark("chair"), Data.load(limit=24), out)
     assert again.folder == runs[0].folder and again.records == runs[0].records
 
 
-def test_different_settings_never_share_a_folder(tiny, runs, tmp_path):
+def test_different_settings_never_share_a_folder(organism, runs, tmp_path):
     data = Data.load(limit=2)
     folders = {
-        answer_all(*tiny, parse(m), benchmark("chair"), data, tmp_path, max_new_tokens=n).folder
+        answer_all(*organism, parse(m), benchmark("chair"), data, tmp_path, max_new_tokens=n).folder
         for m, n in [("none", 5), ("none", 6), ("vhr", 5), ("vhr:alpha=1.5", 5)]
     }
-    folders |= {answer_all(*tiny, (), benchmark("chair"), Data.load(limit=3), tmp_path, max_new_tokens=5).folder}
+    folders |= {answer_all(*organism, (), benchmark("chair"), Data.load(limit=3), tmp_path, max_new_tokens=5).folder}
     assert len(folders) == 5
 
 
-def test_a_torn_line_is_redone_and_a_broken_one_is_named(tiny, tmp_path):
+def test_a_torn_line_is_redone_and_a_broken_one_is_named(organism, tmp_path):
     data, bench = Data.load(limit=5), benchmark("chair")
-    run = answer_all(*tiny, (), bench, data, tmp_path, batch_size=2)
+    run = answer_all(*organism, (), bench, data, tmp_path, batch_size=2)
     path = run.folder / "records.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-40])
@@ -140,12 +140,12 @@ def test_a_torn_line_is_redone_and_a_broken_one_is_named(tiny, tmp_path):
         BrokenFile, match=r"ends in a line that was cut off; 4 answers before it are whole: run .* again"
     ):
         Run.read(path)
-    again = answer_all(*tiny, (), bench, data, tmp_path, batch_size=2)
+    again = answer_all(*organism, (), bench, data, tmp_path, batch_size=2)
     assert [(r["id"], r["text"]) for r in again.records] == [(r["id"], r["text"]) for r in run.records]
     lines = whole.splitlines(keepends=True)
     path.write_text(lines[0] + "{broken\n" + "".join(lines[1:]))
     with pytest.raises(BrokenFile, match=r"records\.jsonl, line 2, is no record"):
-        answer_all(*tiny, (), bench, data, tmp_path)
+        answer_all(*organism, (), bench, data, tmp_path)
     assert path.read_text().startswith(lines[0] + "{broken"), "nothing was lost"
 
 
@@ -205,9 +205,10 @@ def test_chair_of_the_run_equals_the_scorer_by_hand(runs):
     assert none.estimates["words"].value == pytest.approx(sum(len(r["text"].split()) for r in runs[0].records) / 24)
 
 
-def test_an_idle_method_is_said_so(tiny, tmp_path):
+def test_an_idle_method_is_said_so(tmp_path):
+    loaded = vlmfix.load("organism-qwen")  # which has no visual sinks
     with pytest.warns(UserWarning, match="will not act"):
-        run = answer_all(*tiny, parse("var"), benchmark("chair"), Data.load(limit=2), tmp_path)
+        run = answer_all(*loaded, parse("var"), benchmark("chair"), Data.load(limit=2), tmp_path)
     (comparison,) = compare([run], 10)
     assert any("var did not act on this model" in note for note in comparison.notes)
 
@@ -272,17 +273,17 @@ def test_the_same_answers_scored_in_another_way(runs):
 def test_calibration_scenes_are_other_pictures():
     digests = [
         {hashlib.sha256(path.read_bytes()).hexdigest() for path in Data.load(name).images.values()}
-        for name in ("calibration", "scenes")
+        for name in ("calibration", "organism")
     ]
-    assert [len(d) for d in digests] == [120, 400] and not digests[0] & digests[1]
+    assert [len(d) for d in digests] == [120, 500] and not digests[0] & digests[1]
 
 
-def test_real_photos_go_through_end_to_end(tiny, tmp_path):
-    """Photos of all sizes; the tiny model's answers are nonsense, the plumbing is real."""
+def test_real_photos_go_through_end_to_end(organism, tmp_path):
+    """Photos of all sizes; the organism's answers are nonsense, the plumbing is real."""
     data = Data.load("photos")
     assert len({Image.open(p).size for p in data.images.values()}) > 3
     found = [
-        answer_all(*tiny, parse(method), benchmark(name), data, tmp_path, batch_size=8)
+        answer_all(*organism, parse(method), benchmark(name), data, tmp_path, batch_size=8)
         for name in ("chair", "pope")
         for method in ("none", "vhr")
     ]
@@ -296,13 +297,13 @@ def test_real_photos_go_through_end_to_end(tiny, tmp_path):
 # The first token
 
 
-def test_first_token_is_what_the_model_says(tiny, runs):
+def test_first_token_is_what_the_model_says(organism, runs):
     """Log-probabilities of yes and no in the records, against a plain forward pass."""
-    model, processor = tiny
+    model, processor = organism
     yes, no = (spellings(processor, word) for word in ("yes", "no"))
     assert {processor.tokenizer.decode(i).strip().lower() for i in yes} == {"yes"}
     for record, interventions in ((runs[2].records[5], []), (runs[3].records[5], parse("vhr"))):
-        picture = Image.open(ROOT / "assets" / "scenes" / "images" / record["image"][0]).convert("RGB")
+        picture = Image.open(ROOT / "assets" / "organism" / "test" / "images" / record["image"][0]).convert("RGB")
         inputs = processor(text=chat(processor, record["prompt"], 1), images=picture, return_tensors="pt")
         with vlmfix.engine.wrap.wrapped(model, interventions, processor), torch.inference_mode():
             logits = model(**inputs).logits[0, -1].float().log_softmax(-1)
@@ -333,10 +334,10 @@ def test_a_method_that_leaves_the_first_token_alone_is_said_so(runs):
     assert not any("does not act" in note for note in compare(runs[2:], 20, {"pope": "margin"})[0].notes)
 
 
-def test_first_token_with_beams_and_padding(tiny):
-    model, processor = tiny
+def test_first_token_with_beams_and_padding(organism):
+    model, processor = organism
     words = {"yes": spellings(processor, "yes"), "no": spellings(processor, "no")}
-    image = Image.open(ROOT / "assets" / "scenes" / "images" / "test_0001.png")
+    image = Image.open(ROOT / "assets" / "organism" / "test" / "images" / "test_0001.webp")
     asked = [(image, "Is there a cat?"), (image, "Is there a very small dog anywhere in the image at all?")]
     alone = [vlmfix.ask_batch(model, processor, [q], first_token=words)[0].first_token for q in asked]
     for how in ({}, {"num_beams": 3}):
@@ -350,46 +351,46 @@ def test_first_token_with_beams_and_padding(tiny):
 # Asked otherwise
 
 
-def test_an_unfinished_run_that_was_asked_otherwise_is_refused_with_a_diff(tiny, tmp_path):
+def test_an_unfinished_run_that_was_asked_otherwise_is_refused_with_a_diff(organism, tmp_path):
     data, bench = Data.load(limit=4), benchmark("chair")
-    begun = answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=5, command="vlmfix eval --max-new-tokens 5")
+    begun = answer_all(*organism, (), bench, data, tmp_path, max_new_tokens=5, command="vlmfix eval --max-new-tokens 5")
     path = begun.folder / "records.jsonl"
     whole = path.read_text()
     path.write_text("".join(whole.splitlines(keepends=True)[:2]))
     with pytest.raises(ValueError) as refused:
-        answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=6, decoding="beam2")
+        answer_all(*organism, (), bench, data, tmp_path, max_new_tokens=6, decoding="beam2")
     said = str(refused.value)
     assert 'max_new_tokens 5 there, 6 here; decoding "greedy" there, "beam2" here' in said
     assert "is unfinished (2 of 4 answers)" in said and "vlmfix eval --max-new-tokens 5" in said and "--beside" in said
     assert len(list(tmp_path.rglob("run.json"))) == 1, "nothing was begun"
-    answer_all(*tiny, parse("vhr"), bench, data, tmp_path, max_new_tokens=6)  # another method is another matter
-    answer_all(*tiny, (), bench, Data.load(limit=2), tmp_path, max_new_tokens=6)  # as is another --limit
-    beside = answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=6, beside=True)
+    answer_all(*organism, parse("vhr"), bench, data, tmp_path, max_new_tokens=6)  # another method is another matter
+    answer_all(*organism, (), bench, Data.load(limit=2), tmp_path, max_new_tokens=6)  # as is another --limit
+    beside = answer_all(*organism, (), bench, data, tmp_path, max_new_tokens=6, beside=True)
     assert beside.folder != begun.folder
-    answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=5)
+    answer_all(*organism, (), bench, data, tmp_path, max_new_tokens=5)
     texts = [[json.loads(line)["text"] for line in text.splitlines()] for text in (path.read_text(), whole)]
     assert texts[0] == texts[1], "resumed"
-    answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=7)  # both are finished
+    answer_all(*organism, (), bench, data, tmp_path, max_new_tokens=7)  # both are finished
 
 
-def test_versions_and_weights_are_part_of_what_is_asked(tiny, tmp_path, monkeypatch):
+def test_versions_and_weights_are_part_of_what_is_asked(organism, tmp_path, monkeypatch):
     data, bench = Data.load(limit=3), benchmark("chair")
-    run = answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=3)
+    run = answer_all(*organism, (), bench, data, tmp_path, max_new_tokens=3)
     path = run.folder / "records.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     monkeypatch.setattr("vlmfix.eval.run.runner.transformers.__version__", "99.0")
     with pytest.raises(ValueError, match=r'transformers "[\d.]+" there, "99.0" here'):
-        answer_all(*tiny, (), bench, data, tmp_path, max_new_tokens=3)
+        answer_all(*organism, (), bench, data, tmp_path, max_new_tokens=3)
 
 
 # While it runs
 
 
 @pytest.mark.parametrize(("at", "metric"), [(0, "CHAIR_S"), (2, "accuracy")])
-def test_the_running_figure_ends_as_the_tables(tiny, runs, tmp_path, at, metric):
+def test_the_running_figure_ends_as_the_tables(organism, runs, tmp_path, at, metric):
     told = []
     bench, data = benchmark(runs[at].header["identity"]["benchmark"]), Data.load(limit=24)
-    answer_all(*tiny, (), bench, data, tmp_path, batch_size=16, progress=lambda *said: told.append(said))
+    answer_all(*organism, (), bench, data, tmp_path, batch_size=16, progress=lambda *said: told.append(said))
     done = [said[1] for said in told]
     assert done[0] == 0 and done[-1] == told[-1][2] and done == sorted(done) and told[0][3] == ""
     counts = [group.counts for group in bench.score(data, {r["id"]: r["text"] for r in runs[at].records})]
@@ -486,11 +487,11 @@ def test_every_verdict_of_a_run_can_be_written(runs, tmp_path):
     assert len(answers) == len(bench.questions(Data.load(limit=24))) and {v["method"] for v in found} == {"none"}
 
 
-def test_first_token_comes_after_methods_that_edit_the_scores(tiny):
-    model, processor = tiny
+def test_first_token_comes_after_methods_that_edit_the_scores(organism):
+    model, processor = organism
     words = {"yes": spellings(processor, "yes"), "no": spellings(processor, "no")}
     asked = [
-        (ROOT / "assets" / "scenes" / "images" / "test_0001.png", f"Is there a {name} in the image?")
+        (ROOT / "assets" / "organism" / "test" / "images" / "test_0001.webp", f"Is there a {name} in the image?")
         for name in ("person", "fork")
     ]
     plain = vlmfix.ask_batch(model, processor, asked, first_token=words, max_new_tokens=4)

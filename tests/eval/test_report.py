@@ -59,7 +59,7 @@ def write(folder, label, texts, bench="chair", **identity):
     folder.mkdir(parents=True)
     method = [] if label == "none" else [{"name": label, "facts": {}}]
     found = {
-        "benchmark": bench, "model": "toy", "method": method, "data": "scenes", "data_digest": DATA.digest, "limit": N,
+        "benchmark": bench, "model": "toy", "method": method, "data": "organism", "data_digest": DATA.digest, "limit": N,
         "max_new_tokens": 64, "vlmfix": "0", **identity,
     }  # fmt: skip
     environment = {"command": "vlmfix eval", "started": "2026-01-02T03:04:05+00:00"}

@@ -29,7 +29,7 @@ EVAL = [
     "--method",
     "none",
     "--limit",
-    "30",
+    "12",
     "--batch-size",
     "1",
     "--json",
@@ -73,7 +73,7 @@ def kill_one(command, out):
 
 
 def check_kept(kept, out, alone):
-    assert 4 <= len(kept) < 30 and texts(out) == alone
+    assert 4 <= len(kept) < 12 and texts(out) == alone
     (path,) = out.rglob("records.jsonl")
     again = {json.dumps(json.loads(line), sort_keys=True) for line in path.read_text().splitlines()}
     assert {json.dumps(json.loads(line), sort_keys=True) for line in kept} <= again, "nothing was asked twice"
@@ -92,13 +92,13 @@ def test_accelerate_goes_on_when_a_process_dies(alone, tmp_path):
     launch += ["--main_process_port", "0", "--max_restarts", "1"]
     kept, code, said, why = kill_one([*launch, *EVAL, "--output", str(tmp_path)], tmp_path)
     assert code == 0, why
-    assert json.loads(said)[0]["rows"][0]["n"] == 30
+    assert json.loads(said)[0]["rows"][0]["n"] == 12
     check_kept(kept, tmp_path, alone)
 
 
 def test_a_process_that_finds_the_run_begun_this_moment_joins_it(monkeypatch, tmp_path):
     """Between its look for the header and its look for other runs, another process may have written the header."""
-    model, processor = vlmfix.load("tiny")
+    model, processor = vlmfix.load("organism")
     refuse, header = folders.refuse_other, folders.write
 
     def late(parent, mine):
@@ -112,7 +112,7 @@ def test_a_process_that_finds_the_run_begun_this_moment_joins_it(monkeypatch, tm
 
 
 def test_batches_that_do_not_fit_are_halved(monkeypatch, tmp_path):
-    model, processor = vlmfix.load("tiny")
+    model, processor = vlmfix.load("organism")
     asked = []
 
     def small_memory(askers, questions, **settings):
@@ -128,7 +128,7 @@ def test_batches_that_do_not_fit_are_halved(monkeypatch, tmp_path):
 
 
 def test_large_pictures_and_long_prompts_are_asked_first_and_records_keep_their_order(monkeypatch, tmp_path):
-    model, processor = vlmfix.load("tiny")
+    model, processor = vlmfix.load("organism")
     data, asked = Data.load("photos"), []
 
     def noted(askers, questions, **settings):
@@ -151,4 +151,4 @@ def test_other_errors_are_not_hidden(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sharing, "ask_in_turns", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        runner.answer_all(*vlmfix.load("tiny"), (), benchmark("chair"), Data.load(limit=2), tmp_path)
+        runner.answer_all(*vlmfix.load("organism"), (), benchmark("chair"), Data.load(limit=2), tmp_path)

@@ -41,7 +41,7 @@ from vlmfix.model.geometry import Geometry
 
 ASSETS = Path(__file__).parents[2] / "assets"
 PHOTOS = sorted((ASSETS / "photos" / "images").glob("*.jpg"))
-SCENES = [ASSETS / "scenes" / "images" / f"test_00{n}.png" for n in (58, 77)]
+SCENES = [ASSETS / "organism" / "test" / "images" / f"test_00{n}.webp" for n in (58, 77)]
 SCENE = SCENES[0]
 QUESTION = "Is there a person in the image?"
 
@@ -557,16 +557,16 @@ def test_looks_read_what_eager_attention_shows(family, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return vlmfix.load("tiny")
+def organism():
+    return vlmfix.load("organism")
 
 
 def said(record):
     return record.text, record.token_ids, record.effects
 
 
-def test_photos_end_to_end(tiny):
-    model, processor = tiny
+def test_photos_end_to_end(organism):
+    model, processor = organism
     kept = []
     with CARVE()(model):
         for path in PHOTOS:
@@ -582,7 +582,7 @@ def test_photos_end_to_end(tiny):
             assert mask.shape == picture.size[::-1] and not mask[:, :x0].any() and not mask[:, x1:].any()
             assert abs(mask[y0:y1, x0:x1].mean() - did["area"]) < 1e-4 and did["area"] <= 0.4 + 1e-4
             assert did["area"] < did["share"] < 1 and did["first"] in ("Yes", "No")
-            assert np.array(did["heat"]).shape == (8, 8)
+            assert np.array(did["heat"]).shape == (10, 10)
             pixels = np.asarray(refined.convert("L"))
             kept.append((pixels > 16).mean())
             with pytest.raises(ValueError, match="record is of a picture of"):
@@ -590,23 +590,23 @@ def test_photos_end_to_end(tiny):
     assert 0.2 < np.mean(kept) < 0.9, "part black, part picture"
 
 
-def test_general_instruction_is_asked_once_per_picture(tiny):
-    model, processor = tiny
+def test_general_instruction_is_asked_once_per_picture(organism):
+    model, processor = organism
     other = "Is there a dog in the image?"
-    with CARVE()(model):
-        fresh = vlmfix.ask(model, processor, PHOTOS[0], other)
-    with CARVE()(model):
-        vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
-        again = vlmfix.ask(model, processor, PHOTOS[0], other)
+    with CARVE(look_tokens=100)(model):
+        fresh = vlmfix.ask(model, processor, SCENE, other)
+    with CARVE(look_tokens=100)(model):
+        vlmfix.ask(model, processor, SCENE, QUESTION)
+        again = vlmfix.ask(model, processor, SCENE, other)
         kept = attached(model).kept[0]
         assert said(fresh) == said(again) and fresh.passes > again.passes and len(kept) == 1
         assert next(iter(kept.values()))[1] is True, "the look ended by itself"
         one, two = (said(vlmfix.ask(model, processor, path, QUESTION)) for path in SCENES)
         for n in range(70):
             kept[n] = None
-        vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
+        vlmfix.ask(model, processor, SCENE, QUESTION)
         assert len(kept) == 64 and list(kept)[:2] == [7, 8], "what was used last stays"
-    with CARVE()(model):
+    with CARVE(look_tokens=100)(model):
         assert two == said(vlmfix.ask(model, processor, SCENES[1], QUESTION)) != one, "each has its own"
     assert attached(model) is None
 
@@ -620,35 +620,35 @@ def test_general_instruction_is_asked_once_per_picture(tiny):
     ],
     ids=["paper", "official", "start"],
 )
-def test_what_the_looks_ask(tiny, monkeypatch, method, suffix, budget):
-    model, processor = tiny
+def test_what_the_looks_ask(organism, monkeypatch, method, suffix, budget):
+    model, processor = organism
     asked, look = [], Look.__call__
     monkeypatch.setattr(Look, "__call__", lambda self, *a: asked.append(a) or look(self, *a))
     with method(model):
         vlmfix.ask(model, processor, SCENE, QUESTION)
     prompts = [(prompt, n) for _, prompt, n in asked]
     assert prompts == [(QUESTION + suffix, budget), (method.general + suffix, budget)]
-    assert all(len(images) == 1 and images[0].size == (96, 96) for images, *_ in asked)
+    assert all(len(images) == 1 and images[0].size == (120, 120) for images, *_ in asked)
 
 
 @pytest.mark.parametrize("rule", ["max", "official"])
-def test_settings_reach_the_maths(tiny, monkeypatch, rule):
-    model, processor = tiny
+def test_settings_reach_the_maths(organism, monkeypatch, rule):
+    model, processor = organism
     seen, fuse, select = [], regions.fuse, regions.select
     monkeypatch.setattr(regions, "fuse", lambda *a: seen.append(a) or fuse(*a))
     monkeypatch.setattr(regions, "select", lambda *a: seen.append(a) or select(*a))
-    with CARVE(steps="end", lam=0.02, layers=(1, 3), p=0.3, K=4, regions=rule, score="size")(model):
+    with CARVE(steps="end", look_tokens=100, lam=0.02, layers=(1, 3), p=0.3, K=4, regions=rule, score="size")(model):
         (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).effects
     (q, g, *how), (_, _, *which) = seen
     assert how == [0.02, "end", (True, True), (1, 3)] and which == [0.3, 4, rule, "size"]
     assert (len(q), len(g)) == (did["T_Q"], did["T_G"]) and len(q) > 1 < len(g), "both looks end with an end token"
-    want = (q[-2] / (g[-2] + np.float32(0.02))).sum(0).reshape(8, 8)
+    want = (q[-2] / (g[-2] + np.float32(0.02))).sum(0).reshape(10, 10)
     np.testing.assert_allclose(did["heat"], want, rtol=1e-3)
 
 
 @pytest.mark.parametrize("geometry", ["exact", "official"])
-def test_thin_boxes_of_pictures(tiny, geometry, monkeypatch):
-    model, processor = tiny
+def test_thin_boxes_of_pictures(organism, geometry, monkeypatch):
+    model, processor = organism
     exact, enlarged = [], regions.enlarged
     monkeypatch.setattr(regions, "enlarged", lambda *a: exact.append(a[2]) or enlarged(*a))
     with CARVE(p=1e-5, K=1, geometry=geometry)(model):
@@ -659,8 +659,8 @@ def test_thin_boxes_of_pictures(tiny, geometry, monkeypatch):
     assert exact == [geometry == "exact"] == [wide] and unpack(did["mask"]).sum() < 20
 
 
-def test_the_looks_leave_no_trace_and_others_act_in_the_answer_alone(tiny):
-    model, processor = tiny
+def test_the_looks_leave_no_trace_and_others_act_in_the_answer_alone(organism):
+    model, processor = organism
     with CARVE(final="refined")(model):
         carved = vlmfix.ask(model, processor, SCENE, QUESTION)
     refined = redraw(carved.effects[0], SCENE)
@@ -671,8 +671,8 @@ def test_the_looks_leave_no_trace_and_others_act_in_the_answer_alone(tiny):
     assert got.token_ids == want.token_ids and got.effects[0] == carved.effects[0]
 
 
-def test_looks_are_greedy_whatever_the_models_settings(tiny):
-    model, processor = tiny
+def test_looks_are_greedy_whatever_the_models_settings(organism):
+    model, processor = organism
     before = model.generation_config.num_beams
     with CARVE()(model):
         want = vlmfix.ask(model, processor, SCENE, QUESTION).effects
@@ -684,8 +684,8 @@ def test_looks_are_greedy_whatever_the_models_settings(tiny):
         model.generation_config.num_beams = before
 
 
-def test_random_place_keeps_size_and_shape(tiny):
-    model, processor = tiny
+def test_random_place_keeps_size_and_shape(organism):
+    model, processor = organism
     (control,) = CARVE().controls()
     facts = []
     for one in (CARVE(), control):
@@ -712,28 +712,28 @@ def test_random_place_keeps_size_and_shape(tiny):
     assert places == {(x, y, x + 2, y + 1) for x in range(1, 5) for y in range(1, 5)}
 
 
-def test_vicrop(tiny):
-    model, processor = tiny
+def test_vicrop(organism):
+    model, processor = organism
     method = CARVE(variant="vicrop")
     assert (method.lam, method.steps, method.region, method.geometry) == (0.0, "start", "box", "official")
     with method(model):
         records = [vlmfix.ask(model, processor, path, QUESTION) for path in PHOTOS]
         settings = records[0].method[0]
-    assert settings["layers"] == [3] and settings["side"] == 96, "14 of 32 layers; the side of the model's input"
+    assert settings["layers"] == [4] and settings["side"] == 120, "14 of 32 layers; the side of the model's input"
     for path, record in zip(PHOTOS, records, strict=True):
         (did,) = record.effects
         x0, y0, x1, y1 = did["box"]
         whole = Image.open(path).convert("RGB")
         assert record.passes == 2 + len(record.token_ids) and did["mask"] is None and did["T_Q"] == did["T_G"] == 1
-        assert x1 - x0 == y1 - y0 in {round(96 * r) for r in regions.RATIOS}
+        assert x1 - x0 == y1 - y0 in {round(120 * r) for r in regions.RATIOS}
         assert np.array_equal(np.asarray(redraw(did, path)), np.asarray(whole.crop((x0, y0, x1, y1))))
     with method(model):
         (did,) = vlmfix.ask(model, processor, SCENE, QUESTION).effects
-    assert not did["acted"] and redraw(did, SCENE).size == (96, 96), "no window is smaller than the picture"
+    assert not did["acted"] and redraw(did, SCENE).size == (120, 120), "no window is smaller than the picture"
 
 
-def test_official_variant(tiny):
-    model, processor = tiny
+def test_official_variant(organism):
+    model, processor = organism
     method = CARVE(variant="official")
     assert (method.p, method.K, method.regions, method.geometry, method.final) == (
         0.2,
@@ -742,7 +742,7 @@ def test_official_variant(tiny):
         "official",
         "both",
     )
-    with pytest.warns(UserWarning, match=r"layers \[20, 21, 22, 23, 24, 25\], and this model has 6"):
+    with pytest.warns(UserWarning, match=r"layers \[20, 21, 22, 23, 24, 25\], and this model has 8"):
         vlmfix.wrap(model, method)
     assert vlmfix.ask(model, processor, SCENE, QUESTION).effects == [{"acted": False}]
     with replace(method, layers=(4, 5, 9))(model):
@@ -759,8 +759,8 @@ def test_official_variant(tiny):
     assert "question" not in again.effects[0] and again.token_ids == record.token_ids
 
 
-def test_nothing_to_cut_asks_with_the_picture_alone(tiny):
-    model, processor = tiny
+def test_nothing_to_cut_asks_with_the_picture_alone(organism):
+    model, processor = organism
     plain = vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
     with CARVE(p=1.0)(model):
         record = vlmfix.ask(model, processor, PHOTOS[0], QUESTION)
@@ -771,8 +771,8 @@ def test_nothing_to_cut_asks_with_the_picture_alone(tiny):
     assert record.token_ids == plain.token_ids and not record.effects[0]["acted"], "equal looks, lam 0: S is constant"
 
 
-def test_what_is_refused(tiny):
-    model, processor = tiny
+def test_what_is_refused(organism):
+    model, processor = organism
     vlmfix.wrap(model, "carve")
     for prompt in (
         "Please describe this image in detail.", "Describe the image.", "Can you describe this picture?",
@@ -799,8 +799,8 @@ def test_what_is_refused(tiny):
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             CARVE(**bad)
-    with pytest.raises(ValueError, match=r"layers: expected numbers in 0..5, got \[6\]"):
-        vlmfix.wrap(model, CARVE(layers=(5, 6)))
+    with pytest.raises(ValueError, match=r"layers: expected numbers in 0..7, got \[8\]"):
+        vlmfix.wrap(model, CARVE(layers=(7, 8)))
 
 
 def test_default_layers():

@@ -21,22 +21,22 @@ from vlmfix.hooks.lookback import PRESETS, Detector
 from vlmfix.method.site import Site
 from vlmfix.model.geometry import Geometry
 
-SCENES = Path(__file__).parents[2] / "assets" / "scenes" / "images"
-PICTURES = [str(SCENES / f"test_{n:04d}.png") for n in (1, 58, 77)]
+SCENES = Path(__file__).parents[2] / "assets" / "organism" / "test" / "images"
+PICTURES = [str(SCENES / f"test_{n:04d}.webp") for n in (1, 58, 77)]
 DESCRIBE = "Please describe this image in detail."
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return vlmfix.load("tiny")
+def organism():
+    return vlmfix.load("organism")
 
 
 @pytest.fixture(scope="module")
-def detector(tiny, tmp_path_factory):
+def detector(organism, tmp_path_factory):
     """A detector with arbitrary weights."""
     path, g = tmp_path_factory.mktemp("detector") / "lookback.json", torch.Generator().manual_seed(0)
-    w = tuple(torch.randn(48, generator=g).tolist())
-    Detector("tiny", "lookback", "mean", False, 6, 8, w, 0.1, 0.4, 3, ("a",), {}).write(path)
+    w = tuple(torch.randn(64, generator=g).tolist())
+    Detector("organism", "lookback", "mean", False, 8, 8, w, 0.1, 0.4, 3, ("a",), {}).write(path)
     return str(path)
 
 
@@ -177,9 +177,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.2, "seed": 3}])
-def test_scores_of_an_answer(tiny, sampling):
+def test_scores_of_an_answer(organism, sampling):
     """Per token and word, the same in a batch, alone, and without a cache."""
-    model, processor = tiny
+    model, processor = organism
     questions = [(PICTURES[0], DESCRIBE), (PICTURES[1], "Is there a person in the image?"), (PICTURES[2], DESCRIBE)]
     plain = vlmfix.ask_batch(model, processor, questions, max_new_tokens=20, **sampling)
     with Lookback()(model):
@@ -202,8 +202,8 @@ def test_scores_of_an_answer(tiny, sampling):
         same(single.effects[0]["per_token"], batch[1].effects[0]["per_token"])
 
 
-def test_place_in_the_list_and_going_on_from_accepted_text(tiny):
-    model, processor = tiny
+def test_place_in_the_list_and_going_on_from_accepted_text(organism):
+    model, processor = organism
     scores = {}
     for name, methods in {"alone": [Lookback()], "first": [Lookback(), VHR()], "last": [VHR(), Lookback()]}.items():
         with wrapped(model, methods):
@@ -229,10 +229,9 @@ def test_place_in_the_list_and_going_on_from_accepted_text(tiny):
     assert scores["first"] == scores["last"] and scores["first"] != scores["alone"]
 
 
-def test_sinks_are_no_image(tiny):
-    model = vlmfix.load("tiny-sinks")[0]
-    processor = tiny[1]
-    with Lookback(exclude_sinks=True, dims=(67, 80), tau=4.0)(model):
+def test_sinks_are_no_image(organism):
+    model, processor = organism
+    with Lookback(exclude_sinks=True)(model):
         got = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=4)
         memo = attached(model).last().memos[0]
         sinks = {layer: int(s.sum()) for layer, s in memo["sinks"].items()}
@@ -240,9 +239,10 @@ def test_sinks_are_no_image(tiny):
         plain = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=4)
     assert got.token_ids == plain.token_ids and max(sinks.values()) > 3
     assert all(a < b for a, b in zip(got.effects[0]["per_token"], plain.effects[0]["per_token"], strict=True))
-    with Lookback(exclude_sinks=True)(tiny[0]):
-        facts = vlmfix.effects(tiny[0])[0]["facts"]
-        idle = vlmfix.ask(*tiny, PICTURES[1], DESCRIBE, max_new_tokens=4)
+    model, processor = vlmfix.load("organism-qwen")
+    vlmfix.wrap(model, Lookback(exclude_sinks=True), processor)
+    facts = vlmfix.effects(model)[0]["facts"]
+    idle = vlmfix.ask(model, processor, PICTURES[1], DESCRIBE, max_new_tokens=4)
     assert "no sink" in facts["sinks"] or "loudest" in facts["sinks"]
     assert idle.effects[0]["acted"]
 
@@ -270,8 +270,8 @@ def test_bad_settings(settings, sentence):
         Lookback(**settings)
 
 
-def test_detector_scores_and_belongs_to_its_model(tiny, detector, tmp_path):
-    model, processor = tiny
+def test_detector_scores_and_belongs_to_its_model(organism, detector, tmp_path):
+    model, processor = organism
     own = Detector.read(detector)
     with Lookback()(model):
         vlmfix.ask(model, processor, PICTURES[0], DESCRIBE, max_new_tokens=6)
@@ -281,10 +281,10 @@ def test_detector_scores_and_belongs_to_its_model(tiny, detector, tmp_path):
     by_layer_then_head = r.flatten(1) @ torch.tensor(own.w) + own.b
     same(got["per_token"], by_layer_then_head.sigmoid().tolist())
     for change, sentence in (
-        ({"model": "other"}, "was fitted on model other; here: model tiny"),
+        ({"model": "other"}, "was fitted on model other; here: model organism"),
         ({"heads": 3}, "was fitted on heads 3; here: heads 8"),
         ({"preset": "focus", "agg": "sum"}, "was fitted on preset focus, agg sum; here"),
-        ({"w": (1.0,)}, "has 1 weights, expected 48"),
+        ({"w": (1.0,)}, "has 1 weights, expected 64"),
     ):
         replace(own, **change).write(tmp_path / "other.json")
         with pytest.raises(ValueError, match=sentence):
@@ -304,17 +304,17 @@ def synthetic(rng, n, shift, shuffle=False):
     return calibration.Words(rng.integers(0, 60, n), grounded, v, v.mean(1), rng.integers(0, 40, n))
 
 
-def test_auroc_of_what_can_and_cannot_be_told_apart(monkeypatch, tiny):
+def test_auroc_of_what_can_and_cannot_be_told_apart(monkeypatch, organism):
     """The whole calibration on words made up: separable, and with shuffled labels."""
     from vlmfix.eval.pictures.data import Data
 
-    scenes, others = Data.load("scenes", 60), Data.load("calibration", 60)
+    scenes, others = Data.load("organism", 60), Data.load("calibration", 60)
     for shift, shuffle, low, high in ((0.5, False, 0.999, 1.0), (0.5, True, 0.4, 0.6)):
         rng = np.random.default_rng(0)
         monkeypatch.setattr(
             calibration, "read_words", lambda *_, made=(rng, 800, shift, shuffle), **__: synthetic(*made)
         )
-        found = calibration.calibrate_lookback(*tiny, Lookback(), others, scenes)
+        found = calibration.calibrate_lookback(*organism, Lookback(), others, scenes)
         assert low <= found.auroc["detector"]["value"] <= high
         assert 0.4 < found.auroc["position"]["value"] < 0.6
         assert found.n_images == len(found.ids) == 60 and found.auroc["words"] == 800
@@ -330,13 +330,13 @@ def test_auroc_of_what_can_and_cannot_be_told_apart(monkeypatch, tiny):
     assert calibration.auroc(score, grounded, weights) == pytest.approx(want)
 
 
-def test_calibration_splits_by_picture(tiny, tmp_path):
+def test_calibration_splits_by_picture(organism, tmp_path):
     """One set of pictures for both: words of one picture never stand on both sides."""
     from vlmfix.eval.pictures.data import Data
 
     data = Data.load("calibration", 18)
-    read, seen = calibration.read_words(Subject(*tiny, data), Lookback(), max_new_tokens=30), []
-    assert read.v.shape[1] == 48 and not read.grounded.all() and read.grounded.mean() > 0.5
+    read, seen = calibration.read_words(Subject(*organism, data), Lookback(), max_new_tokens=80), []
+    assert read.v.shape[1] == 64 and not read.grounded.all() and read.grounded.mean() > 0.5
     assert read.plain == pytest.approx(read.v.mean(1), abs=1e-5)
 
     def spy(*args, **kwargs):
@@ -345,7 +345,7 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "read_words", spy)
-        found = calibration.calibrate_lookback(*tiny, Lookback(), data, data)
+        found = calibration.calibrate_lookback(*organism, Lookback(), data, data)
     assert len(seen) == 1 and found.n_images == 12
     assert (
         found.auroc["words"]
@@ -353,13 +353,13 @@ def test_calibration_splits_by_picture(tiny, tmp_path):
         + np.isin(read.image, [key for i, key in enumerate(data.images) if i % 3 == 2]).sum()
     )
     with pytest.raises(ValueError, match="no tracker"):
-        calibration.calibrate_lookback(*tiny, Lookback(preset="tracker"), data, data)
-    assert json.loads(json.dumps(asdict(found)))["model"] == "tiny"
+        calibration.calibrate_lookback(*organism, Lookback(preset="tracker"), data, data)
+    assert json.loads(json.dumps(asdict(found)))["model"] == "organism"
 
 
 def test_command_line(tmp_path):
     path = tmp_path / "deep" / "lookback.json"
-    command = ["calibrate", "lookback", "--limit", "9", "--max-new-tokens", "30", "--output", str(path)]
+    command = ["calibrate", "lookback", "--limit", "9", "--max-new-tokens", "80", "--output", str(path)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "detector - position" in done.output and Detector.read(path).n_images == 9

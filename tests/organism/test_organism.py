@@ -382,6 +382,23 @@ def test_test_scenes_come_with_questions_that_the_harness_reads(tmp_path):
     assert (tmp_path / "calibration" / "instances.json").exists()
 
 
+def test_the_first_scenes_are_the_same_however_many_are_written(tmp_path):
+    evaluate.write_sets(tmp_path / "all", n=4)
+    evaluate.write_sets(tmp_path / "some", n=4, limit=2)
+    some = sorted(path for path in (tmp_path / "some").rglob("*") if path.suffix == ".webp")
+    assert [path.stem for path in some] == ["calibration_0001", "calibration_0002", "test_0001", "test_0002"]
+    for path in some:
+        assert path.read_bytes() == (tmp_path / "all" / path.relative_to(tmp_path / "some")).read_bytes()
+    for name in ("test", "calibration"):
+        all_annotations, annotations = (
+            json.loads((tmp_path / written / name / "instances.json").read_text())["annotations"]
+            for written in ("all", "some")
+        )
+        assert annotations == [one for one in all_annotations if one["image_id"] <= 2] != []
+        questions = (tmp_path / "some" / name / "attributes.jsonl").read_text()
+        assert questions and (tmp_path / "all" / name / "attributes.jsonl").read_text().startswith(questions)
+
+
 @pytest.mark.parametrize("which", ["model", "dynamic"])
 def test_the_evaluation_of_a_model_is_one_object(made, second, which, tmp_path, capsys):
     evaluate.write_sets(tmp_path, n=4)

@@ -3,7 +3,9 @@
 import json
 from importlib.resources import files
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import vlmfix
 from vlmfix.eval.benchmarks.benchmark import benchmark
@@ -74,21 +76,22 @@ def test_methods_change_what_they_say(organism):
         assert vlmfix.ask(*organism, picture, DESCRIBE[0]).token_ids != before.token_ids
 
 
-def test_the_shipped_scenes_are_those_of_the_generator():
+@pytest.mark.parametrize(
+    ("name", "split", "seed", "n"),
+    [("test", "val", evaluate.TEST_SEED, 500), ("calibration", "train", evaluate.CALIBRATION_SEED, 120)],
+)
+def test_the_shipped_scenes_are_those_of_the_generator(name, split, seed, n):
     """Pictures to rounding, annotations to the letter."""
-    import numpy as np
-    from PIL import Image
-
-    folder = files("vlmfix.assets") / "organism" / "test"
-    told = json.loads((folder / "instances.json").read_text("utf-8"))
-    sets = object_sets("val")
-    chosen = np.random.default_rng(evaluate.TEST_SEED).choice(len(sets), 500, replace=False)
-    assert len(told["images"]) == 500
-    for index in (1, 250, 500):
-        scene = Painter().scene(sets[chosen[index - 1]], evaluate.TEST_SEED, index)
-        shown = np.asarray(Image.open(str(folder / "images" / told["images"][index - 1]["file_name"])), np.int16)
+    folder = files("vlmfix.assets") / "organism" / name
+    annotations = json.loads((folder / "instances.json").read_text("utf-8"))
+    sets = object_sets(split)
+    chosen = np.random.default_rng(seed).choice(len(sets), 500, replace=False)
+    assert len(annotations["images"]) == n == len(list((folder / "images").iterdir()))
+    for index in (1, n // 2, n):
+        scene = Painter().scene(sets[chosen[index - 1]], seed, index)
+        shown = np.asarray(Image.open(str(folder / "images" / annotations["images"][index - 1]["file_name"])), np.int16)
         assert np.abs(shown - scene.pixels).max() <= 3
-        boxes = [a["bbox"] for a in told["annotations"] if a["image_id"] == index]
+        boxes = [a["bbox"] for a in annotations["annotations"] if a["image_id"] == index]
         assert boxes == [list(placed.box) for placed in scene.objects]
 
 

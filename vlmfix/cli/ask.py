@@ -28,7 +28,7 @@ from vlmfix.cli.console import (
 def ask(
     image: Annotated[str, typer.Argument(help="Picture.")],
     prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     method: Annotated[list[str] | None, typer.Option(help=METHOD_HELP + " Give it once per answer.")] = None,
     speed: Speed = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,

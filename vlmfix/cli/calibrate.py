@@ -46,14 +46,14 @@ def calibrate_lookback(
     output: Annotated[Path, typer.Option(help="The detector: a JSON file for lookback:detector=FILE.")] = Path(
         "lookback.json"
     ),
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     method: Annotated[str, typer.Option(help="The monitor with its settings, such as lookback:preset=focus.")] = (
         "lookback"
     ),
     data: Annotated[str, typer.Option(help="Pictures to fit on, as --data of vlmfix eval.")] = "calibration",
     test: Annotated[
         str, typer.Option(help="Pictures for the figures; the same as --data: a third of it is held out.")
-    ] = "scenes",
+    ] = "organism",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures of each; for trying out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -105,7 +105,7 @@ def show_detector(auroc: dict[str, Any]) -> None:
 
 def calibrate_act(
     method: Annotated[str, typer.Option(help="ACT with its settings, such as act:beta=0.2,min_rows=8.")] = "act",
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     data: Annotated[str, typer.Option(help="Annotated pictures, as --data of vlmfix eval.")] = "calibration",
     output: Annotated[Path, typer.Option("--output", "-o", help="The head list, for act:head_list=FILE.")] = Path(
         "act.json"
@@ -149,7 +149,7 @@ def calibrate_zerotuning(
     by: Annotated[
         str, typer.Option(help="accuracy (labelled answers) or entropy (no labels: how sure the model is).")
     ] = "accuracy",
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     data: Annotated[str, typer.Option(help="Annotated pictures, as --data of vlmfix eval.")] = "calibration",
     output: Annotated[Path, typer.Option("--output", "-o", help="The head list, for zerotuning:head_list=FILE.")] = (
         Path("zerotuning.json")

@@ -22,9 +22,7 @@ SPEED_HELP = "Accelerator to put beside each method: pyramiddrop. The untouched 
 Speed = Annotated[str | None, typer.Option(help=SPEED_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first pictures; for trying out.")]
-ModelName = Annotated[
-    str, typer.Option("--model", help="tiny, tiny-sinks, organism, organism-qwen (embedded), a Hub id, or a folder.")
-]
+ModelName = Annotated[str, typer.Option("--model", help="organism or organism-qwen (embedded), a Hub id, or a folder.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's own.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Passed to from_pretrained, for instance auto.")]
 VARIANT_HELP = "chair: rohrbach (default), opera, opera_approx, inflect, strict."

@@ -11,7 +11,7 @@ from vlmfix.cli.console import DeviceMap, Dtype, ModelName, Quantize, load_model
 
 
 def demo(
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     port: Annotated[int | None, typer.Option(help="Default: the first free one from 7860.")] = None,
     server_name: Annotated[
         str, typer.Option(help="Address to serve on; 0.0.0.0 lets your whole network in.")

@@ -32,7 +32,7 @@ from vlmfix.cli.results import CsvFile, Files, LatexFile, MarkdownFile, show
 
 
 def evaluate(
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     benchmark: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +49,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="scenes (default), calibration, photos or organism, embedded; coco, aokvqa, gqa, coco_first_release, "
+            help="organism (default), calibration or photos, embedded; coco, aokvqa, gqa, coco_first_release, "
             "with --images; hf:NAME, from the Hub; or a folder: images/ with instances.json and captions.json, or a "
             "benchmark's original files."
         ),

@@ -38,10 +38,10 @@ def heads(
         str,
         typer.Option(help=f"{', '.join(TOOLS)}; with settings as in ablate:see=margin."),
     ] = "vhd",
-    model: ModelName = "tiny",
+    model: ModelName = "organism",
     data: Annotated[
         str,
-        typer.Option(help="calibration, scenes or photos (embedded), or a folder; never what results are judged by."),
+        typer.Option(help="calibration, organism or photos (embedded), or a folder; never what results are judged by."),
     ] = "calibration",
     output: Annotated[Path, typer.Option("--output", "-o", help="The head list.")] = Path("heads.json"),
     plot: Annotated[Path | None, typer.Option(help="Draw layers x heads into this file (png, pdf, svg).")] = None,

@@ -10,19 +10,14 @@ import torch
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available, logging
 
-EMBEDDED = {
-    "tiny": "tiny-llava",
-    "tiny-sinks": "tiny-llava-sinks",
-    "organism": "organism/model",
-    "organism-qwen": "organism/qwen",
-}
+EMBEDDED = {"organism": "organism/model", "organism-qwen": "organism/qwen"}
 
 
 def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, Any]:
     """A vision-language model, ready to answer, and its processor.
 
-    `name` is `"tiny"` (the embedded model), `"tiny-sinks"` (its sibling with visual sinks), `"organism"` or
-    `"organism-qwen"` (what `vlmfix.organism` makes), a Hub id or a local folder.
+    `name` is `"organism"` (the embedded model, of the LLaVA class) or `"organism-qwen"` (its sibling of the Qwen2.5-VL
+    class), a Hub id or a local folder.
     `dtype` defaults to float32 for embedded models and to the checkpoint's own otherwise; `device_map`,
     `quantization_config`, `attn_implementation`, `revision` and all else go to `from_pretrained`.
 

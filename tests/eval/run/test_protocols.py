@@ -31,8 +31,8 @@ HUMAN = SYSTEM.replace("curious user", "curious human").replace("the user's", "t
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return vlmfix.load("tiny")
+def organism():
+    return vlmfix.load("organism")
 
 
 def run(*args):
@@ -61,11 +61,11 @@ def test_every_protocol_can_be_asked_and_scored(name):
         ("bare", "USER: <image>\nWhat? ASSISTANT:"),
     ],
 )
-def test_templates_to_the_letter(tiny, template, text):
+def test_templates_to_the_letter(organism, template, text):
     from vlmfix.asking.batch import chat
     from vlmfix.eval.run.runner import _templated
 
-    _, processor = tiny
+    _, processor = organism
     own = processor.chat_template
     with _templated(processor, template):
         assert chat(processor, "What?", 1) == text
@@ -129,7 +129,7 @@ def header(protocol, **changed):
         ({"asking": {"prompt": "What?"}}, ("prompt: What? instead of Please describe this image in detail.",)),
         ({"template": "model"}, ("template: model instead of llava_v1",)),
         ({"seed": 7}, ("seed: 7 instead of 0",)),
-        ({"data": "scenes"}, ("images: scenes opera500 instead of coco opera500",)),
+        ({"data": "organism"}, ("images: organism opera500 instead of coco opera500",)),
         ({"limit": 3}, ("images: coco opera500, the first 3 pictures instead of coco opera500",)),
     ],
 )  # fmt: skip
@@ -151,7 +151,7 @@ def test_a_run_by_protocol(tmp_path):
         "--protocol",
         "pai-512",
         "--data",
-        "scenes",
+        "organism",
         "--limit",
         3,
         "--method",
@@ -159,11 +159,11 @@ def test_a_run_by_protocol(tmp_path):
         "--output",
         tmp_path,
     ]
-    done = run(*args, "--template", "model", "--variant", "opera_approx")
+    done = run(*args, "--template", "model", "--variant", "opera_approx", "--max-new-tokens", 100)
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
     assert "by pai-512+images+template+budget+scorer" in said and "(testing only: --limit 3)" in said
-    assert "images: scenes, the first 3 pictures instead of coco paint500" in said and "paper:PAINT" in said
+    assert "images: organism, the first 3 pictures instead of coco paint500" in said and "paper:PAINT" in said
     assert "one draw of the same recipe, stand in" in said
     folder = next(tmp_path.rglob("run.json")).parent
     record = json.loads((folder / "records.jsonl").read_text().splitlines()[0])
@@ -177,7 +177,7 @@ def test_a_run_by_protocol(tmp_path):
 
 
 def test_each_way_of_scoring_gives_a_table(tmp_path):
-    args = ["eval", "--protocol", "vlmfix-pope", "--data", "scenes", "--limit", 12, "--method", "none", "--json"]
+    args = ["eval", "--protocol", "vlmfix-pope", "--data", "organism", "--limit", 12, "--method", "none", "--json"]
     done = run(*args, "--output", tmp_path)
     assert done.exit_code == 0, done.output
     assert [c["scoring"] for c in json.loads(done.stdout)] == ["strict", "margin"]
@@ -188,7 +188,7 @@ def test_each_way_of_scoring_gives_a_table(tmp_path):
     [
         (["--protocol", "pai-521"], "unknown protocol 'pai-521'; did you mean 'pai-512'?"),
         (["--protocol", "pai-512"], "name their folder with --images (the photos of COCO val2014 are at https://"),
-        (["--protocol", "pai-512", "--benchmark", "pope", "--data", "scenes"], "is of chair; leave out --benchmark"),
+        (["--protocol", "pai-512", "--benchmark", "pope", "--data", "organism"], "is of chair; leave out --benchmark"),
         (["--data", "coco", "--images", "."], "no such image file: "),
         (["--decoding", "beam"], "expected greedy, beam5, sample, sample:top_p=0.9 or checkpoint, got 'beam'"),
         (["--template", "vicuna"], "unknown template 'vicuna'; did you mean 'vicuna_v1'?"),
@@ -241,35 +241,35 @@ def test_any_decoding_is_known_or_refused(text):
         assert "decoding" in str(error)
 
 
-def test_sampled_answers_depend_on_question_and_seed_alone(tiny, tmp_path):
+def test_sampled_answers_depend_on_question_and_seed_alone(organism, tmp_path):
     data, bench = Data.load(limit=4), benchmark("chair")
 
     def said(out, **how):
-        done = answer_all(*tiny, (), bench, data, tmp_path / out, decoding="sample", **how)
+        done = answer_all(*organism, (), bench, data, tmp_path / out, decoding="sample", **how)
         return {r["id"]: r["text"] for r in done.records}
 
     once = said("a", batch_size=3)
     assert said("b", batch_size=1) == once and said("c", seed=1) != once
-    greedy = answer_all(*tiny, (), bench, data, tmp_path / "d").records
+    greedy = answer_all(*organism, (), bench, data, tmp_path / "d").records
     assert {r["id"]: r["text"] for r in greedy} != once and greedy[0]["generation"]["do_sample"] is False
     path = next((tmp_path / "b").rglob("records.jsonl"))
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert said("b") == once, "resumed in the middle"
 
 
-def test_beams_and_the_checkpoints_own_settings(tiny, tmp_path):
+def test_beams_and_the_checkpoints_own_settings(organism, tmp_path):
     data, bench = Data.load(limit=2), benchmark("chair")
-    beams = answer_all(*tiny, (), bench, data, tmp_path, decoding="beam3")
+    beams = answer_all(*organism, (), bench, data, tmp_path, decoding="beam3")
     assert beams.records[0]["generation"]["num_beams"] == 3
-    own = answer_all(*tiny, (), bench, data, tmp_path, decoding="checkpoint")
+    own = answer_all(*organism, (), bench, data, tmp_path, decoding="checkpoint")
     assert own.records[0]["generation"]["do_sample"] in (False, True) and own.folder != beams.folder
 
 
-def test_a_template_changes_what_is_asked(tiny, tmp_path):
+def test_a_template_changes_what_is_asked(organism, tmp_path):
     data, bench = Data.load(limit=3), benchmark("chair")
-    plain, other = (answer_all(*tiny, (), bench, data, tmp_path, template=t) for t in (MODEL, "pai"))
+    plain, other = (answer_all(*organism, (), bench, data, tmp_path, template=t) for t in (MODEL, "pai"))
     assert plain.folder != other.folder and [r["text"] for r in plain.records] != [r["text"] for r in other.records]
     image = Image.new("RGB", (96, 96))
     with pytest.raises(ValueError, match="unknown template"):
-        answer_all(*tiny, (), bench, data, tmp_path, template="nope")
-    assert vlmfix.ask(*tiny, image, "What?").text
+        answer_all(*organism, (), bench, data, tmp_path, template="nope")
+    assert vlmfix.ask(*organism, image, "What?").text
