@@ -27,7 +27,8 @@ from vlmfix.eval.run.results import compare
 from vlmfix.eval.run.runner import answer_all
 from vlmfix.eval.scorers import chair
 from vlmfix.organism import captions
-from vlmfix.organism.scenes import CLASSES, Painter, conditional, frequency, object_sets, write
+from vlmfix.organism.scenes import CLASSES, Painter, conditional, frequency, object_sets
+from vlmfix.organism.sets import write
 
 TEST_SEED, CALIBRATION_SEED = 101, 102
 """Of the scenes that are reported on, from object sets of COCO's val split, and of those to choose settings on."""

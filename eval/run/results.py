@@ -381,8 +381,8 @@ def _notes(run: Run, bench: Benchmark, n_items: int) -> list[str]:
         n_acted = sum(bool(effect["acted"]) for effect in effects)
         if idle:
             notes.append(f"{run.label}: {method['name']} did not act on this model, {idle}")
-        elif n_acted < len(run.records):
-            notes.append(f"{run.label}: {method['name']} acted on {n_acted} of {len(run.records)} answers")
+        elif n_acted < len(effects):
+            notes.append(f"{run.label}: {method['name']} acted on {n_acted} of {len(effects)} answers")
     return notes
 
 

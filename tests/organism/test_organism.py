@@ -26,8 +26,8 @@ from vlmfix.organism.scenes import (
     conditional,
     frequency,
     object_sets,
-    write,
 )
+from vlmfix.organism.sets import write
 
 MICRO = Recipe(
     tower=Tower(patch=24, width=32, layers=1, heads=2, inner=48, kept=16, scenes=320, batch=8),
