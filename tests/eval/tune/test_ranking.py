@@ -363,7 +363,7 @@ def test_vhd_finds_a_loud_head(organism):
     for head in loud:
         assert found.score(head) == pytest.approx(1e4 * plain.score(head), rel=1e-3)
     relative = rank(VHD(relative=True), model, processor, DATA)
-    assert set(relative.ranking()[:2]) == loud
+    assert relative.score((4, 2)) + relative.score((4, 3)) > 7.9, "all of what the layer's eight heads have"
     np.testing.assert_allclose(np.mean(relative.scores, axis=1), 1, rtol=1e-6)
     assert set(rank(VHD(distance="l2"), model, processor, DATA).ranking()[:2]) == loud
 
