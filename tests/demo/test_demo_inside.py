@@ -97,7 +97,7 @@ def test_the_untouched_model_reads_the_same_words(looked):
     np.testing.assert_allclose(found.untouched.image, found.before.image, atol=1e-3)
     found = looked("vhr")
     assert found.untouched.image.shape == found.before.image.shape
-    assert abs(found.untouched.image - found.before.image).max() > 0.05
+    assert abs(found.untouched.image - found.before.image).max() > 0.09
 
 
 def test_before_and_after_an_edit_of_scores_and_of_weights(looked):
@@ -105,7 +105,7 @@ def test_before_and_after_an_edit_of_scores_and_of_weights(looked):
     assert (pai.after.shares(range(8)) - pai.before.shares(range(8))).min() > 0  # it raises image tokens only
     assert (pai.after.by_head([0]) - pai.before.by_head([0])).max() > 0.2
     act = looked("act")
-    assert abs(act.after.image - act.before.image).max() > 0.05
+    assert abs(act.after.image - act.before.image).max() > 0.09
     vhr = looked("vhr")
     assert vhr.after is vhr.before  # it edits heads, not attention
 
