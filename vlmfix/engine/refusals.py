@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from vlmfix.engine.decoding import Decoding
 from vlmfix.engine.running import Placed
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.stages import EVERY_TOKEN_STAGES, READINGS, TABLE
@@ -45,13 +46,26 @@ def check_company(active: Sequence[Placed]) -> None:
         one.composes([other for j, other in active if j != i])
 
 
-def check_decoding(in_force: Sequence[Placed], n_beams: int, assisted: bool) -> None:
+def check_decoding(in_force: Sequence[Placed], decoding: Decoding) -> None:
     """Raise a `ValueError` if an intervention cannot follow an answer in the way that it is decoded."""
+    if not in_force:
+        return
+    config, names = decoding.config, " and ".join(one.name or type(one).__name__ for _, one in in_force)
+    if config.cache_implementation == "paged":
+        raise ValueError(
+            f"{names} cannot act in continuous batching, which packs prompts into one row; leave out "
+            f"cache_implementation='paged'"
+        )
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        raise ValueError(
+            f"{names} cannot act beside guidance_scale={config.guidance_scale:g}, for which a second "
+            f"prompt goes through the same model; leave it out, or use a method that guides (vcd, contrast)"
+        )
     for _, one in in_force:
         sequential = one.traits.sequential
-        if sequential and n_beams > 1:
+        if sequential and decoding.n_beams > 1:
             raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
-        if assisted and (sequential or any(map(one.acts_at, EVERY_TOKEN_STAGES))):
+        if decoding.assisted and (sequential or any(map(one.acts_at, EVERY_TOKEN_STAGES))):
             raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
 
 

@@ -132,7 +132,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         model_type=config.model_type,
         text_type=text.model_type,
-        generator=_generator(model),
+        generator=generator_of(model),
         decoder=decoder,
         layers=layers,
         hidden_size=next(_fields(text, ("hidden_size", "embed_dim", "d_model"))),
@@ -145,7 +145,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
-def _generator(model: nn.Module) -> nn.Module:
+def generator_of(model: nn.Module) -> nn.Module:
+    """The module whose `generate` decodes the answer: the model, or the language model inside that it calls."""
     if hasattr(model, "get_base_model"):  # PEFT's adapters stand around it
         model = model.get_base_model()  # type: ignore[operator]
     names = inspect.unwrap(type(model).generate).__code__.co_names  # type: ignore[attr-defined]
