@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
 
-from vlmfix.model.anatomy import generator_of
+from vlmfix.model.anatomy import core_of, generator_of
 
 GREEDY = {"temperature": None, "top_p": None, "top_k": None}
 """Settings that a model's own configuration may hold and greedy decoding has no use for."""
@@ -81,7 +81,7 @@ def resolve(
 
 def decoding_of(model: Any, settings: Mapping[str, Any]) -> Decoding:
     """What a model, wrapped or not, will do with these settings of `generate`."""
-    return resolve(generator_of(model), own_generate(model), kwargs=settings)
+    return resolve(generator_of(model), core_of(model).generate, kwargs=settings)
 
 
 def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,12 +92,6 @@ def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(name, {}))
     return arguments
-
-
-def own_generate(model: Any) -> Callable[..., Any]:
-    """The `generate` whose parameters count: that of the model inside, where PEFT's adapters stand around it."""
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inside.generate
 
 
 def as_keywords(settings: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList
 
-from vlmfix.engine.decoding import Decoding, own_generate, resolve
+from vlmfix.engine.decoding import Decoding, resolve
 from vlmfix.engine.hooks import LogitsStage
 from vlmfix.engine.passes import image_tokens
 from vlmfix.engine.refusals import check_decoding
@@ -76,9 +76,7 @@ class Generate:
 
     def decoding(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Decoding:
         """What the model's own `generate` will do with these arguments."""
-        inside = own_generate(self.model)
-        generate = self.original if inside == self.generate else inside
-        return resolve(self.parts.generator, generate, args, kwargs)
+        return resolve(self.parts.generator, self.original, args, kwargs)
 
     def _with_logits_stage(self, others: Any, guides: list[Any]) -> LogitsProcessorList:
         """Logits processors with the `logits` stage after those of the caller, before those that only listen."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
 
 from vlmfix.engine.decoding import Decoding
 from vlmfix.engine.running import Placed
@@ -67,6 +70,29 @@ def check_decoding(in_force: Sequence[Placed], decoding: Decoding) -> None:
             raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
         if decoding.assisted and (sequential or any(map(one.acts_at, EVERY_TOKEN_STAGES))):
             raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
+
+
+PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "block_table")
+"""Arguments of passes in which several prompts stand in one row."""
+
+
+def check_pass(in_force: Sequence[Placed], parts: Anatomy, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a forward pass in which interventions could not edit what they should."""
+    names = " and ".join(one.name or type(one).__name__ for _, one in in_force)
+    if any(kwargs.get(name) is not None for name in PACKED):
+        raise ValueError(
+            f"{names} cannot act where several prompts are packed into one row (continuous batching, padding-free "
+            f"batches); use generate or padded batches, or unwrap the model"
+        )
+    if torch.is_grad_enabled() and any(_checkpoints(layer.module) for layer in parts.layers):
+        raise ValueError(
+            f"{names} cannot act under gradient checkpointing, which computes the layers once more when the pass is "
+            f"over; call model.gradient_checkpointing_disable() or model.eval(), or unwrap the model"
+        )
+
+
+def _checkpoints(layer: Any) -> bool:
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
 
 
 def check_pieces(in_force: Sequence[Placed]) -> None:
