@@ -4,17 +4,18 @@ along."""
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import Cache
 
 from vlmfix.engine import prefill
 from vlmfix.engine.attention import between_compiled_pieces
-from vlmfix.engine.passes import Pass, Seen, image_columns, image_tokens, valid_columns, which_pass
-from vlmfix.engine.refusals import check_pass, check_pieces
+from vlmfix.engine.passes import Pass, Seen, answer_begins, image_columns, image_tokens, valid_columns, which_pass
+from vlmfix.engine.refusals import check_pass, check_pieces, check_scoring
 from vlmfix.engine.running import Running
 from vlmfix.engine.state import Generation, Scope
 from vlmfix.engine.streams import JointCache, join
@@ -76,7 +77,7 @@ class ForwardDoor:
         thread = self.running.thread
         thread.current = None
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        image_mask = kwargs.pop("image_mask", None)
+        image_mask, prompt_end = kwargs.pop("image_mask", None), kwargs.pop("prompt_end", None)
         if thread.capture is not None or not self.running.force():
             return args, kwargs
         check_pass(self.running.in_force(), self.parts, kwargs)
@@ -84,10 +85,13 @@ class ForwardDoor:
         rows = embeds if embeds is not None else ids
         if rows is None:
             raise ValueError("the forward pass got neither input_ids nor inputs_embeds")
-        this_pass = self._this_pass(named.get("past_key_values"), rows)
+        if thread.scope is None:
+            self._warn_of_guides()
+            prompt_end = self._told_end(prompt_end, named)
+        this_pass = self._this_pass(named.get("past_key_values"), rows, prompt_end)
         self._learn_prompt(this_pass, named, rows, image_mask)
         if this_pass.begins:
-            self._begin(this_pass, self.module, named)
+            self._begin(this_pass, self.module, {**named, "labels": None})
         if thread.scope is not None:
             thread.scope.generation = this_pass.generation
             thread.scope.position = this_pass.start + this_pass.n_rows
@@ -106,19 +110,59 @@ class ForwardDoor:
             this_pass.cache.part(output)
         self.running.ended(this_pass.generation, _cache_of(output))
 
-    def _this_pass(self, cache: Any, rows: Tensor) -> Pass:
+    def _this_pass(self, cache: Any, rows: Tensor, prompt_end: int | None) -> Pass:
         scope = self.running.thread.scope
+        cached = None if cache is None else _cached(cache, scope)
+        # Outside of `generate` nobody holds more of a prompt than goes in.
+        columns = (cached or 0) + rows.shape[1] if scope is None else scope.columns
         seen = Seen(
             n_rows=rows.shape[1],
-            cached=None if cache is None else _cached(cache, scope),
-            prompt_end=None if scope is None else scope.prompt_end,
-            columns=None if scope is None else scope.columns,
+            cached=cached,
+            prompt_end=prompt_end if scope is None else scope.prompt_end,
+            columns=columns,
             under_way=None if scope is None else scope.generation,
             of_cache=None if cache is None else self.running.generation_of(cache),
         )
         this_pass = which_pass(seen, begun=lambda: self.running.begun(rows.shape[0], rows.device))
         this_pass.cache = cache
         return this_pass
+
+    def _told_end(self, prompt_end: int | None, named: dict[str, Any]) -> int | None:
+        """The number of columns that are prompt, as the caller of a forward pass says it, or else its labels: what has
+        a label is answer. `None` where nothing is said. Raises `ValueError` for an end that cannot be one, and for
+        methods that cannot act on an answer in one pass."""
+        labels = named.get("labels")
+        if prompt_end is None and labels is None:
+            return None
+        check_scoring(self.running.in_force())
+        cache = named.get("past_key_values")
+        start = 0 if cache is None else _cached(cache, None)
+        if prompt_end is None:
+            prompt_end = start + answer_begins(cast(Tensor, labels))
+        elif isinstance(prompt_end, bool) or not isinstance(prompt_end, int) or prompt_end < 1:
+            raise ValueError(
+                f"prompt_end: expected the number of columns that are prompt, 1 or more, got {prompt_end!r}"
+            )
+        ids = named.get("input_ids")
+        answer = None if ids is None else ids[:, max(prompt_end - start, 0) :]
+        image = image_tokens(self.parts, {}, answer)
+        if image is not None and bool(image.any()):
+            raise ValueError(
+                "the labels or prompt_end say that the answer begins before the picture ends, so no method could be in "
+                "force as in generate; set the labels of the prompt to -100, or give prompt_end"
+            )
+        return prompt_end
+
+    def _warn_of_guides(self) -> None:
+        """Say once of methods that act on the choice of tokens that a forward pass alone does not show them."""
+        guides = [one.name or type(one).__name__ for _, one in self.running.in_force() if one.acts_at("logits")]
+        if guides and not self.running.warned_of_guides:
+            self.running.warned_of_guides = True
+            warnings.warn(
+                f"{' and '.join(guides)} acts where generate chooses a token; the logits of a forward pass by itself "
+                f"are without it",
+                stacklevel=4,
+            )
 
     def _learn_prompt(self, this_pass: Pass, named: dict[str, Any], rows: Tensor, image_mask: Tensor | None) -> None:
         """Add what goes in of the prompt, or all of it where `generate` sends it in pieces, to the geometry."""

@@ -95,6 +95,16 @@ def _checkpoints(layer: Any) -> bool:
     return layer.training and getattr(layer, "gradient_checkpointing", False)
 
 
+def check_scoring(in_force: Sequence[Placed]) -> None:
+    """Raise a `ValueError` if an intervention cannot act on an answer that is given as a whole."""
+    for _, one in in_force:
+        if one.acts_at("logits"):
+            raise ValueError(
+                f"{one.name} acts where generate chooses a token, so an answer cannot be scored with it in one forward "
+                f"pass; use generate(output_scores=True)"
+            )
+
+
 def check_pieces(in_force: Sequence[Placed]) -> None:
     """Raise a `ValueError` if an intervention cannot begin with a piece of a prompt."""
     for _, one in in_force:

@@ -48,7 +48,7 @@ class Running:
         self.thread = _Thread()
         self.owner = object()
         """Told by the caches that are filled from now on."""
-        self.warned_of_parts = False
+        self.warned_of_parts = self.warned_of_guides = False
         self._last: Generation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
