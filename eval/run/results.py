@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vlmfix.eval.run.protocols import Protocol, Published, find_protocol, publis
 from vlmfix.eval.scorers import stats, yesno
 from vlmfix.eval.scorers.truncation import RESAMPLES, Against, CutCaptions, TruncationControl
 
-HEADER, RECORDS = "run.json", "records.jsonl"
+HEADER, RECORDS, ERRORS = "run.json", "records.jsonl", "errors.jsonl"
 
 
 class BrokenFile(ValueError):
@@ -47,6 +47,14 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, n_bytes
 
 
+def read_errors(folder: Path) -> list[dict[str, Any]]:
+    """Questions of a run that could not be asked: `id`, `image`, `prompt` and `error` of each."""
+    errors: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("errors.*jsonl")):
+        errors += [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return errors
+
+
 @dataclass(frozen=True)
 class Run:
     """One method on one benchmark, as found on disk: a run folder, or a file of somebody else's answers.
@@ -58,6 +66,8 @@ class Run:
     """The run folder, or the file."""
     header: dict[str, Any]
     records: list[dict[str, Any]]
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    """Questions that could not be asked, with the reason under `error`; they are asked again when the run goes on."""
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -71,7 +81,7 @@ class Run:
                 )
         header = cls.read_header(folder)
         records, n_bytes = read_lines(folder / RECORDS)
-        run = cls(folder, header, records)
+        run = cls(folder, header, records, read_errors(folder))
         if n_bytes < os.path.getsize(folder / RECORDS):
             raise BrokenFile(
                 f"{folder / RECORDS} ends in a line that was cut off; {len(records)} answers before it are whole: run "
@@ -369,7 +379,13 @@ def _same_group(groups: Sequence[Group], group: Group, place: int) -> Group | No
 
 def _notes(run: Run, bench: Benchmark, n_items: int) -> list[str]:
     notes = []
-    if len(run.records) < n_items:
+    if run.errors:
+        first = run.errors[0]
+        notes.append(
+            f"{run.label}: {len(run.errors)} of {n_items} questions could not be asked and are left out, such as "
+            f"{first['image']}: {first['error']}"
+        )
+    if len(run.records) + len(run.errors) < n_items:
         notes.append(f"{run.label}: {len(run.records)} of {n_items} answers so far; `{run.command}` finishes it")
     n_cut = sum(record.get("finish") == "length" for record in run.records)
     if n_cut and bench.describes:

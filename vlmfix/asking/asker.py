@@ -14,7 +14,7 @@ import torch
 from vlmfix.asking.batch import Batch, model_inputs
 from vlmfix.asking.look import Look
 from vlmfix.asking.meter import Meter
-from vlmfix.asking.pictures import Picture, Question, read_questions
+from vlmfix.asking.pictures import Picture, Question, naming_pictures, read_questions
 from vlmfix.asking.prefix import ContinuedBatch, can_share, prefixed_for_all
 from vlmfix.asking.record import Record
 from vlmfix.asking.words import FirstWords, p_yes, yes_no_tokens
@@ -189,7 +189,7 @@ class Asker:
         first = FirstWords(first_token or {})
         listening = {"logits_processor": [*settings.get("logits_processor", ()), first]} if first_token else {}
         n, attachment = len(questions), self._attachment
-        with self.applied():
+        with naming_pictures(questions), self.applied():
             began = time.perf_counter()
             with Meter(self.model) as meter, nullcontext() if attachment is None else attachment.asking():
                 refined, facts = self._refine(questions)
@@ -299,7 +299,8 @@ def ask_in_turns(
     if share and len(askers) > 1:
         pairs = [(question.images, question.prompt) for question in opened]
         attachments = [asker._attachment for asker in askers]
-        prefixed = prefixed_for_all(askers[0].model, askers[0].processor, pairs, settings, attachments)
+        with naming_pictures(opened):
+            prefixed = prefixed_for_all(askers[0].model, askers[0].processor, pairs, settings, attachments)
     return [asker._answer(opened, settings, seed, first_token, share, prefixed) for asker in askers]
 
 

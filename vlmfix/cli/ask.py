@@ -62,7 +62,9 @@ def ask(
             out().print(record.to_json(), markup=False, soft_wrap=True)
         return
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=60 * len(records))
-    table = Table(title=Text(f"{prompt}  ({Path(image).name}, {model})"), title_justify="left", show_lines=True)
+    table = Table(
+        title=Text(f"{prompt}  ({Path(records[0].image[0]).name}, {model})"), title_justify="left", show_lines=True
+    )
     for spec in specs:
         table.add_column(Text(spec), overflow="fold", ratio=1)
     table.add_row(*(Text(record.text) for record in records))
