@@ -189,6 +189,17 @@ class Benchmark:
         """All questions, none twice."""
         raise NotImplementedError
 
+    def check(self, data: Data) -> None:
+        """Make every check of questions and ground truth that scoring makes, before a model is asked.
+
+        Raises:
+            ValueError: the answers could not be scored.
+        """
+
+    def coverage(self, data: Data) -> list[str]:
+        """What a reader must know of pictures that are not asked about."""
+        return []
+
     def said(self, record: Mapping[str, Any]) -> Any:
         """What is scored of a record: its text."""
         return record["text"]

@@ -6,6 +6,7 @@ A parser reads each answer as yes, no or neither, or `margin` takes the first to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,14 +99,22 @@ class YesNo(Benchmark):
         return question.image
 
     def items(self, data: Data) -> list[Item]:
-        """Each different question once."""
+        """Each different question once. `ValueError` if two have the same name."""
         items: dict[str, Item] = {}
+        picture_of = cache(data.picture)
         for question in self.questions(data):
             key = self.item_id(question)
-            if key not in items:
-                prompt = self.prompt.replace("{question}", question.text)
-                items[key] = Item(key, str(data.picture(self.file(question))), prompt)
+            prompt = self.prompt.replace("{question}", question.text)
+            item = Item(key, str(picture_of(self.file(question))), prompt)
+            if items.setdefault(key, item) != item:
+                raise ValueError(
+                    f"two questions are both called {key!r}, once as text and once as a number; rename one"
+                )
         return list(items.values())
+
+    def check(self, data: Data) -> None:
+        """No two questions that are scored together share their id."""
+        yesno.check_ids(self.questions(data))
 
     def said(self, record: Mapping[str, Any]) -> Any:
         """The text, or how much likelier yes was than no as the first token."""

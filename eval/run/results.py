@@ -287,7 +287,7 @@ def _compare(runs: list[Run], n_resamples: int, scoring: str | None, protocol: P
     groups = [bench.score(data, {record["id"]: bench.said(record) for record in run.records}) for run in runs]
     base = next((place for place, run in enumerate(runs) if run.untouched), None)
     against = None if base is None else bench.against(data, groups[base])
-    notes = list(bench.notes)
+    notes = [*bench.notes, *bench.coverage(data)]
     if identity["limit"]:
         notes.append(f"testing only: the first {identity['limit']} pictures")
     for place, run in enumerate(runs):
