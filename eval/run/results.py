@@ -233,6 +233,8 @@ KIND = (
     "model",
     "data_digest",
     "items_digest",
+    "pictures_digest",
+    "processor_digest",
     "limit",
     "max_new_tokens",
     "template",
@@ -368,6 +370,15 @@ def items_digest(items: Sequence[Item]) -> str:
     """Hash of the questions: their ids, prompts and names of pictures."""
     lines = (f"{item.id}\t{Path(item.image).name}\t{item.prompt}\n" for item in items)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def pictures_digest(items: Sequence[Item]) -> str:
+    """Hash of the pictures that questions are about: of every byte of their files, in order."""
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(item.image for item in items):
+        content = Path(path).read_bytes() if Path(path).is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
 
 
 def _same_group(groups: Sequence[Group], group: Group, place: int) -> Group | None:

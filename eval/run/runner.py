@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import sys
@@ -16,7 +17,8 @@ import torch
 import transformers
 
 import vlmfix
-from vlmfix.asking.asker import Asker, model_identity
+from vlmfix.asking.asker import Asker
+from vlmfix.asking.identity import model_identity, processor_digest
 from vlmfix.asking.pictures import PictureError
 from vlmfix.asking.record import Record
 from vlmfix.eval.benchmarks.benchmark import Benchmark, Item
@@ -27,7 +29,7 @@ from vlmfix.eval.run.batches import answered_batches, share_of
 from vlmfix.eval.run.progress import Progress, RunningFigure
 from vlmfix.eval.run.protocols import MODEL, TEMPLATES, generation
 from vlmfix.eval.run.refusals import check_pictures, refuse_own_pictures, refuse_right_answers
-from vlmfix.eval.run.results import RECORDS, Run, items_digest
+from vlmfix.eval.run.results import RECORDS, Run, items_digest, pictures_digest
 from vlmfix.eval.run.sharing import CheckedSharing
 from vlmfix.eval.run.workers import Workers
 from vlmfix.method.intervention import Intervention
@@ -98,10 +100,12 @@ def answer_each(
         "data": data.name,
         "data_digest": data.digest,
         "items_digest": items_digest(items),
+        "pictures_digest": pictures_digest(items),
         "limit": data.limit,
         "max_new_tokens": _budget(model, items, max_new_tokens or bench.max_new_tokens),
         "template": template,
         "decoding": decoding,
+        "generation": {**_own_generation(model), **decoding_settings},
         "seed": seed,
         "vlmfix": vlmfix.__version__,
         "transformers": transformers.__version__,
@@ -112,6 +116,7 @@ def answer_each(
     parent = out / bench.name / Path(str(identity["model"])).name
     folder_of: dict[int, Path] = {}
     with untouched.applied(), _templated(processor, template):
+        identity["processor_digest"] = processor_digest(processor)
         may_share = isinstance(bench, YesNo) and untouched.can_share(settings)
         for group in _groups(methods, may_share):
             header = {"label": "", "fingerprint": "", "n": len(items), "identity": identity, "data": data.spec}
@@ -271,6 +276,12 @@ def _generation(model: Any, decoding: str) -> dict[str, Any]:
     config, keys = model.generation_config, (*settings, "temperature", "top_p", "top_k")
     own = {key: getattr(config, key) for key in keys if getattr(config, key, None) is not None}
     return {**own, "do_sample": bool(own.get("do_sample"))}
+
+
+def _own_generation(model: Any) -> dict[str, Any]:
+    """Settings of the model's own configuration of `generate`, which hold where a run says nothing else."""
+    own: dict[str, Any] = model.generation_config.to_diff_dict()
+    return json.loads(json.dumps({key: own[key] for key in own if key != "transformers_version"}, default=str))
 
 
 @contextmanager

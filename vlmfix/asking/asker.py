@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from vlmfix.asking.batch import Batch, model_inputs
+from vlmfix.asking.identity import model_identity, processor_digest
 from vlmfix.asking.look import Look
 from vlmfix.asking.meter import Meter
 from vlmfix.asking.pictures import Picture, Question, naming_pictures, read_questions
@@ -72,7 +72,8 @@ class Asker:
     def identity(self) -> dict[str, Any]:
         """Who answers, JSON-ready: all about model, processor and methods that could change an answer."""
         template = getattr(self.processor, "chat_template", None)
-        return {**model_identity(self.model), "method": self.methods, "template": template}
+        processor = {"processor_digest": processor_digest(self.processor), "template": template}
+        return {**model_identity(self.model), **processor, "method": self.methods}
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
@@ -334,22 +335,3 @@ def ask_batch(
     return Asker.of_wrapped(model, processor).ask_batch(
         questions, max_new_tokens=max_new_tokens, seed=seed, first_token=first_token, share=share, **generate
     )
-
-
-def model_identity(model: Any) -> dict[str, Any]:
-    """All about a model that could change an answer: where it came from, and its weights."""
-    return {
-        "model": model.config._name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights_digest": weights_digest(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def weights_digest(model: Any) -> str:
-    """A hash of the first values of every parameter: tells two models under one name apart, at no cost."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
