@@ -216,6 +216,15 @@ class Benchmark:
         """How many answers of a group say neither yes nor no to the parser; 0 where pictures are described."""
         return 0
 
+    def misheard(self, group: Group) -> int:
+        """How many answers of a group begin with the other word than they are read as; 0 where pictures are described
+        and where the first word decides."""
+        return 0
+
+    def misheard_note(self, groups: Sequence[Group]) -> str:
+        """What a reader must know of such answers; empty if there are none."""
+        return ""
+
     def explain(self, score: Any) -> dict[str, Any]:
         """How one answer was read and judged, ready for JSON."""
         raise NotImplementedError

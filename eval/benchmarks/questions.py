@@ -170,6 +170,28 @@ class YesNo(Benchmark):
         """Answers that the parser cannot read."""
         return sum(score.prediction is None for score in group.scores)
 
+    def misheard(self, group: Group) -> int:
+        """Answers that begin with yes and are read as no, or the other way round."""
+        return sum(self._is_misheard(score) for score in group.scores)
+
+    def misheard_note(self, groups: Sequence[Group]) -> str:
+        """How many there are, with the first of them."""
+        scores = {score.question.id: score for group in groups for score in group.scores}
+        misheard = [score for score in scores.values() if self._is_misheard(score)]
+        if not misheard:
+            return ""
+        first = misheard[0]
+        return (
+            f"{len(misheard)} of {len(scores)} answers begin with the other word than parser {self.scoring} reads, "
+            f"such as {printable(first.answer[:40])!r}, read as {first.prediction}; parser strict takes the first word"
+        )
+
+    def _is_misheard(self, score: Any) -> bool:
+        if self.scoring in (yesno.MARGIN, "strict") or score.prediction is None:
+            return False
+        first_word = yesno.PARSERS["strict"](score.answer, score.question.label)
+        return first_word is not None and first_word != score.prediction
+
     def explain(self, score: Any) -> dict[str, Any]:
         """What was asked, answered, read and right."""
         question = score.question

@@ -148,6 +148,8 @@ class Row:
     """To the baseline on the same pictures; `None` for the baseline itself, and without one."""
     unparsed: int = 0
     """Answers that say neither yes nor no to the parser."""
+    misheard: int = 0
+    """Answers that begin with the other of yes and no than the parser reads."""
     control: TruncationControl | None = None
     """Captions against the baseline's, cut to the same recall; `None` for the baseline, and for answers."""
 
@@ -294,6 +296,8 @@ def _compare(runs: list[Run], n_resamples: int, scoring: str | None, protocol: P
         notes.append(f"testing only: the first {identity['limit']} pictures")
     for place, run in enumerate(runs):
         notes += _notes(run, bench, len(items))
+        misheard = bench.misheard_note(groups[place])
+        notes += [f"{run.label}: {misheard}"] if misheard else []
         if base is not None and place != base and bench.scoring == yesno.MARGIN:
             notes += _margin_notes(run, runs[base])
     return Comparison(
@@ -360,6 +364,7 @@ def compared(
                 estimates=stats.estimates(group.counts, bench.metrics, n_resamples),
                 differences=differences,
                 unparsed=bench.unparsed(group),
+                misheard=bench.misheard(group),
                 control=control,
             )
             rows.append(row)

@@ -36,7 +36,8 @@ def weights_digest(model: Any) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.device.type != "meta":
             content = tensor.detach().flatten().contiguous().cpu()
-            digest.update(content.view(torch.uint8).numpy() if content.numel() else b"")
+            if content.numel():
+                digest.update(memoryview(content.view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
 
 

@@ -289,7 +289,8 @@ def read_questions(questions: Sequence[tuple[Picture | Sequence[Picture], str]])
         images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images or images[0] is None:
             raise ValueError(
-                f"no image was given for the prompt {prompt!r}; vlmfix needs at least one picture per question"
+                f"no image was given for the prompt {_shortened(str(prompt))!r}; vlmfix needs at least one picture per "
+                f"question"
             )
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt: expected some text, got {prompt!r}")
