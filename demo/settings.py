@@ -91,7 +91,7 @@ def _check(name: str, setting: Setting, text: str) -> None:
     key = setting.name
     if (name, key) in FREE_TEXT:
         return
-    value, kind = _as_read(setting, text)
+    value, kind = _as_read(name, setting, text)
     most = MOST.get((name, key))
     if most is not None and isinstance(kind, Number) and value > most:
         raise ValueError(f"{name}: {key} goes up to {most} on this page, got {value}")
@@ -107,7 +107,7 @@ def _check(name: str, setting: Setting, text: str) -> None:
             raise ValueError(f"{name}: {key} cannot be {text!r}; {hint}")
 
 
-def _as_read(setting: Setting, text: str) -> tuple[Any, Kind | None]:
+def _as_read(name: str, setting: Setting, text: str) -> tuple[Any, Kind | None]:
     """The value that a setting takes from text, and the kind that it is; `ValueError` where it reads as none."""
     if setting.optional and text.lower() == "none":
         return None, None
@@ -120,4 +120,4 @@ def _as_read(setting: Setting, text: str) -> tuple[Any, Kind | None]:
     for kind in setting.kinds:
         words += kind.words if isinstance(kind, Choice) else ()
     hint = f"expected {', '.join(words)}" if words else f"expected {setting.expected}"
-    raise ValueError(f"{setting.name} cannot be {text!r}; {hint}")
+    raise ValueError(f"{name}: {setting.name} cannot be {text!r}; {hint}")

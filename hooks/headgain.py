@@ -72,8 +72,8 @@ class HeadGain(Intervention):
     def heads(self, o: Tensor, site: Site) -> Tensor:
         """o_h *= gain for listed heads h."""
         gains = site.memo.setdefault("gains", {})
-        if site.layer not in gains:  # once, at the prefill
-            has_image = site.memo.setdefault("acted", site.geometry.image.any(1)).to(o.device)
+        if site.layer not in gains or site.n_prompt:  # at the prefill, in each of its pieces
+            has_image = site.memo["acted"] = site.has_image.to(o.device)
             listed = o.new_zeros(o.shape[2])
             listed[heads_by_layer(self.head_list)[site.layer]] = 1
             scaled = (has_image[:, None] * listed)[:, None, :, None]  # (B, 1, H, 1)

@@ -213,12 +213,18 @@ def test_a_model_without_the_part_is_refused(monkeypatch):
         vlmfix.wrap(model, ReadFirst(readings=("mlp",)))
 
 
-@pytest.mark.parametrize("one", [Louder(layers=(1, 4)), Louder(layers=(-1,))], ids=["too high", "negative"])
-def test_layers_that_are_not_there_are_refused(one):
-    """They would act nowhere, without a word."""
+@pytest.mark.parametrize("layers", [(1, 4), (-1,)], ids=["too high", "negative"])
+def test_layers_that_are_not_there_are_refused(layers):
+    """They would act nowhere, without a word; a setting `layers` is refused by its name."""
+
+    @dataclass(frozen=True)
+    class Elsewhere(Louder):
+        def at_layers(self, n_layers):
+            return layers
+
     model = zoo.tiny("llava")
     with pytest.raises(ValueError, match=r"louder acts in layers .* expected numbers in 0..3 on this model"):
-        vlmfix.wrap(model, one)
+        vlmfix.wrap(model, Elsewhere())
 
 
 # ---- what can be read -----------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_no_prompt(page, prompt):
         ("vhrr", "unknown method 'vhrr'; did you mean 'vhr'?"),
         ("vhr:alhpa=2", "did you mean 'alpha'?"),
         ("vhr:alpha=-1", "expected a number above 0"),
-        ("vhr:alpha=much", "vhr: alpha cannot be 'much'; it is no number"),
+        ("vhr:alpha=much", "vhr: alpha cannot be 'much'; expected a number above 0"),
         ("vhr+", "unknown method"),
         ("vlmfix.hooks.vhr:VHR", "unknown method"),
         ("pyramiddrop", "unknown method"),

@@ -97,7 +97,7 @@ def test_the_untouched_model_reads_the_same_words(looked):
     np.testing.assert_allclose(found.untouched.image, found.before.image, atol=1e-3)
     found = looked("vhr")
     assert found.untouched.image.shape == found.before.image.shape
-    assert abs(found.untouched.image - found.before.image).max() > 0.05
+    assert abs(found.untouched.image - found.before.image).max() > 0.09
 
 
 def test_before_and_after_an_edit_of_scores_and_of_weights(looked):
@@ -105,7 +105,7 @@ def test_before_and_after_an_edit_of_scores_and_of_weights(looked):
     assert (pai.after.shares(range(8)) - pai.before.shares(range(8))).min() > 0  # it raises image tokens only
     assert (pai.after.by_head([0]) - pai.before.by_head([0])).max() > 0.2
     act = looked("act")
-    assert abs(act.after.image - act.before.image).max() > 0.05
+    assert abs(act.after.image - act.before.image).max() > 0.09
     vhr = looked("vhr")
     assert vhr.after is vhr.before  # it edits heads, not attention
 
@@ -268,7 +268,10 @@ def test_heads_are_a_table_with_the_chosen_framed():
 
 def test_maps_before_and_after(looked):
     titles = lambda html: re.findall(r"<figcaption><b>([^<]*)</b>", html)  # noqa: E731
-    maps_of = lambda spec: looks.heat_maps(looked(spec), 0, range(8), None)  # noqa: E731
+    vhr = looked("vhr")
+    step = int(abs(vhr.untouched.image - vhr.before.image).max(axis=(1, 2, 3)).argmax())
+    word = next(i for i, word in enumerate(vhr.words) if step in word.steps)  # where VHR has moved most attention
+    maps_of = lambda spec: looks.heat_maps(looked(spec), word, range(8), None)  # noqa: E731
     assert titles(maps_of("none")) == ["The picture", "none"]
     assert titles(maps_of("pai")) == [
         "The picture",

@@ -78,7 +78,7 @@ def test_only_clear_differences_are_coloured():
 
     assert kinds("CHAIR_S")["vcd"] == "good" and kinds("F1")["pai:alpha=-0.5"] == "bad"
     assert kinds("recall")["vhr"] == "bad" and kinds("recall")["contrast"] == ""
-    assert kinds("F1")["pai"] == "good" and kinds("words")["vhr"] == ""
+    assert kinds("F1")["contrast"] == "good" and kinds("words")["vhr"] == ""
 
 
 def test_labels_are_escaped_and_short():

@@ -140,17 +140,17 @@ def _forced(model, sample, said):
 
     import vlmfix.engine.attachment
 
-    attached = vlmfix.engine.attachment.attached(model)
-    plain = attached._generate
+    wrapper = vlmfix.engine.attachment.attached(model).wrapper
+    plain = wrapper.original
 
     def generate(*args, logits_processor, **kwargs):  # after the stage, which sees the plain scores
         return plain(*args, logits_processor=[*logits_processor, Force()], **kwargs)
 
-    attached._generate = generate
+    wrapper.original = generate
     try:
         answer(model, sample, max_new_tokens=len(said))
     finally:
-        attached._generate = plain
+        wrapper.original = plain
     return torch.stack(found)
 
 

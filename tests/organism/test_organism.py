@@ -465,7 +465,7 @@ def test_packed_loss_of_the_second_organism_is_that_of_the_model_asked_alone(sec
     row["weights"].clamp_(max=1)
     pictures, image = {}, torch.zeros(0, MICRO.language.width)
     if size:
-        pictures = dynamic.as_batch([(drawn[0], dynamic.stretched(drawn[0], *size, 10))], [size])
+        pictures = dynamic.as_batch([drawn[0]], [size], 10)
         image = seer.image(pictures)
         pictures = {key: pictures[key] for key in ("pixel_values", "image_grid_thw")}
     loss, _ = dynamic.next_tokens(seer.qwen, image, row)

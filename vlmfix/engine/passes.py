@@ -142,6 +142,7 @@ class Pass:
             memo=self.generation.memos[index],
             n_prompt=self.n_prompt,
             picked=picked,
+            prompt=self.generation.geometry,
         )
 
     def prompt_site(self, index: int, layer: int, n_layers: int, device: torch.device) -> Site:

@@ -260,7 +260,7 @@ def kinds_of(annotation: Any, bounds: Range = NO_BOUNDS) -> list[Kind]:
         return alternatives
     if origin is Literal:
         return [Choice(parts)]
-    if origin is tuple:
+    if origin is tuple and parts[0] in (int, float):
         length = None if parts[-1] is Ellipsis else len(parts)
         return [Numbers(Number(parts[0] is int, bounds), length)]
     simple: dict[Any, Kind] = {

@@ -37,6 +37,13 @@ class Site:
     """Rows of this forward pass that are prompt; 0 while tokens are generated from a cache."""
     picked: Any = None
     """Which rows of this pass these are; `None` or a slice for all of them. See `positions`."""
+    prompt: Geometry | None = None
+    """Masks over the prompt as far as it is known: more than `geometry` where a prompt comes in pieces."""
+
+    @property
+    def has_image(self) -> Tensor:
+        """(B,) bool: samples whose prompt shows an image, be it in a piece that is still to come."""
+        return (self.prompt or self.geometry).image.any(1)
 
     @property
     def positions(self) -> Tensor:
