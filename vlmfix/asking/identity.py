@@ -37,7 +37,7 @@ def weights_digest(model: Any) -> str:
         if tensor.device.type != "meta":
             content = tensor.detach().flatten().contiguous().cpu()
             if content.numel():
-                digest.update(memoryview(content.view(torch.uint8).numpy()))
+                digest.update(content.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
