@@ -227,6 +227,7 @@ def prepare(task: Task) -> Setup:
     data = _data(chosen)
     for bench in benches:
         bench.items(data)
+        bench.check(data)
     generation(chosen.decoding or "greedy")
     return Setup(chosen, benches, methods, data)
 

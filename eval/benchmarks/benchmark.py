@@ -189,6 +189,17 @@ class Benchmark:
         """All questions, none twice."""
         raise NotImplementedError
 
+    def check(self, data: Data) -> None:
+        """Make every check of questions and ground truth that scoring makes, before a model is asked.
+
+        Raises:
+            ValueError: the answers could not be scored.
+        """
+
+    def coverage(self, data: Data) -> list[str]:
+        """What a reader must know of pictures that are not asked about."""
+        return []
+
     def said(self, record: Mapping[str, Any]) -> Any:
         """What is scored of a record: its text."""
         return record["text"]
@@ -204,6 +215,15 @@ class Benchmark:
     def unparsed(self, group: Group) -> int:
         """How many answers of a group say neither yes nor no to the parser; 0 where pictures are described."""
         return 0
+
+    def misheard(self, group: Group) -> int:
+        """How many answers of a group begin with the other word than they are read as; 0 where pictures are described
+        and where the first word decides."""
+        return 0
+
+    def misheard_note(self, groups: Sequence[Group]) -> str:
+        """What a reader must know of such answers; empty if there are none."""
+        return ""
 
     def explain(self, score: Any) -> dict[str, Any]:
         """How one answer was read and judged, ready for JSON."""

@@ -80,6 +80,14 @@ class Chair(Benchmark):
         """One description per picture."""
         return [Item(str(key), str(path), self.prompt) for key, path in data.images.items()]
 
+    def check(self, data: Data) -> None:
+        """Every picture has its objects, and all of them are in the vocabulary."""
+        truth = data.truth_for(self.scoring)
+        chair.label(self.scoring, truth)  # raises where the variant does not go with this ground truth
+        unknown = [key for key in data.images if key not in truth]
+        if unknown:
+            raise ValueError(f"{len(unknown)} of {len(data.images)} pictures, such as {unknown[0]}, are not annotated")
+
     def score(self, data: Data, answers: Mapping[str, str]) -> list[Group]:
         """Counts per caption."""
         truth = data.truth_for(self.scoring)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.eval.benchmarks.benchmark import FileAnswers, FileOptions, Group
-from vlmfix.eval.benchmarks.pope_building import build_questions, ordered_objects
+from vlmfix.eval.benchmarks.pope_building import build_questions
 from vlmfix.eval.benchmarks.pope_questions import SOURCES, SPLITS, edition, load, read_questions, relabel
 from vlmfix.eval.benchmarks.questions import YesNo
 from vlmfix.eval.pictures import hub
@@ -52,9 +52,18 @@ class Pope(YesNo):
             return _published(data)
         if isinstance(data, OriginalFolder):
             return _of_folder(data)
-        names = {path.name for path in data.images.values()}
-        objects = [entry for entry in ordered_objects(data.folder / "instances.json") if entry[0] in names]
-        return build_questions(objects, k=self.asking["positives_per_image"], seed=self.asking["seed"])
+        return build_questions(_objects(data), k=self.asking["positives_per_image"], seed=self.asking["seed"])
+
+    def coverage(self, data: Data) -> list[str]:
+        """How many pictures have too few objects to be asked about, where questions are built; how many of a list have
+        published questions."""
+        n_asked = len({question.image for question in self.questions(data)})
+        if isinstance(data, OriginalFolder) or (isinstance(data, PublishedPictures) and data.which is None):
+            return []
+        n = len(data.images) if data.which is None else len(image_list(data.which)[: data.limit])
+        fewest = self.asking["positives_per_image"]
+        why = "has published questions" if isinstance(data, PublishedPictures) else f"has {fewest} different objects"
+        return [f"questions on {n_asked} of {n} pictures: no other one {why}"] if n_asked < n else []
 
     @staticmethod
     def item_id(question: Question) -> str:
@@ -115,6 +124,13 @@ class Pope(YesNo):
     def file_groups(self, scores: Sequence[Any]) -> list[Group]:
         """The groups that the questions of the file name, mostly one split."""
         return [self.group(name, part) for name, part in yesno.by_group(scores).items()]
+
+
+def _objects(data: Data) -> list[tuple[str, tuple[str, ...]]]:
+    """The pictures that are asked about, by the names that the annotations give them, with their objects in order."""
+    images = chair.instance_categories(data.folder / "instances.json")
+    keys = data.images.keys()
+    return [(image["file_name"], names) for image, names in images if chair.image_key(image["id"]) in keys]
 
 
 def _published(data: Data) -> list[Question]:

@@ -109,7 +109,7 @@ def build_questions(
 
 def question_text(name: str, article: Literal["correct", "official"] = "correct") -> str:
     """The question for an object. The official code puts "an" for every "a" of the question, hence "imange"."""
-    if not name.startswith(tuple("aeiou")):
+    if not name.lower().startswith(tuple("aeiou")):
         return f"Is there a {name} in the image?"
     return f"Is there an {name} in the {'imange' if article == 'official' else 'image'}?"
 

@@ -6,6 +6,7 @@ A parser reads each answer as yes, no or neither, or `margin` takes the first to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,14 +99,22 @@ class YesNo(Benchmark):
         return question.image
 
     def items(self, data: Data) -> list[Item]:
-        """Each different question once."""
+        """Each different question once. `ValueError` if two have the same name."""
         items: dict[str, Item] = {}
+        picture_of = cache(data.picture)
         for question in self.questions(data):
             key = self.item_id(question)
-            if key not in items:
-                prompt = self.prompt.replace("{question}", question.text)
-                items[key] = Item(key, str(data.picture(self.file(question))), prompt)
+            prompt = self.prompt.replace("{question}", question.text)
+            item = Item(key, str(picture_of(self.file(question))), prompt)
+            if items.setdefault(key, item) != item:
+                raise ValueError(
+                    f"two questions are both called {key!r}, once as text and once as a number; rename one"
+                )
         return list(items.values())
+
+    def check(self, data: Data) -> None:
+        """No two questions that are scored together share their id."""
+        yesno.check_ids(self.questions(data))
 
     def said(self, record: Mapping[str, Any]) -> Any:
         """The text, or how much likelier yes was than no as the first token."""
@@ -160,6 +169,28 @@ class YesNo(Benchmark):
     def unparsed(self, group: Group) -> int:
         """Answers that the parser cannot read."""
         return sum(score.prediction is None for score in group.scores)
+
+    def misheard(self, group: Group) -> int:
+        """Answers that begin with yes and are read as no, or the other way round."""
+        return sum(self._is_misheard(score) for score in group.scores)
+
+    def misheard_note(self, groups: Sequence[Group]) -> str:
+        """How many there are, with the first of them."""
+        scores = {score.question.id: score for group in groups for score in group.scores}
+        misheard = [score for score in scores.values() if self._is_misheard(score)]
+        if not misheard:
+            return ""
+        first = misheard[0]
+        return (
+            f"{len(misheard)} of {len(scores)} answers begin with the other word than parser {self.scoring} reads, "
+            f"such as {printable(first.answer[:40])!r}, read as {first.prediction}; parser strict takes the first word"
+        )
+
+    def _is_misheard(self, score: Any) -> bool:
+        if self.scoring in (yesno.MARGIN, "strict") or score.prediction is None:
+            return False
+        first_word = yesno.PARSERS["strict"](score.answer, score.question.label)
+        return first_word is not None and first_word != score.prediction
 
     def explain(self, score: Any) -> dict[str, Any]:
         """What was asked, answered, read and right."""

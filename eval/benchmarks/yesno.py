@@ -42,7 +42,7 @@ class OwnQuestions(OriginalQuestions):
 
     def find(self, data: Data) -> Sequence[Question]:
         """Those of the file."""
-        return yesno.read_questions(data.question_file("a file with id, image, question and label"))
+        return _own_questions(data.question_file("a file with id, image, question and label"))
 
     def parts(self, scores: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
         """All, and each group."""
@@ -52,11 +52,17 @@ class OwnQuestions(OriginalQuestions):
         """Read the questions."""
         super().prepare_files(options)
         place = self.asked_of_files("a file with id, image, question and label")
-        with about_file(place):
-            self.file_questions = yesno.read_questions(place)
-            if any(question.group == "all" for question in self.file_questions):
-                raise ValueError("a group is called 'all', as is the sum of the groups; call it something else.")
+        self.file_questions = _own_questions(place)
 
     def read(self, path: Path) -> FileAnswers:
         """An answer for each question of the file."""
         return self.file_answers(self.judge(self.file_questions, self.read_answers(path)))
+
+
+def _own_questions(path: str | Path) -> list[Question]:
+    """Questions of a file. `ValueError`, with its name, if it is broken, or a group is called like the total."""
+    with about_file(path):
+        questions = yesno.read_questions(path)
+        if any(printable(question.group).strip().lower() == "all" for question in questions):
+            raise ValueError("a group is called 'all', as is the sum of the groups; call it something else.")
+    return questions

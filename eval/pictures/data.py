@@ -22,6 +22,7 @@ from typing import Any
 from vlmfix.eval.benchmarks.pope_questions import SOURCES
 from vlmfix.eval.pictures.lists import image_list
 from vlmfix.eval.scorers import chair
+from vlmfix.eval.scorers.chair.coco import check_distinct
 
 EMBEDDED = {"organism": "organism/test", "calibration": "organism/calibration", "photos": "photos"}
 """Name -> folder of the assets."""
@@ -92,8 +93,18 @@ class Data:
     @cached_property
     def images(self) -> dict[int, Path]:
         """Image number -> file, in the order of the annotations, or of the list."""
-        images = [image for image, _ in chair.instance_categories(self.folder / "instances.json")]
-        file_names = {chair.image_key(image["id"]): image["file_name"] for image in images}
+        path = self.folder / "instances.json"
+        images = [image for image, _ in chair.instance_categories(path)]
+        file_names: dict[int, str] = {}
+        for image in images:
+            if not isinstance(image.get("file_name"), str):
+                raise ValueError(f"{path}: image {image['id']} has no file_name; give the name of its picture.")
+            file_names[chair.image_key(image["id"])] = image["file_name"]
+        if len(file_names) < len(images):
+            raise ValueError(
+                f"{path}: {len(images)} image ids hold only {len(file_names)} different numbers; number them."
+            )
+        check_distinct(list(file_names.values()), f"{path}: images", "file_name")
         keys = _listed(self.which, file_names.keys())
         return {key: self.picture(file_names[key]) for key in keys[: self.limit]}
 
@@ -250,11 +261,18 @@ def _listed(name: str | None, known: Iterable[int]) -> Sequence[int]:
 
 
 def _find(folder: Path, *names: str) -> Path:
-    """A picture below a folder: there, or in a folder in it."""
+    """A picture below a folder: there, or in a folder in it. `ValueError` if several have one of this name."""
     for name in names:
-        for place in (folder, *_subfolders(folder)):
-            if (place / name).is_file():
-                return place / name
+        if (folder / name).is_file():
+            return folder / name
+        places = [place for place in _subfolders(folder) if (place / name).is_file()]
+        if len(places) > 1:
+            raise ValueError(
+                f"{name} lies in {len(places)} folders of {folder}, such as {places[0].name} and {places[1].name}; "
+                f"give the names of pictures with their folder"
+            )
+        if places:
+            return places[0] / name
     return folder / names[0]
 
 

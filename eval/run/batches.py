@@ -14,6 +14,9 @@ from vlmfix.asking.record import Record
 from vlmfix.eval.benchmarks.benchmark import Item
 from vlmfix.eval.run.workers import Workers
 
+Failed = Callable[[Item, Exception], None]
+"""Hears of a question that could not be asked, and why."""
+
 Ask = Callable[[Sequence[Item], Mapping[str, Image.Image]], list[list[Record]]]
 """Asks a batch of items: records of each method. The mapping has the opened picture of each path."""
 
@@ -41,13 +44,19 @@ def n_pixels(path: str) -> int:
     try:
         with Image.open(path) as picture:
             return picture.width * picture.height
-    except OSError:
+    except Exception:  # whatever a decoder raises
         return 0
 
 
-def answered_batches(items: Sequence[Item], size: int, ask: Ask) -> Iterator[tuple[Sequence[Item], list[list[Record]]]]:
+def answered_batches(
+    items: Sequence[Item], size: int, ask: Ask, failed: Failed
+) -> Iterator[tuple[Sequence[Item], list[list[Record]]]]:
     """Answers batch by batch; a batch that does not fit into memory is halved, and so are those after it. While one is
-    answered, a thread opens the pictures of the next."""
+    answered, a thread opens the pictures of the next.
+
+    Questions of a batch that cannot be asked together are asked one by one. One that cannot be asked by itself is told
+    to `failed`, and the others go on, unless `failed` raises.
+    """
     start = 0
     opening: dict[str, Future[Image.Image]] = {}
     with ThreadPoolExecutor(1) as thread:
@@ -56,16 +65,47 @@ def answered_batches(items: Sequence[Item], size: int, ask: Ask) -> Iterator[tup
             batch, this_and_next = items[start:end], items[start : end_of_batch(items, end, size)]
             paths = dict.fromkeys(item.image for item in this_and_next)
             opening = {path: opening.get(path) or thread.submit(open_picture, path) for path in paths}
+            pictures: dict[str, Image.Image] = {}
+            readable = []
+            for item in batch:
+                unreadable = opening[item.image].exception()
+                if unreadable is None:
+                    pictures[item.image] = opening[item.image].result()
+                    readable.append(item)
+                elif isinstance(unreadable, Exception):
+                    failed(item, unreadable)
+                else:
+                    raise unreadable
             try:
-                answers = ask(batch, {item.image: opening[item.image].result() for item in batch})
+                answers = ask(readable, pictures) if readable else []
             except Exception as error:
-                if len(batch) == 1 or not should_reduce_batch_size(error):
-                    raise
-                size = len(batch) // 2
-                warnings.warn(f"out of memory with {len(batch)} questions at once; going on with {size}", stacklevel=2)
-                continue
-            yield batch, answers
+                if len(readable) > 1 and should_reduce_batch_size(error):
+                    size = len(readable) // 2
+                    message = f"out of memory with {len(readable)} questions at once; going on with {size}"
+                    warnings.warn(message, stacklevel=2)
+                    items = [*items[:start], *readable, *items[end:]]  # the others are told already
+                    continue
+                yield from _one_by_one(readable, pictures, ask, failed, error)
+            else:
+                if readable:
+                    yield readable, answers
             start = end
+
+
+def _one_by_one(
+    batch: Sequence[Item], pictures: Mapping[str, Image.Image], ask: Ask, failed: Failed, error: Exception
+) -> Iterator[tuple[Sequence[Item], list[list[Record]]]]:
+    """Answers to the questions of a batch that failed with an error."""
+    if len(batch) == 1:
+        failed(batch[0], error)
+        return
+    for item in batch:
+        try:
+            answers = ask([item], pictures)
+        except Exception as reason:
+            failed(item, reason)
+        else:
+            yield [item], answers
 
 
 def end_of_batch(items: Sequence[Item], start: int, size: int) -> int:

@@ -51,7 +51,8 @@ def compare_files(
             answers = bench.read(path)
         runs.append(Run.of_file(path, label, bench, answers.records, baseline=path == paths[0]))
         groups.append(answers.groups)
-        notes += [f"{label}: {remark}" for remark in answers.remarks]
+        misheard = bench.misheard_note(answers.groups)
+        notes += [f"{label}: {remark}" for remark in [*answers.remarks, misheard] if remark]
     data = Elsewhere(benchmark, Path())
     against = bench.against(data, groups[0]) if len(paths) > 1 else None
     rows = compared(bench, runs, groups, 0, against, n_resamples)

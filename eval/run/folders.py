@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from vlmfix.eval.benchmarks.benchmark import Item
-from vlmfix.eval.run.results import HEADER, RECORDS, Run, read_lines
+from vlmfix.eval.run.results import ERRORS, HEADER, RECORDS, Run, read_errors, read_lines
 
 LONGEST_LABEL = 60
 """Characters of a method's label in the name of its folder."""
@@ -50,7 +50,7 @@ def refuse_other(parent: Path, header: dict[str, Any]) -> None:
         if other["fingerprint"] == header["fingerprint"]:  # begun by another process this moment
             continue
         n_done = len(answers_in(folder))
-        if n_done >= other.get("n", 0):
+        if n_done + len(read_errors(folder)) >= other.get("n", 0):
             continue
         differences = []
         for key in {**its_identity, **identity}:
@@ -75,7 +75,9 @@ def answers_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def merge(folder: Path, items: Sequence[Item]) -> None:
-    """Make one file, in the order of the questions, of what one process or several wrote."""
+    """Make one file of answers and one of failures, in the order of the questions, of what one process or several
+    wrote."""
+    _merge_errors(folder, items)
     pieces, records = _pieces(folder), answers_in(folder)
     ordered = [item.id for item in items if item.id in records]
     if pieces == [folder / RECORDS] and ordered == list(records):
@@ -84,6 +86,23 @@ def merge(folder: Path, items: Sequence[Item]) -> None:
     for path in pieces:
         if path.name != RECORDS:
             path.unlink()
+
+
+def note_failures(folder: Path, rank: int, failures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write down which questions could not be asked, and why."""
+    if failures:
+        lines = [json.dumps({"id": key, **failure}, ensure_ascii=False) for key, failure in failures.items()]
+        write(folder / f"errors.{rank}.jsonl", "\n".join(lines))
+
+
+def _merge_errors(folder: Path, items: Sequence[Item]) -> None:
+    """One file of the questions that could not be asked; none where all were."""
+    answered, failures = answers_in(folder), {failure["id"]: failure for failure in read_errors(folder)}
+    failed = [item.id for item in items if item.id in failures and item.id not in answered]
+    for path in folder.glob("errors.*jsonl"):
+        path.unlink()
+    if failed:
+        write(folder / ERRORS, "\n".join(json.dumps(failures[key], ensure_ascii=False) for key in failed))
 
 
 @contextmanager

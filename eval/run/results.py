@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vlmfix.eval.run.protocols import Protocol, Published, find_protocol, publis
 from vlmfix.eval.scorers import stats, yesno
 from vlmfix.eval.scorers.truncation import RESAMPLES, Against, CutCaptions, TruncationControl
 
-HEADER, RECORDS = "run.json", "records.jsonl"
+HEADER, RECORDS, ERRORS = "run.json", "records.jsonl", "errors.jsonl"
 
 
 class BrokenFile(ValueError):
@@ -47,6 +47,14 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, n_bytes
 
 
+def read_errors(folder: Path) -> list[dict[str, Any]]:
+    """Questions of a run that could not be asked: `id`, `image`, `prompt` and `error` of each."""
+    errors: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("errors.*jsonl")):
+        errors += [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return errors
+
+
 @dataclass(frozen=True)
 class Run:
     """One method on one benchmark, as found on disk: a run folder, or a file of somebody else's answers.
@@ -58,6 +66,8 @@ class Run:
     """The run folder, or the file."""
     header: dict[str, Any]
     records: list[dict[str, Any]]
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    """Questions that could not be asked, with the reason under `error`; they are asked again when the run goes on."""
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -71,7 +81,7 @@ class Run:
                 )
         header = cls.read_header(folder)
         records, n_bytes = read_lines(folder / RECORDS)
-        run = cls(folder, header, records)
+        run = cls(folder, header, records, read_errors(folder))
         if n_bytes < os.path.getsize(folder / RECORDS):
             raise BrokenFile(
                 f"{folder / RECORDS} ends in a line that was cut off; {len(records)} answers before it are whole: run "
@@ -138,6 +148,8 @@ class Row:
     """To the baseline on the same pictures; `None` for the baseline itself, and without one."""
     unparsed: int = 0
     """Answers that say neither yes nor no to the parser."""
+    misheard: int = 0
+    """Answers that begin with the other of yes and no than the parser reads."""
     control: TruncationControl | None = None
     """Captions against the baseline's, cut to the same recall; `None` for the baseline, and for answers."""
 
@@ -223,6 +235,8 @@ KIND = (
     "model",
     "data_digest",
     "items_digest",
+    "pictures_digest",
+    "processor_digest",
     "limit",
     "max_new_tokens",
     "template",
@@ -277,11 +291,13 @@ def _compare(runs: list[Run], n_resamples: int, scoring: str | None, protocol: P
     groups = [bench.score(data, {record["id"]: bench.said(record) for record in run.records}) for run in runs]
     base = next((place for place, run in enumerate(runs) if run.untouched), None)
     against = None if base is None else bench.against(data, groups[base])
-    notes = list(bench.notes)
+    notes = [*bench.notes, *bench.coverage(data)]
     if identity["limit"]:
         notes.append(f"testing only: the first {identity['limit']} pictures")
     for place, run in enumerate(runs):
         notes += _notes(run, bench, len(items))
+        misheard = bench.misheard_note(groups[place])
+        notes += [f"{run.label}: {misheard}"] if misheard else []
         if base is not None and place != base and bench.scoring == yesno.MARGIN:
             notes += _margin_notes(run, runs[base])
     return Comparison(
@@ -348,6 +364,7 @@ def compared(
                 estimates=stats.estimates(group.counts, bench.metrics, n_resamples),
                 differences=differences,
                 unparsed=bench.unparsed(group),
+                misheard=bench.misheard(group),
                 control=control,
             )
             rows.append(row)
@@ -360,6 +377,15 @@ def items_digest(items: Sequence[Item]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def pictures_digest(items: Sequence[Item]) -> str:
+    """Hash of the pictures that questions are about: of every byte of their files, in order."""
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(item.image for item in items):
+        content = Path(path).read_bytes() if Path(path).is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
+
+
 def _same_group(groups: Sequence[Group], group: Group, place: int) -> Group | None:
     """The group of the same name: that at the same place, if it is there, else the first."""
     if place < len(groups) and groups[place].name == group.name:
@@ -369,7 +395,13 @@ def _same_group(groups: Sequence[Group], group: Group, place: int) -> Group | No
 
 def _notes(run: Run, bench: Benchmark, n_items: int) -> list[str]:
     notes = []
-    if len(run.records) < n_items:
+    if run.errors:
+        first = run.errors[0]
+        notes.append(
+            f"{run.label}: {len(run.errors)} of {n_items} questions could not be asked and are left out, such as "
+            f"{first['image']}: {first['error']}"
+        )
+    if len(run.records) + len(run.errors) < n_items:
         notes.append(f"{run.label}: {len(run.records)} of {n_items} answers so far; `{run.command}` finishes it")
     n_cut = sum(record.get("finish") == "length" for record in run.records)
     if n_cut and bench.describes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import sys
@@ -16,7 +17,9 @@ import torch
 import transformers
 
 import vlmfix
-from vlmfix.asking.asker import Asker, model_identity
+from vlmfix.asking.asker import Asker
+from vlmfix.asking.identity import model_identity, processor_digest
+from vlmfix.asking.pictures import PictureError
 from vlmfix.asking.record import Record
 from vlmfix.eval.benchmarks.benchmark import Benchmark, Item
 from vlmfix.eval.benchmarks.questions import YesNo
@@ -26,7 +29,7 @@ from vlmfix.eval.run.batches import answered_batches, share_of
 from vlmfix.eval.run.progress import Progress, RunningFigure
 from vlmfix.eval.run.protocols import MODEL, TEMPLATES, generation
 from vlmfix.eval.run.refusals import check_pictures, refuse_own_pictures, refuse_right_answers
-from vlmfix.eval.run.results import RECORDS, Run, items_digest
+from vlmfix.eval.run.results import RECORDS, Run, items_digest, pictures_digest
 from vlmfix.eval.run.sharing import CheckedSharing
 from vlmfix.eval.run.workers import Workers
 from vlmfix.method.intervention import Intervention
@@ -70,7 +73,9 @@ def answer_each(
     """Answer every question of a benchmark under each of several methods; what is on disk already is not asked again.
 
     The run folder is `out/<benchmark>/<model>/<method>-<hash>`; the hash covers all that could change an answer, so
-    that different settings never share a folder. Each batch is written and flushed before the next is asked. Several
+    that different settings never share a folder. Each batch is written and flushed before the next is asked. A question
+    that cannot be asked, because its picture cannot be read or the processor refuses it, is noted in `errors.jsonl` of
+    the run folder and asked again when the run goes on; where no question can be, the first error is raised. Several
     processes may share the questions (`workers`); what they leave is what one process would have left. Sampled answers
     are asked one by one, each with a seed of its own, so that they depend on nothing but `seed` and the question.
     Methods that leave the pass over a picture as it is (`leaves_pictures`) take turns within each batch of yes/no
@@ -95,10 +100,12 @@ def answer_each(
         "data": data.name,
         "data_digest": data.digest,
         "items_digest": items_digest(items),
+        "pictures_digest": pictures_digest(items),
         "limit": data.limit,
         "max_new_tokens": _budget(model, items, max_new_tokens or bench.max_new_tokens),
         "template": template,
         "decoding": decoding,
+        "generation": {**_own_generation(model), **decoding_settings},
         "seed": seed,
         "vlmfix": vlmfix.__version__,
         "transformers": transformers.__version__,
@@ -109,6 +116,7 @@ def answer_each(
     parent = out / bench.name / Path(str(identity["model"])).name
     folder_of: dict[int, Path] = {}
     with untouched.applied(), _templated(processor, template):
+        identity["processor_digest"] = processor_digest(processor)
         may_share = isinstance(bench, YesNo) and untouched.can_share(settings)
         for group in _groups(methods, may_share):
             header = {"label": "", "fingerprint": "", "n": len(items), "identity": identity, "data": data.spec}
@@ -124,12 +132,14 @@ def answer_each(
             check_pictures([item for some in unanswered.values() for item in some], data.where or bench.where)
             for course in courses.values():
                 course.show()
-            _ask(courses, unanswered, plan)
+            failures = _ask(courses, unanswered, plan)
             workers.wait()
             if workers.rank == 0:
                 for folder in courses:
                     folders.merge(folder, items)
             workers.wait()
+            if failures.first is not None and not any(folders.answers_in(folder) for folder in courses):
+                raise failures.first
     return [Run.read(folder_of[i]) for i in range(len(methods))]
 
 
@@ -145,11 +155,42 @@ class _Plan:
     workers: Workers
 
 
-def _ask(courses: Mapping[Path, _Course], unanswered: Mapping[tuple[int, ...], list[Item]], plan: _Plan) -> None:
+UNEXPLAINED = 8
+"""As many questions may fail for a reason that is not their picture before the first is answered."""
+
+
+@dataclass
+class _Failures:
+    """Questions that cannot be asked: written into the run folders, and passed over."""
+
+    rank: int
+    asking: list[Path] = field(default_factory=list)
+    """Folders of the courses that are asking."""
+    of_folder: dict[Path, dict[str, dict[str, str]]] = field(default_factory=dict)
+    first: Exception | None = None
+    any_answer: bool = False
+    """Whether any question was answered; if none is, the fault does not lie with the questions."""
+
+    def add(self, item: Item, error: Exception) -> None:
+        """Write one down. Raises the first error where it seems that every question fails."""
+        self.first = self.first or error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        name = Path(item.image).name
+        failure = {"image": name, "prompt": item.prompt, "error": reason if name in reason else f"{name}: {reason}"}
+        for folder in self.asking:
+            failures = self.of_folder.setdefault(folder, {})
+            failures[item.id] = failure
+            folders.note_failures(folder, self.rank, failures)
+            if not self.any_answer and len(failures) >= UNEXPLAINED and not isinstance(error, PictureError):
+                raise self.first
+
+
+def _ask(courses: Mapping[Path, _Course], unanswered: Mapping[tuple[int, ...], list[Item]], plan: _Plan) -> _Failures:
     """Ask what is unanswered under the methods of one group, and write each batch into their folders."""
     workers = plan.workers
     records_file = RECORDS if workers.n == 1 else f"records.{workers.rank}.jsonl"
-    in_order = list(courses.values())
+    in_order, paths = list(courses.values()), list(courses)
+    failures = _Failures(workers.rank, any_answer=any(course.done for course in in_order))
     with ExitStack() as stack:
         if len(in_order) == 1:  # in force for all its questions, without coming off between batches
             stack.enter_context(in_order[0].asker.applied())
@@ -157,9 +198,12 @@ def _ask(courses: Mapping[Path, _Course], unanswered: Mapping[tuple[int, ...], l
         for places, questions in unanswered.items():
             ask = CheckedSharing([in_order[k].asker for k in places], plan.bench, plan.settings, plan.seed)
             own_questions = share_of(questions, workers)
-            for batch, answers in answered_batches(own_questions, plan.batch_size, ask):
+            failures.asking = [paths[k] for k in places]
+            for batch, answers in answered_batches(own_questions, plan.batch_size, ask, failures.add):
+                failures.any_answer = True
                 for k, records in zip(places, answers, strict=True):
                     in_order[k].add(files[k], batch, records)
+    return failures
 
 
 @dataclass
@@ -232,6 +276,12 @@ def _generation(model: Any, decoding: str) -> dict[str, Any]:
     config, keys = model.generation_config, (*settings, "temperature", "top_p", "top_k")
     own = {key: getattr(config, key) for key in keys if getattr(config, key, None) is not None}
     return {**own, "do_sample": bool(own.get("do_sample"))}
+
+
+def _own_generation(model: Any) -> dict[str, Any]:
+    """Settings of the model's own configuration of `generate`, which hold where a run says nothing else."""
+    own: dict[str, Any] = model.generation_config.to_diff_dict()
+    return json.loads(json.dumps({key: own[key] for key in own if key != "transformers_version"}, default=str))
 
 
 @contextmanager

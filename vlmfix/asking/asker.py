@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 
 from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, model_inputs, quiet
+from vlmfix.asking.identity import model_identity, processor_digest
 from vlmfix.asking.look import Look
 from vlmfix.asking.meter import Meter
-from vlmfix.asking.pictures import Picture, Question, read_questions
+from vlmfix.asking.pictures import Picture, Question, naming_pictures, read_questions
 from vlmfix.asking.prefix import ContinuedBatch, can_share, prefixed_for_all
 from vlmfix.asking.record import Record
 from vlmfix.asking.words import FirstWords, p_yes, yes_no_tokens
@@ -73,7 +73,8 @@ class Asker:
     def identity(self) -> dict[str, Any]:
         """Who answers, JSON-ready: all about model, processor and methods that could change an answer."""
         template = getattr(self.processor, "chat_template", None)
-        return {**model_identity(self.model), "method": self.methods, "template": template}
+        processor = {"processor_digest": processor_digest(self.processor), "template": template}
+        return {**model_identity(self.model), **processor, "method": self.methods}
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class Asker:
         first = FirstWords(first_token or {})
         listening = {"logits_processor": [*(settings.get("logits_processor") or ()), first]} if first_token else {}
         n, attachment = len(questions), self._attachment
-        with self.applied():
+        with naming_pictures(questions), self.applied():
             began = time.perf_counter()
             with Meter(self.model) as meter, nullcontext() if attachment is None else attachment.asking():
                 refined, facts = self._refine(questions)
@@ -320,7 +321,8 @@ def ask_in_turns(
     if share and len(askers) > 1:
         pairs = [(question.images, question.prompt) for question in opened]
         attachments = [asker._attachment for asker in askers]
-        prefixed = prefixed_for_all(askers[0].model, askers[0].processor, pairs, settings, attachments)
+        with naming_pictures(opened):
+            prefixed = prefixed_for_all(askers[0].model, askers[0].processor, pairs, settings, attachments)
     return [asker._answer(opened, settings, seed, first_token, share, prefixed) for asker in askers]
 
 
@@ -354,22 +356,3 @@ def ask_batch(
     return Asker.of_wrapped(model, processor).ask_batch(
         questions, max_new_tokens=max_new_tokens, seed=seed, first_token=first_token, share=share, **generate
     )
-
-
-def model_identity(model: Any) -> dict[str, Any]:
-    """All about a model that could change an answer: where it came from, and its weights."""
-    return {
-        "model": model.config._name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights_digest": weights_digest(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def weights_digest(model: Any) -> str:
-    """A hash of the first values of every parameter: tells two models under one name apart, at no cost."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlmfix.asking.pictures import ProcessorError
 from vlmfix.asking.words import FirstWords, Written, p_yes, yes_no_tokens
 from vlmfix.engine.attachment import Attachment, attached
 from vlmfix.engine.decoding import GREEDY, Decoding, as_keywords, decoding_of
@@ -32,18 +33,35 @@ def chat(processor: Any, prompt: str, n_images: int) -> str:
 
 def model_inputs(model: Any, processor: Any, questions: Sequence[tuple[list[Image.Image], str]]) -> dict[str, Any]:
     """The processor's output for questions (RGB pictures and prompt of each), padded on the left, on the model's
-    device."""
+    device. `ProcessorError` for a question that the processor cannot take."""
     texts = [chat(processor, prompt, len(images)) for images, prompt in questions]
-    pictures = [images for images, _ in questions]
-    several = len(texts) > 1  # a tokenizer without padding token can still read one text
     tokenizer = getattr(processor, "tokenizer", None)
-    if several and tokenizer is not None and tokenizer.pad_token_id is None:
+    if len(texts) > 1 and tokenizer is not None and tokenizer.pad_token_id is None:
         raise ValueError(
             "the tokenizer has no padding token, so several questions cannot be asked at once; ask them one by one "
             "(batch size 1), or set processor.tokenizer.pad_token = processor.tokenizer.eos_token"
         )
-    inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=several, padding_side="left")
-    return dict(inputs.to(model.device, dtype=model.dtype))
+    return dict(processed(processor, texts, questions).to(model.device, dtype=model.dtype))
+
+
+def processed(processor: Any, texts: list[str], questions: Sequence[tuple[list[Image.Image], str]]) -> Any:
+    """What the processor makes of texts with the pictures of questions, padded on the left.
+
+    Raises:
+        ProcessorError: it cannot take one of the questions, of which it is said which.
+    """
+    several = len(texts) > 1  # a tokenizer without padding token can still read one text
+    pictures = [images for images, _ in questions]
+    options = {"return_tensors": "pt", "padding_side": "left"}
+    try:
+        return processor(text=texts, images=pictures, padding=several, **options)
+    except Exception as error:
+        for (images, prompt), text in zip(questions, texts, strict=True):
+            try:
+                processor(text=[text], images=[images], **options)
+            except Exception as reason:
+                raise ProcessorError(images, prompt, reason) from error
+        raise
 
 
 def quiet(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,32 +1,241 @@
-"""Pictures and prompts as users give them, opened and checked."""
+"""Pictures and prompts as users give them, opened and checked: the same picture gives the same pixels by every way in.
+
+Pictures are turned upright, transparent ones are laid over white, deeper ones are scaled to eight bits, never
+clipped: 16-bit values keep their high byte, as in 16-bit colours that Pillow reads.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Sequence
+import io
+import os
+import re
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Picture = str | Path | Image.Image
-"""A path, or a picture that is open already."""
+Picture = str | Path | Image.Image | np.ndarray | bytes
+"""A path, a data URL or base64 text, a picture that is open already, an array (height x width, or height x width x 1 to
+4 channels: gray, gray and alpha, RGB, RGBA), or the bytes of a file."""
+
+_LONGEST_NAME = 200
+"""Characters of a path or prompt in a message."""
+_KINDS = (str, os.PathLike, Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")
+"""No picture is shorter than this many characters."""
+
+
+class PictureError(ValueError):
+    """A picture that cannot be shown to a model."""
+
+
+class ProcessorError(PictureError):
+    """A model's processor cannot take a question."""
+
+    def __init__(self, images: Sequence[Image.Image], prompt: str, reason: Exception) -> None:
+        sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+        super().__init__(f"the model's processor cannot take it ({sizes} pixels) {_about(prompt)}: {_reason(reason)}")
+        self.images = images
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """A picture as RGB, turned upright. `ValueError` if there is none or it cannot be read."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if not isinstance(picture, (str, Path)):
-        raise TypeError(f"image: expected a path or a PIL image, got {type(picture).__name__}")
+    """A picture as RGB, turned upright.
+
+    Raises:
+        ValueError: there is no such picture, or it cannot be read; the message names it.
+        TypeError: this is nothing that a picture can be made of.
+    """
+    if not isinstance(picture, _KINDS):
+        raise TypeError(
+            f"image: expected a path or a PIL image, got {type(picture).__name__}; an array (height x width x "
+            f"channels), the bytes of an image file, base64 and a data URL can be read too"
+        )
+    name = picture_name(picture)
     try:
-        with Image.open(picture) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        with _opened(picture) as opened:
+            return _as_rgb(opened)
     except FileNotFoundError:
-        raise ValueError(f"no such image file: {picture}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture} is no image that can be read: {error}") from error
+        raise PictureError(f"no such image file: {name}") from None
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{name} is no image that can be read: its format is not known") from error
+    except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, IndexError ...
+        raise PictureError(f"{name} is no image that can be read: {_reason(error)}") from error
+
+
+def picture_name(picture: object) -> str:
+    """What a message calls a picture: its path where there is one, never its content."""
+    if isinstance(picture, Image.Image):
+        return f"the PIL image of {picture.width}x{picture.height} pixels"
+    if isinstance(picture, np.ndarray):
+        return f"the array of shape {picture.shape} and type {picture.dtype}"
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return f"the picture given as {len(picture)} bytes"
+    if isinstance(picture, (str, os.PathLike)):
+        text = os.fsdecode(picture)
+        if text[:5].lower() == "data:":
+            return f"the data URL of {len(text)} characters ({_shortened(text, 40)})"
+        return _shortened(text)
+    return f"the picture given as {type(picture).__name__}"
+
+
+# ---- ways in -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(picture: Any) -> Iterator[Image.Image]:
+    """A picture as Pillow has it, as it lies in its file. A picture that came open stays open."""
+    if isinstance(picture, Image.Image):
+        yield picture
+        return
+    if isinstance(picture, np.ndarray):
+        yield _from_array(picture)
+        return
+    with Image.open(_file(picture)) as opened:
+        yield opened
+
+
+def _file(picture: Any) -> io.BytesIO:
+    """The content of a picture's file, as a file. Pillow, given a path, maps some files into memory, and then misreads
+    those that are stored turned."""
+    if isinstance(picture, io.IOBase):
+        return io.BytesIO(_content(picture))
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return io.BytesIO(bytes(picture))
+    content = _decoded(picture) if isinstance(picture, str) else None
+    return io.BytesIO(Path(picture).read_bytes() if content is None else content)
+
+
+def _content(file: Any) -> bytes:
+    """All of an open file, from its beginning, its position left as it was."""
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
+    if not isinstance(content, bytes):
+        raise ValueError("it is open as text; open it with 'rb'")
+    return content
+
+
+def _decoded(text: str) -> bytes | None:
+    """The bytes in a data URL or in base64; `None` for a path."""
+    if text[:5].lower() == "data:":
+        header, comma, payload = text.partition(",")
+        if not comma:
+            raise ValueError("it has no comma, behind which the picture stands")
+        content = urllib.parse.unquote_to_bytes(payload)
+        is_base64 = header.lower().endswith(";base64")
+        return _from_base64(content.decode("ascii", "replace")) if is_base64 else content
+    if re.match(r"(?i)https?://", text):
+        raise ValueError("nothing is downloaded; save it to a file first")
+    if not _BASE64.fullmatch(text) or _is_file(text):
+        return None
+    content = _from_base64(text)
+    return content if _is_picture(content) else None
+
+
+def _is_picture(content: bytes) -> bool:
+    """Whether some bytes begin like a file that Pillow knows."""
+    try:
+        with Image.open(io.BytesIO(content)):
+            return True
+    except UnidentifiedImageError:
+        return False
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return os.path.isfile(path)
+    except (OSError, ValueError):  # longer than a path may be
+        return False
+
+
+def _from_base64(text: str) -> bytes:
+    """Bytes from base64, also from its form for URLs, broken into lines, and without the signs at its end."""
+    characters = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    padding = "=" * (-len(characters) % 4)
+    return base64.b64decode(characters + padding, validate=True)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """An image of eight bits from an array: height x width, or height x width x 1 to 4 channels."""
+    if array.ndim not in (2, 3) or (array.ndim == 3 and not 1 <= array.shape[2] <= 4):
+        raise ValueError("expected height x width, or height x width x channels (1 to 4)")
+    if not array.size:
+        raise ValueError("it has no pixels")
+    eight_bits = _to_eight_bits(array)
+    if eight_bits.ndim == 3 and eight_bits.shape[2] == 1:
+        eight_bits = eight_bits[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(eight_bits))
+
+
+# ---- depth and transparency ---------------------------------------------------------------------------------------
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """Upright, eight bits a channel, over white where it is transparent."""
+    deep_png = picture.mode == "I" and picture.format == "PNG"  # 16 bits, which older versions of Pillow open like this
+    picture.load()  # TIFF is turned upright by that, and must not be turned again
+    upright = ImageOps.exif_transpose(picture)
+    if not upright.width or not upright.height:
+        raise ValueError("it has no pixels")
+    if upright.mode.startswith("I;16") or deep_png:
+        return _deep_as_rgb(upright, np.asarray(upright).astype(np.uint16))
+    if upright.mode in ("I", "F"):
+        return _deep_as_rgb(upright, np.asarray(upright))
+    if upright.mode not in ("PA", "LA", "La", "RGBA", "RGBa") and "transparency" not in upright.info:
+        return upright.convert("RGB")
+    if upright.mode == "La":  # gray, multiplied by its alpha already
+        upright = upright.convert("LA")
+    layers = upright.convert("RGBA")
+    white = Image.new("RGBA", layers.size, "white")
+    return Image.alpha_composite(white, layers).convert("RGB")
+
+
+def _deep_as_rgb(picture: Image.Image, values: np.ndarray) -> Image.Image:
+    gray = _to_eight_bits(values)
+    see_through = picture.info.get("transparency")
+    if isinstance(see_through, int):  # of a gray PNG: the value that shows what lies behind
+        gray = np.where(values == see_through, np.uint8(255), gray)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values as bytes: those of a known depth keep their high byte, others are scaled by the range that holds them.
+
+    A type that does not tell a range is taken for 0 to 1 (fractions only), 0 to 255 or 0 to 65535, the first of these
+    that holds all values; else black is the smallest value and white the largest. Nothing is clipped.
+    """
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.uint16:
+        return (values >> 8).astype(np.uint8)
+    if values.dtype.kind not in "uif":
+        raise ValueError("expected whole numbers, fractions or bool")
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are no numbers, or infinite")
+    numbers = values.astype(np.float64)
+    smallest, largest = float(numbers.min()), float(numbers.max())
+    if smallest >= 0 and largest <= 1 and values.dtype.kind == "f":
+        return np.rint(numbers * 255).astype(np.uint8)
+    if smallest >= 0 and largest <= 255:
+        return np.rint(numbers).astype(np.uint8)
+    if smallest >= 0 and largest <= 65535:
+        return (numbers.astype(np.uint16) >> 8).astype(np.uint8)
+    span = (largest - smallest) or 1.0
+    return np.rint((numbers - smallest) / span * 255).astype(np.uint8)
+
+
+# ---- questions ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,26 +270,63 @@ def read_questions(questions: Sequence[tuple[Picture | Sequence[Picture], str]])
     """(image or images, prompt) pairs, opened. The same path or picture object becomes the same opened picture: by that
     questions are known to be about one picture.
 
-    Raises `ValueError` for a missing or unreadable picture and for an empty prompt.
+    Raises `ValueError` for a missing or unreadable picture, which names picture and question, and for an empty prompt.
     """
-    opened: dict[str | Path | int, OpenedPicture] = {}
+    opened: dict[str | int, OpenedPicture] = {}
 
-    def read(image: Picture) -> OpenedPicture:
-        key = id(image) if isinstance(image, Image.Image) else image
+    def read(image: Picture, prompt: str) -> OpenedPicture:
+        key = os.fsdecode(image) if isinstance(image, (str, os.PathLike)) else id(image)
         if key not in opened:
-            pixels = open_picture(image)
-            name = str(image) if isinstance(image, (str, Path)) else f"{pixels.width}x{pixels.height}"
-            opened[key] = OpenedPicture(name, pixels)
+            try:
+                pixels = open_picture(image)
+            except PictureError as error:
+                raise PictureError(f"{error} {_about(prompt)}") from error
+            opened[key] = OpenedPicture(_recorded_name(image, pixels), pixels)
         return opened[key]
 
     checked = []
     for image, prompt in questions:
-        images = [image] if isinstance(image, (str, Path, Image.Image)) else list(image or ())
-        if not images:
+        images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not images or images[0] is None:
             raise ValueError(
-                f"no image was given for the prompt {prompt!r}; vlmfix needs at least one picture per question"
+                f"no image was given for the prompt {_shortened(str(prompt))!r}; vlmfix needs at least one picture per "
+                f"question"
             )
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt: expected some text, got {prompt!r}")
-        checked.append(Question([read(each) for each in images], prompt))
+        checked.append(Question([read(each, prompt) for each in images], prompt))
     return checked
+
+
+@contextmanager
+def naming_pictures(questions: Sequence[Question]) -> Iterator[None]:
+    """Let the error of a processor that cannot take a question say which pictures the question is about."""
+    try:
+        yield
+    except ProcessorError as error:
+        for question in questions:
+            is_about = any(image is refused for image in question.images for refused in error.images)
+            paths = [picture.name for picture in question.pictures if picture.name not in str(error)]
+            if is_about and paths:
+                raise PictureError(f"{', '.join(paths)}: {error}") from error
+        raise
+
+
+def _recorded_name(image: Picture, pixels: Image.Image) -> str:
+    """A picture's path, or its size where it came without one."""
+    is_path = isinstance(image, os.PathLike) or (isinstance(image, str) and _decoded(image) is None)
+    return os.fsdecode(image) if is_path else f"{pixels.width}x{pixels.height}"  # type: ignore[arg-type]
+
+
+def _reason(error: Exception) -> str:
+    """Why a picture cannot be read, in one short line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return _shortened(" ".join(text.split()) or type(error).__name__)
+
+
+def _about(prompt: str) -> str:
+    return f"(asked: {_shortened(prompt)!r})"
+
+
+def _shortened(text: str, longest: int = _LONGEST_NAME) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, chat, quiet
+from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, chat, processed, quiet
 from vlmfix.engine.attachment import Attachment, Left, attached
 from vlmfix.engine.decoding import as_keywords, decoding_of
 from vlmfix.engine.wrap import in_force
@@ -168,13 +168,10 @@ def _split(
         return None
     first_of = [rows.index(row) for row in range(max(rows) + 1)]
     texts = [chat(processor, prompt, len(images)) for images, prompt in questions]
-    processed = processor(
-        text=[texts[i] for i in first_of], images=[questions[i][0] for i in first_of], return_tensors="pt",
-        padding=True, padding_side="left",
-    )  # fmt: skip
-    if any(name in processed for name in BOTH_WAYS) or "attention_mask" not in processed:
+    inputs = processed(processor, [texts[i] for i in first_of], [questions[i] for i in first_of])
+    if any(name in inputs for name in BOTH_WAYS) or "attention_mask" not in inputs:
         return None
-    prompts = _expanded(tokenizer, texts, processed, rows, first_of)
+    prompts = _expanded(tokenizer, texts, inputs, rows, first_of)
     if prompts is None:
         return None
     shared = []
@@ -185,7 +182,7 @@ def _split(
             return None
         shared.append(n_shared)
     ids, mask = _padded_between([prompt for prompt, _ in prompts], [shared[row] for row in rows], tokenizer)
-    return _cut(processed, ids[first_of], shared), ids, mask
+    return _cut(inputs, ids[first_of], shared), ids, mask
 
 
 def _expanded(

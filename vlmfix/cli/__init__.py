@@ -11,7 +11,7 @@ import typer
 from vlmfix.cli.ask import ask
 from vlmfix.cli.bench import bench
 from vlmfix.cli.calibrate import calibrate_act, calibrate_lookback, calibrate_zerotuning
-from vlmfix.cli.console import out
+from vlmfix.cli.console import out, print_in_any_encoding
 from vlmfix.cli.demo import demo
 from vlmfix.cli.evaluate import evaluate
 from vlmfix.cli.heads import heads
@@ -68,4 +68,5 @@ app.add_typer(calibrate, name="calibrate")
 
 def main() -> None:
     """Entry point."""
+    print_in_any_encoding()
     app(prog_name="vlmfix")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,6 @@ from vlmfix.cli.console import (
     Quantize,
     Speed,
     load_model,
-    out,
     sentences,
 )
 
@@ -42,7 +43,10 @@ def ask(
         from vlmfix.method.registry import parse, spec_of, split_methods, with_accelerator
 
         if prompt is None:
-            raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {image!r}")
+            from vlmfix.asking.pictures import picture_name
+
+            name = picture_name(image)
+            raise ValueError(f"expected a picture and a prompt (vlmfix ask PICTURE PROMPT), got only {name!r}")
         specs: list[str] = []
         for text in method or ["none,vhr"]:
             specs += split_methods(text)
@@ -59,10 +63,12 @@ def ask(
             records.append(asker.ask(image, prompt, max_new_tokens=max_new_tokens))
     if as_json:
         for record in records:
-            out().print(record.to_json(), markup=False, soft_wrap=True)
+            sys.stdout.write(json.dumps(asdict(record)) + "\n")
         return
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=60 * len(records))
-    table = Table(title=Text(f"{prompt}  ({Path(image).name}, {model})"), title_justify="left", show_lines=True)
+    table = Table(
+        title=Text(f"{prompt}  ({Path(records[0].image[0]).name}, {model})"), title_justify="left", show_lines=True
+    )
     for spec in specs:
         table.add_column(Text(spec), overflow="fold", ratio=1)
     table.add_row(*(Text(record.text) for record in records))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import sys
 import warnings
@@ -29,6 +31,32 @@ VARIANT_HELP = "chair: rohrbach (default), opera, opera_approx, inflect, strict.
 PARSER_HELP = "How answers are read: pope, strict, margin (the first token's probabilities), ..."
 SIMILARITY_HELP = "amber_captions: off (default), or spacy:MODEL; the official one is spacy:en_core_web_lg."
 Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit; needs bitsandbytes.")]
+
+
+SIGNS = {"−": "-", "–": "-", "—": "-", "‑": "-", "…": "...", "×": "x", "·": "*", "•": "*", "→": "->", "≈": "~"}
+SIGNS |= {"≥": ">=", "≤": "<=", "±": "+-", "‘": "'", "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u202f": " "}
+"""What stands for a sign where the output's encoding lacks it."""
+
+
+def print_in_any_encoding() -> None:
+    """Let standard output and error print every text, whatever their encoding: signs that it lacks become plain ones,
+    other characters escapes as in JSON. Without this, a minus ends a command on a stream that is not UTF-8."""
+    codecs.register_error("vlmfix.signs", _plain_signs)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vlmfix.signs")
+
+
+def _plain_signs(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(SIGNS.get(sign) or _escaped(sign) for sign in lacking), error.end
+
+
+def _escaped(character: str) -> str:
+    """`\\u732b`; two of these for characters beyond the first 65,536."""
+    code = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{code[start : start + 4]}" for start in range(0, len(code), 4))
 
 
 def out() -> Console:

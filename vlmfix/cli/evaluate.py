@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +30,9 @@ from vlmfix.cli.console import (
     sentences,
 )
 from vlmfix.cli.results import CsvFile, Files, LatexFile, MarkdownFile, show
+
+if TYPE_CHECKING:
+    from vlmfix.eval.run.results import Run
 
 
 def evaluate(
@@ -139,3 +143,19 @@ def evaluate(
             comparisons = compare(runs, options=options)
         show(comparisons, as_json, Files(markdown=markdown, csv=as_csv, latex=latex))
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
+        _tell_errors(runs)
+
+
+NOT_ASKED = 3
+"""Exit code of a run that is done but for questions that could not be asked."""
+
+
+def _tell_errors(runs: Sequence[Run]) -> None:
+    """Name the questions that could not be asked, and end with an exit code that says so."""
+    for run in runs:
+        for error in run.errors:
+            question = f"{run.label}, question {error['id']} ({error['image']})"
+            err.print(f"not asked: {question}: {error['error']}", soft_wrap=True, markup=False)
+    n_errors = sum(len(run.errors) for run in runs)
+    if n_errors:
+        raise fail(f"questions that could not be asked: {n_errors}; mend them and run the command again", NOT_ASKED)

@@ -9,7 +9,8 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -55,7 +56,16 @@ def read_coco(path: str | os.PathLike[str]) -> COCO:
         raise ValueError(f"{path} is not a JSON file in COCO format ({type(error).__name__}: {error}).") from error
     if not coco.imgs:
         raise ValueError(f"{path} lists no images; expected COCO format with the keys images and annotations.")
+    for kind in ("images", "categories"):
+        check_distinct([entry["id"] for entry in coco.dataset.get(kind, ())], f"{path}: {kind}", "id")
     return coco
+
+
+def check_distinct(values: Sequence[Any], what: str, field: str) -> None:
+    """`ValueError` if two entries of a file share a value: they would be taken for one."""
+    shared = [value for value, number in Counter(values).items() if number > 1]
+    if shared:
+        raise ValueError(f"{what} share {len(shared)} of their {field}s, such as {shared[0]!r}; give each its own.")
 
 
 def instance_categories(path: str | os.PathLike[str]) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
@@ -64,7 +74,8 @@ def instance_categories(path: str | os.PathLike[str]) -> list[tuple[dict[str, An
     Crowd annotations count. Category names stand in the order of the image's annotations, each once.
 
     Raises:
-        ValueError: an annotation refers to an image or a category that the file does not list.
+        ValueError: an annotation refers to an image or a category that the file does not list, or two images or
+            categories share an id, or categories a name.
     """
     coco = read_coco(path)
     if not coco.anns:
@@ -76,6 +87,8 @@ def instance_categories(path: str | os.PathLike[str]) -> list[tuple[dict[str, An
     images = []
     try:
         name_of = {key: category["name"] for key, category in coco.cats.items()}
+        folded_names = [" ".join(str(name).lower().split()) for name in name_of.values()]
+        check_distinct(folded_names, f"{path}: categories", "name")
         for key, image in coco.imgs.items():
             names = [name_of[annotation["category_id"]] for annotation in coco.imgToAnns.get(key, ())]
             images.append((image, tuple(dict.fromkeys(names))))

@@ -122,7 +122,7 @@ def _add_captions(
     truth: dict[int, set[str]], path: str | os.PathLike[str], vocabulary: Vocabulary, variant: str
 ) -> None:
     without_caption = set(truth)
-    for annotation in read_coco(path).anns.values():
+    for annotation in read_coco(path).dataset["annotations"]:  # all of them, also where ids stand twice
         if not isinstance(annotation.get("caption"), str):
             raise ValueError(f"{path}: annotation {annotation['id']} has no caption; give a captions file.")
         key = image_key(annotation["image_id"])

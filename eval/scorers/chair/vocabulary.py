@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from vlmfix.eval.scorers.chair.singular import singularize
+from vlmfix.eval.scorers.chair.tokens import tokenize
 
 _TABLES = files("vlmfix.assets") / "chair"
 
@@ -43,16 +44,26 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | None = None) -> Vocabulary:
-        """Read a synonyms file: one object a line, entries separated by a comma and one blank, the first is the node.
+        """Read a synonyms file: one object a line, entries separated by commas, the first is the node.
 
         Without a path, the list of Rohrbach et al. for COCO. Their pairs of words ("hot dog", "train track") hold for
         every file; a file's own entries of two words are added to them. Captions are lower-cased and made singular
-        before they are looked up, so an entry that `singularize` alters ("bus" -> "bu") needs that form as a synonym.
+        before they are looked up, and so are the entries of a file: "Cup" is "cup", and "scissors" is found by what
+        captions are read as, "scissor".
 
         Raises:
-            ValueError: the file holds no entry, or a word stands for two objects.
+            ValueError: the file is no UTF-8, holds no entry, a word stands for two objects, or an entry could never be
+                found in a caption, as it is longer than two words.
         """
-        return coco_vocabulary() if path is None else _parse_vocabulary(Path(path).read_text("utf-8"), str(path))
+        if path is None:
+            return coco_vocabulary()
+        try:
+            text = Path(path).read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} cannot be read as text ({error}); expected UTF-8.") from error
+        if _plain_lines(text) == _plain_lines(_coco_text()):  # a copy of that list, with what is never found in it
+            return coco_vocabulary()
+        return _parse_vocabulary(_folded_lines(text, str(path)), str(path))
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -61,8 +72,9 @@ class Vocabulary:
 
     def node(self, name: str) -> str:
         """The object that a name or synonym stands for; ValueError, with the nearest names, for any other."""
-        if name in self.node_of:
-            return self.node_of[name]
+        folded = folded_name(name)
+        if folded in self.node_of:
+            return self.node_of[folded]
         near = difflib.get_close_matches(name, self.node_of, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "add it to the synonyms file."
         raise ValueError(f"{name!r} is neither an object nor a synonym in this vocabulary: {hint}")
@@ -71,13 +83,60 @@ class Vocabulary:
 @cache
 def coco_vocabulary() -> Vocabulary:
     """The 80 objects of COCO with the synonyms of Rohrbach et al., read once."""
-    return _parse_vocabulary((_TABLES / "synonyms.txt").read_text("utf-8"), "synonyms.txt")
+    return _parse_vocabulary(_plain_lines(_coco_text()), "synonyms.txt")
 
 
-def _parse_vocabulary(text: str, source: str) -> Vocabulary:
+def _coco_text() -> str:
+    return (_TABLES / "synonyms.txt").read_text("utf-8")
+
+
+def _plain_lines(text: str) -> list[list[str]]:
+    """Entries of each line, as they stand there."""
+    return [line.strip().split(", ") for line in text.splitlines() if line.strip()]
+
+
+def folded_name(name: str) -> str:
+    """The name of an object or a synonym as captions are read: in lower case, with single blanks."""
+    return " ".join(name.lower().split())
+
+
+def _folded_lines(text: str, source: str) -> list[list[str]]:
+    """Entries of each line of somebody's own file, as captions are read; with the form that captions have of a word
+    that changes there. A line that has all of COCO's synonyms of an object keeps those that are never found."""
+    lines = []
+    for line in text.splitlines():
+        folded = [folded_name(entry) for entry in line.split(",")]
+        entries = [entry for entry in folded if entry]
+        if entries:
+            lines.append(entries + _read_forms(entries, source))
+    return lines
+
+
+def _read_forms(entries: list[str], source: str) -> list[str]:
+    """What captions have in the place of words that they never hold. `ValueError` for an entry that is no word and no
+    pair of words."""
+    of_coco = {entry for entry, node in coco_vocabulary().node_of.items() if node == entries[0]}
+    published = {folded_name(entry) for entry in of_coco}
+    kept = published if published <= set(entries) else set()
+    forms = []
+    for entry in entries:
+        if entry in kept:
+            continue
+        words = [token.text for token in tokenize(entry)]
+        if " ".join(words) != entry or len(words) > 2:
+            raise ValueError(
+                f"{source}: {entry!r} could never be found in a caption, which is read as words and pairs of words; "
+                f"give one word or two, without signs between them."
+            )
+        form = singularize(words[0])
+        if len(words) == 1 and form not in entries:
+            forms.append(form)
+    return forms
+
+
+def _parse_vocabulary(lines: Sequence[Sequence[str]], source: str) -> Vocabulary:
     node_of: dict[str, str] = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        entries = line.split(", ")
+    for entries in lines:
         node = entries[0]
         for entry in entries:
             if node_of.setdefault(entry, node) != node:
