@@ -104,7 +104,8 @@ def phi(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Sink score max_d |x_d| / RMS(x) over `dims`, of x (..., D), in float32."""
     import torch
 
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # makes no float32 copy of x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide).float()  # makes no float32 copy of x
     return x[..., list(dims)].float().abs().amax(-1) / (norm.square() / x.shape[-1] + 1e-6).sqrt()
 
 

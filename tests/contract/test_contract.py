@@ -347,14 +347,17 @@ def test_continuing_from_a_cache(method):
     """A second turn on the cache of the first: rows after the last image of all turns, sets of heads kept."""
     model = build("llava")
     prompt = picture_prompt(model)
+    foreign = answer(model, prompt, return_dict_in_generate=True).past_key_values
     with INTERVENTIONS[method](model):
         first = answer(model, prompt, return_dict_in_generate=True)
+        copied = copy.deepcopy(first.past_key_values)
         turn = torch.cat([first.sequences, torch.tensor([[5, 8, 13]])], dim=1)
         second = model.generate(
             input_ids=turn, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False
         )
         assert second.shape[1] == turn.shape[1] + 4
-        foreign = copy.deepcopy(first.past_key_values)
+        again = model.generate(input_ids=turn, past_key_values=copied, max_new_tokens=4, do_sample=False)
+        assert torch.equal(again, second), "a copy of the cache goes on as the cache does"
         with pytest.raises(ValueError, match=r"cache holds .* computed without these interventions"):
             model.generate(input_ids=second, past_key_values=foreign, max_new_tokens=1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.asking.batch import Batch, model_inputs
+from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, model_inputs, quiet
 from vlmfix.asking.identity import model_identity, processor_digest
 from vlmfix.asking.look import Look
 from vlmfix.asking.meter import Meter
@@ -19,6 +19,7 @@ from vlmfix.asking.prefix import ContinuedBatch, can_share, prefixed_for_all
 from vlmfix.asking.record import Record
 from vlmfix.asking.words import FirstWords, p_yes, yes_no_tokens
 from vlmfix.engine.attachment import Attachment, attached, describe
+from vlmfix.engine.decoding import as_keywords, decoding_of
 from vlmfix.engine.wrap import in_force
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import Interventions, as_interventions
@@ -82,11 +83,12 @@ class Asker:
         image: Picture | Sequence[Picture],
         prompt: str,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         seed: int | None = None,
         **generate: Any,
     ) -> Record:
-        """Ask about one picture (or several, given as a list). Greedy unless told otherwise.
+        """Ask about one picture (or several, given as a list). Greedy and up to 256 tokens unless told otherwise, by
+        keywords or by a `generation_config`.
 
         `generate` goes to the model's own `generate` (`do_sample`, `num_beams` ...); `seed` is set before sampling.
         Raises `ValueError` for a missing or unreadable picture and for an empty prompt.
@@ -97,7 +99,7 @@ class Asker:
         self,
         questions: Sequence[Asked],
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         seed: int | None = None,
         first_token: Mapping[str, Sequence[int]] | None = None,
         share: bool = True,
@@ -110,7 +112,7 @@ class Asker:
         Questions about the same path or picture object share the pass over it, where model, methods and decoding allow
         it; `share=False` does without.
         """
-        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
+        settings = ask_settings(max_new_tokens, generate)
         return self._answer(read_questions(questions), settings, seed, first_token, share)
 
     def p_yes(self, questions: Sequence[Asked]) -> list[float]:
@@ -185,10 +187,11 @@ class Asker:
         prefixed: ContinuedBatch | None = None,
     ) -> list[Record]:
         """Records of questions; with `prefixed`, a batch of these questions after the pass over their pictures."""
+        self._refuse(settings)
         if seed is not None:
             torch.manual_seed(seed)
         first = FirstWords(first_token or {})
-        listening = {"logits_processor": [*settings.get("logits_processor", ()), first]} if first_token else {}
+        listening = {"logits_processor": [*(settings.get("logits_processor") or ()), first]} if first_token else {}
         n, attachment = len(questions), self._attachment
         with naming_pictures(questions), self.applied():
             began = time.perf_counter()
@@ -205,8 +208,9 @@ class Asker:
         if prefixed is not None and prefixed.prefix is not None and prefixed.prefix_inputs is not None:
             ids = prefixed.prefix_inputs["input_ids"]  # each method bears the common pass in full
             seconds, passes, tokens = seconds + prefixed.prefix.seconds, passes + len(ids), tokens + ids.numel()
+        resolved = dict(batch.decoding.settings)
         if seed is not None:
-            settings = {**settings, "seed": seed}
+            resolved["seed"] = seed
         methods = self.methods
         return [
             Record(
@@ -220,7 +224,7 @@ class Asker:
                 finish="length" if batch.end(answers[i]) is None else "stop",
                 seconds=seconds / n,
                 batch_size=n,
-                generation=settings,
+                generation=resolved,
                 effects=effects[i],
                 passes=passes / n,
                 tokens=tokens / n,
@@ -228,6 +232,15 @@ class Asker:
             )
             for i, question in enumerate(questions)
         ]
+
+    def _refuse(self, settings: dict[str, Any]) -> None:
+        """`ValueError` for settings that leave no room for one answer to each question."""
+        n_answers = decoding_of(self.model, quiet(settings)).config.num_return_sequences or 1
+        if n_answers > 1:
+            raise ValueError(
+                f"num_return_sequences: expected 1, since a record holds one answer, got {n_answers}; ask again with "
+                f"another seed for another answer"
+            )
 
     def _active(self, stage: str) -> list[tuple[int, Intervention]]:
         """Interventions that act at a stage, with their places."""
@@ -282,11 +295,19 @@ class Asker:
         return effects
 
 
+def ask_settings(max_new_tokens: int | None, generate: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `generate` for a question, as keywords: the caller's keywords, then those of a `generation_config`
+    of the caller's, then greedy decoding of up to 256 tokens."""
+    if max_new_tokens is not None:
+        generate = {"max_new_tokens": max_new_tokens, **generate}
+    return as_keywords(generate, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+
+
 def ask_in_turns(
     askers: Sequence[Asker],
     questions: Sequence[Asked],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     seed: int | None = None,
     first_token: Mapping[str, Sequence[int]] | None = None,
     share: bool = True,
@@ -294,7 +315,7 @@ def ask_in_turns(
 ) -> list[list[Record]]:
     """The same questions to several askers of one model, as `Asker.ask_batch`: records per asker. Where all methods
     leave the pass over a picture as it is, one such pass serves them all."""
-    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate}
+    settings = ask_settings(max_new_tokens, generate)
     opened = read_questions(questions)
     prefixed = None
     if share and len(askers) > 1:
@@ -311,7 +332,7 @@ def ask(
     image: Picture | Sequence[Picture],
     prompt: str,
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     seed: int | None = None,
     **generate: Any,
 ) -> Record:
@@ -325,7 +346,7 @@ def ask_batch(
     processor: Any,
     questions: Sequence[Asked],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     seed: int | None = None,
     first_token: Mapping[str, Sequence[int]] | None = None,
     share: bool = True,

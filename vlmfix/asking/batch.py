@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from PIL import Image
 from vlmfix.asking.pictures import ProcessorError
 from vlmfix.asking.words import FirstWords, Written, p_yes, yes_no_tokens
 from vlmfix.engine.attachment import Attachment, attached
+from vlmfix.engine.decoding import GREEDY, Decoding, as_keywords, decoding_of
 from vlmfix.method.intervention import Intervention
 
-NO_SAMPLING = {"temperature": None, "top_p": None, "top_k": None}
-"""Settings that a model's own configuration may hold and greedy decoding has no use for."""
+MAX_NEW_TOKENS = 256
+"""Of an answer, where neither the caller nor a configuration of the caller's says anything else."""
 
 
 def chat(processor: Any, prompt: str, n_images: int) -> str:
@@ -41,17 +43,30 @@ def processed(processor: Any, texts: list[str], questions: Sequence[tuple[list[I
 
     Raises:
         ProcessorError: it cannot take one of the questions, of which it is said which.
+        ValueError: there are several, and the tokenizer has no padding token.
     """
-    options = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    several = len(texts) > 1  # a tokenizer without padding token can still read one text
+    tokenizer = getattr(processor, "tokenizer", None)
+    if several and tokenizer is not None and tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the tokenizer has no padding token, so several questions cannot be asked at once; ask them one by one "
+            "(batch size 1), or set processor.tokenizer.pad_token = processor.tokenizer.eos_token"
+        )
+    options = {"return_tensors": "pt", "padding": several, "padding_side": "left"}
     try:
         return processor(text=texts, images=[images for images, _ in questions], **options)
     except Exception as error:
         for (images, prompt), text in zip(questions, texts, strict=True):
             try:
-                processor(text=[text], images=[images], **options)
+                processor(text=[text], images=[images], **{**options, "padding": False})
             except Exception as reason:
                 raise ProcessorError(images, prompt, reason) from error
         raise
+
+
+def quiet(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `generate` without those that greedy decoding has no use for."""
+    return settings if settings.get("do_sample") else {**GREEDY, **settings}
 
 
 @dataclass(frozen=True)
@@ -83,16 +98,24 @@ class Batch:
     ) -> Batch:
         """Build the inputs. Greedy unless told otherwise."""
         inputs = model_inputs(model, processor, questions)
-        return cls(model, processor, questions, inputs, {"do_sample": False, **settings}, seed)
+        settings = as_keywords(settings, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        if "max_new_tokens" not in settings:  # what counts the prompt, too
+            settings["max_new_tokens"] = settings["max_length"] - inputs["input_ids"].shape[1]
+        return cls(model, processor, questions, inputs, settings, seed)
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """What the model will do with these settings, those of its own configuration included."""
+        return decoding_of(self.model, quiet(self.settings))
 
     def generate(self, inputs: dict[str, Any] | None = None, **changes: Any) -> list[list[int]]:
         """New tokens of each sequence, the end token included. `changes` go before the settings; `inputs` may be a part
         of the batch, or hold more tokens than the prompt (`prompt_end`, to wrapped models, says where the prompt
         ends)."""
-        settings = {**self.settings, **changes}
-        quiet = {} if settings["do_sample"] else NO_SAMPLING
+        settings = quiet({**self.settings, **changes})
         inputs = self.inputs if inputs is None else inputs
-        sequences = self.model.generate(**inputs, **quiet, **settings)
+        output = self.model.generate(**inputs, **settings)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
         answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         return [tokens[: self.end(tokens)] for tokens in answers]
 
@@ -111,9 +134,7 @@ class Batch:
 
     def end(self, tokens: Sequence[int]) -> int | None:
         """Length of an answer up to its end token; `None` if it has none."""
-        end_ids = self.model.generation_config.eos_token_id
-        end_ids = set(end_ids) if isinstance(end_ids, list) else {end_ids}
-        return next((n + 1 for n, token in enumerate(tokens) if token in end_ids), None)
+        return next((n + 1 for n, token in enumerate(tokens) if token in self.decoding.end_ids), None)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without special tokens and without white space at its ends."""

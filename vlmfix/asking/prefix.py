@@ -15,22 +15,27 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmfix.asking.batch import NO_SAMPLING, Batch, chat, processed
+from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, chat, processed, quiet
 from vlmfix.engine.attachment import Attachment, Left, attached
+from vlmfix.engine.decoding import as_keywords, decoding_of
 from vlmfix.engine.wrap import in_force
 
 BOTH_WAYS = ("token_type_ids",)
 """Inputs of models whose prompts see both ways: there a question changes what comes before it."""
-PLAIN = {"do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "top_k", "logits_processor"}
+PLAIN = {"do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "top_k"}
 """Settings of `generate` that are known to go together with sharing."""
+HARMLESS = {*PLAIN, "eos_token_id", "max_length", "repetition_penalty"}
+"""Settings of a model's own configuration that are."""
 
 
 def can_share(model: Any, attachment: Attachment | None, settings: dict[str, Any]) -> bool:
     """Whether the model, what is attached to it and the settings of `generate` let questions share a picture: greedy
     decoding, and methods that say so."""
-    n_beams = settings.get("num_beams") or model.generation_config.num_beams or 1
+    decoding = decoding_of(model, settings)
     windows = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)  # padding would narrow them
-    if settings.get("do_sample") or n_beams > 1 or set(settings) - PLAIN or windows:
+    if decoding.config.do_sample or decoding.n_beams > 1 or windows:
+        return False
+    if set(settings) - PLAIN - {"logits_processor"} or set(decoding.settings) - HARMLESS:
         return False
     if attachment is None:
         return True
@@ -84,12 +89,13 @@ class ContinuedBatch(Batch):
         if parts is None:
             return Batch.of(model, processor, questions, settings, seed)
         prefix_inputs, ids, mask = parts
+        settings = as_keywords(settings, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         return cls(
             model,
             processor,
             questions,
             {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)},
-            {"do_sample": False, **settings},
+            settings,
             seed,
             prefix_inputs=dict(prefix_inputs.to(model.device, dtype=model.dtype)),
             prefix_row=torch.tensor(rows, device=model.device),
@@ -99,7 +105,7 @@ class ContinuedBatch(Batch):
         """The pass over the pictures, with the interventions in force."""
         assert self.prefix_inputs is not None
         attachment = attached(self.model)
-        settings = {**self.settings, **NO_SAMPLING, "max_new_tokens": 1, "logits_processor": None}
+        settings = {**quiet(self.settings), "max_new_tokens": 1, "logits_processor": None}
         settings["return_dict_in_generate"] = True
         if attachment is not None:
             settings["prompt_end"] = self.prefix_inputs["input_ids"].shape[1] + 1  # the prompt goes on

@@ -31,7 +31,7 @@ class Record:
     pass over pictures that several methods share counts in full for each of them."""
     batch_size: int
     generation: dict[str, Any]
-    """Settings given to `generate`."""
+    """Settings of `generate` in force, those of the model's own configuration included, and the seed."""
     effects: list[dict[str, Any]] = field(default_factory=list)
     """What each intervention did to this answer, in short (`acted` ...)."""
     passes: float = 0.0

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from vlmfix.engine import hooks
-from vlmfix.engine.forward import ForwardHook
+from vlmfix.engine.forward import ForwardDoor, doors
 from vlmfix.engine.generate import Generate
 from vlmfix.engine.refusals import check_company, check_model
 from vlmfix.engine.running import Placed, Running
 from vlmfix.engine.state import Generation
 from vlmfix.method.intervention import Idle, Intervention
-from vlmfix.model.anatomy import Anatomy, anatomy
+from vlmfix.model.anatomy import Anatomy, anatomy, core_of
 
 ATTRIBUTE = "_vlmfix"
 
 
 def attached(model: nn.Module) -> Attachment | None:
-    """What is attached to a model, or `None`."""
-    return model.__dict__.get(ATTRIBUTE)
+    """What is attached to the weights of a model, whichever object holds them; `None`: nothing."""
+    return core_of(model).__dict__.get(ATTRIBUTE)
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Attachment:
     """All that `wrap` puts on one model: hooks, config views and the states of running generations."""
 
     def __init__(self, model: nn.Module, requested: tuple[Intervention, ...], processor: Any = None):
+        model = core_of(model)
         self.model = model
         self.requested = requested
         self.anatomy: Anatomy = anatomy(model)
@@ -102,8 +103,10 @@ class Attachment:
 
     def _attach(self) -> None:
         torch.compiler.reset()  # compiled code does not see that hooks came, only that they went
-        for module in dict.fromkeys((self.model, self.anatomy.generator)):
-            self._handles += ForwardHook(self.running, self.anatomy, self.model, module).register(module)
+        for module in doors(self.model, self.anatomy):
+            door = ForwardDoor(self.running, self.anatomy, self.model, module)
+            door.put_on()
+            self._handles.append(door)
         for handle in hooks.put_on(self.running, self.anatomy):
             self._handles.append(handle)
         self.wrapper.put_on()
@@ -127,7 +130,7 @@ class Attachment:
 
     def left(self, cache: Any) -> Left:
         """What the pass that filled a cache left here, for `go_on`."""
-        return self.entries, self.running.by_cache.get(cache)
+        return self.entries, self.running.generation_of(cache)
 
     def go_on(self, cache: Any, index: Tensor, left: Left) -> None:
         """Let several prompts that begin alike go on from a cache: the b-th from sample `index[b]` of a pass in which
@@ -140,7 +143,7 @@ class Attachment:
             place = next(i for i, entry in enumerate(entries) if entry is own)
             memos.append(generation.memos[place])
         begun = replace(generation, memos=memos, force=self.running.force())
-        self.running.by_cache[cache] = begun.branched(index)
+        self.running.remember(cache, begun.branched(index))
 
     def effects(self, last: Generation | None = None) -> list[dict[str, Any]]:
         """See `vlmfix.effects`: of a generation, else this thread's last one, or anyone's if this thread had none."""

@@ -95,8 +95,8 @@ def edited_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Stock attention, then the edited rows of its output overwritten. query (B, H, Q, d), key and value (B, Hk, K, d).
 
-    The weights returned beside the output, where the kernel gives any, are the unedited ones. Where second streams go
-    along, their queries follow the first stream's, and each attends to its own keys by the kernel alone.
+    The weights returned beside the output, where the kernel gives any, are edited in the same rows. Where second
+    streams go along, their queries follow the first stream's, and each attends to its own keys by the kernel alone.
     """
     view: AttentionView = module.config.vlmfix_view  # type: ignore[union-attr, assignment]
     this_pass, kernel = view.current(), partial(view.kernel(), view.original)
@@ -121,9 +121,9 @@ def _edited(
     scores = Scores(view, this_pass, query, key, attention_mask, kwargs)
     if not this_pass.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
         # The kernel runs only where a row stays as it is.
-        return edit_rows(view, this_pass, lambda: stock()[0], scores, value), None
-    out, weights = stock()
-    return edit_rows(view, this_pass, lambda: out, scores, value), weights
+        return edit_rows(view, this_pass, stock, scores, value)
+    stock()
+    return edit_rows(view, this_pass, stock, scores, value)
 
 
 def _as_cached(view: AttentionView, this_pass: Pass, key: Tensor, value: Tensor, extra: dict[str, Any]) -> bool:
@@ -176,6 +176,8 @@ class Scores:
     def _products(self, q: Tensor) -> Tensor:
         """(B, Hk, R, K) of queries (B, Hk, R, d) with all keys."""
         key = self.key
+        if key.requires_grad:  # pieces in one room could not be found again on the way back
+            key = key.to(q.dtype)
         if key.dtype == q.dtype:
             return q @ key.transpose(-1, -2)
         b, n_key_heads, n_keys, d = key.shape
@@ -243,9 +245,14 @@ def by_key_head(x: Tensor, group: int) -> Tensor:
 
 
 def edit_rows(
-    view: AttentionView, this_pass: Pass, stock: Callable[[], Tensor], scores: Scores, value: Tensor
-) -> Tensor:
-    """The output `stock` (B, Q, H, d) of the original kernel, with the rows that an intervention changed overwritten.
+    view: AttentionView,
+    this_pass: Pass,
+    stock: Callable[[], tuple[Tensor, Tensor | None]],
+    scores: Scores,
+    value: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """What the original kernel gives by `stock`, its output (B, Q, H, d) and perhaps its weights (B, H, Q, K), with the
+    rows that an intervention changed overwritten in both.
 
     Work and memory are rows x keys; rows, heads and samples that no edit changed keep the kernel's output bit for bit.
     Weights are edited in float32; the rows that they give are summed as kernels do it: weights in the dtype of the
@@ -266,6 +273,7 @@ def edit_rows(
             a = scores.softmax(scores.rows(piece)[0], piece)
             for i, one in surveys:
                 one.survey(a, site(i, "all", piece))
+    edited: tuple[Tensor, Tensor | None] | None = None
     pieces: Any = [slice(None)] if index is None else index.to(device).split(PIECE)
     for picked in pieces:
         sites = {i: site(i, one.rows, picked) for i, one in edits}
@@ -280,11 +288,22 @@ def edit_rows(
         if on_cpu and not all_changed and not changed.any():
             continue
         new = (by_key_head(a, scores.group).to(value.dtype) @ value).view(*a.shape[:3], -1).transpose(1, 2)
-        if index is None and all_changed:
-            return new.to(scores.query.dtype)
-        out = stock()
+        if index is None and all_changed and view.original.config._attn_implementation == "sdpa":
+            return new.to(scores.query.dtype), None
+        out, weights = _writable(*stock()) if edited is None else edited
         out[:, picked] = torch.where(changed.transpose(1, 2)[..., None], new.to(out.dtype), out[:, picked])
-    return stock()
+        if weights is not None and weights.shape[-1] == a.shape[-1]:
+            weights[:, :, picked] = torch.where(changed[..., None], a.to(weights.dtype), weights[:, :, picked])
+        edited = out, weights
+    return stock() if edited is None else edited
+
+
+def _writable(out: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a kernel gives, to be overwritten: copies where gradients are on, since the kernel keeps its output for
+    the way back; else the tensors themselves."""
+    if not out.requires_grad:
+        return out, weights
+    return out.clone(), None if weights is None else weights.clone()
 
 
 def _edited_weights(edits: list[Placed], sites: dict[int, Site], scores: Scores, picked: Any) -> tuple[Tensor, Tensor]:

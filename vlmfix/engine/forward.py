@@ -4,88 +4,165 @@ along."""
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import warnings
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import Cache
 
 from vlmfix.engine import prefill
 from vlmfix.engine.attention import between_compiled_pieces
-from vlmfix.engine.passes import Pass, Seen, image_columns, image_tokens, valid_columns, which_pass
-from vlmfix.engine.refusals import check_pieces
+from vlmfix.engine.passes import Pass, Seen, answer_begins, image_columns, image_tokens, valid_columns, which_pass
+from vlmfix.engine.refusals import check_pass, check_pieces, check_scoring
 from vlmfix.engine.running import Running
 from vlmfix.engine.state import Generation, Scope
 from vlmfix.engine.streams import JointCache, join
-from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.anatomy import PICTURE_ARGUMENTS, Anatomy
 
 
-class ForwardHook:
-    """Hooks around the forward pass of one module: the model, or the language model inside that makes the answers."""
+class ForwardDoor:
+    """Stands in the place of a module's `forward`: whoever calls it, by the module or directly as PEFT does, comes
+    through here. The module is the model, its part without the head, or the language model that makes the answers."""
 
     def __init__(self, running: Running, parts: Anatomy, model: nn.Module, module: nn.Module):
-        self.running, self.parts, self.model = running, parts, model
+        self.running, self.parts, self.model, self.module = running, parts, model, module
         self.is_model = module is model
-        self.parameters = list(inspect.signature(module.forward).parameters)
+        self.is_on = False
 
-    def register(self, module: nn.Module) -> list[Any]:
-        """Put both on, and give the handles that take them off."""
-        return [
-            module.register_forward_pre_hook(self.before, with_kwargs=True),
-            module.register_forward_hook(self.after, always_call=True),
-        ]
+    @property
+    def original(self) -> Callable[..., Any]:
+        """What stood here before. It is looked up anew, since copies and pickles have modules of their own."""
+        return MethodType(type(self.module).forward, self.module) if self.own is None else self.own
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of the original: transformers asks a model what its forward pass takes."""
+        return inspect.signature(self.original)
+
+    def put_on(self) -> None:
+        """In the place of the module's own."""
+        self.own = self.module.__dict__.get("forward")
+        self.parameters = list(inspect.signature(self.original).parameters)
+        self.module.__dict__["forward"] = self
+        self.is_on = True
+
+    def remove(self) -> None:
+        """As it was found; where somebody has put a function around this one since, it lets everything pass."""
+        self.is_on = False
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+            if self.own is not None:
+                self.module.__dict__["forward"] = self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward pass, as the pass that it is."""
+        thread = self.running.thread
+        is_part = not self.is_model and thread.current is not None  # of a pass that is known already
+        if not self.is_on or is_part:
+            return self.original(*args, **kwargs)
+        args, kwargs = self.before(args, kwargs)
+        try:
+            output = self.original(*args, **kwargs)
+        except BaseException:
+            thread.current = None
+            raise
+        self.after(output)
+        return output
 
     @between_compiled_pieces
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Find out what this forward pass is, and start a generation if it is a prefill."""
         thread = self.running.thread
-        if not self.is_model and thread.current is not None:
-            return args, kwargs  # a part of a pass that is known already
-        thread.current, thread.owner = None, module
-        if thread.capture is not None or not self.running.force():
-            kwargs.pop("image_mask", None)
-            return args, kwargs
+        thread.current = None
         named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        image_mask = kwargs.pop("image_mask", None)
+        image_mask, prompt_end = kwargs.pop("image_mask", None), kwargs.pop("prompt_end", None)
+        if thread.capture is not None or not self.running.force():
+            return args, kwargs
+        check_pass(self.running.in_force(), self.parts, kwargs)
         embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
         rows = embeds if embeds is not None else ids
         if rows is None:
             raise ValueError("the forward pass got neither input_ids nor inputs_embeds")
-        this_pass = self._this_pass(named.get("past_key_values"), rows)
+        if thread.scope is None:
+            self._warn_of_guides()
+            prompt_end = self._told_end(prompt_end, named)
+        this_pass = self._this_pass(named.get("past_key_values"), rows, prompt_end)
         self._learn_prompt(this_pass, named, rows, image_mask)
         if this_pass.begins:
-            self._begin(this_pass, module, named)
+            self._begin(this_pass, self.module, {**named, "labels": None})
         if thread.scope is not None:
             thread.scope.generation = this_pass.generation
             thread.scope.position = this_pass.start + this_pass.n_rows
             args, kwargs = self._with_streams(this_pass, thread.scope, named, args, kwargs)
-        thread.current, thread.owner = this_pass, module  # passes of `begin` may have come between
+        thread.current = this_pass  # passes of `begin` may have come between
         return args, kwargs
 
     @between_compiled_pieces
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The pass is over, or broke off."""
+    def after(self, output: Any) -> None:
+        """The pass is over."""
         thread = self.running.thread
-        if module is not thread.owner:
-            return  # a part of a pass
         this_pass, thread.current = thread.current, None
-        if this_pass is None or output is None:
+        if this_pass is None:
             return
         if isinstance(this_pass.cache, JointCache):
             this_pass.cache.part(output)
-        self.running.ended(this_pass.generation, getattr(output, "past_key_values", None))
+        self.running.ended(this_pass.generation, _cache_of(output))
 
-    def _this_pass(self, cache: Any, rows: Tensor) -> Pass:
+    def _this_pass(self, cache: Any, rows: Tensor, prompt_end: int | None) -> Pass:
         scope = self.running.thread.scope
+        cached = None if cache is None else _cached(cache, scope)
+        # Outside of `generate` nobody holds more of a prompt than goes in.
+        columns = (cached or 0) + rows.shape[1] if scope is None else scope.columns
         seen = Seen(
             n_rows=rows.shape[1],
-            cached=None if cache is None else _cached(cache, scope),
-            prompt_end=None if scope is None else scope.prompt_end,
-            columns=None if scope is None else scope.columns,
+            cached=cached,
+            prompt_end=prompt_end if scope is None else scope.prompt_end,
+            columns=columns,
             under_way=None if scope is None else scope.generation,
-            of_cache=None if cache is None else self.running.by_cache.get(cache),
+            of_cache=None if cache is None else self.running.generation_of(cache),
         )
         this_pass = which_pass(seen, begun=lambda: self.running.begun(rows.shape[0], rows.device))
         this_pass.cache = cache
         return this_pass
+
+    def _told_end(self, prompt_end: int | None, named: dict[str, Any]) -> int | None:
+        """The number of columns that are prompt, as the caller of a forward pass says it, or else its labels: what has
+        a label is answer. `None` where nothing is said. Raises `ValueError` for an end that cannot be one, and for
+        methods that cannot act on an answer in one pass."""
+        labels = named.get("labels")
+        if prompt_end is None and labels is None:
+            return None
+        check_scoring(self.running.in_force())
+        cache = named.get("past_key_values")
+        start = 0 if cache is None else _cached(cache, None)
+        if prompt_end is None:
+            prompt_end = start + answer_begins(cast(Tensor, labels))
+        elif isinstance(prompt_end, bool) or not isinstance(prompt_end, int) or prompt_end < 1:
+            raise ValueError(
+                f"prompt_end: expected the number of columns that are prompt, 1 or more, got {prompt_end!r}"
+            )
+        ids = named.get("input_ids")
+        answer = None if ids is None else ids[:, max(prompt_end - start, 0) :]
+        image = image_tokens(self.parts, {}, answer)
+        if image is not None and bool(image.any()):
+            raise ValueError(
+                "the labels or prompt_end say that the answer begins before the picture ends, so no method could be in "
+                "force as in generate; set the labels of the prompt to -100, or give prompt_end"
+            )
+        return prompt_end
+
+    def _warn_of_guides(self) -> None:
+        """Say once of methods that act on the choice of tokens that a forward pass alone does not show them."""
+        guides = [one.name or type(one).__name__ for _, one in self.running.in_force() if one.acts_at("logits")]
+        if guides and not self.running.warned_of_guides:
+            self.running.warned_of_guides = True
+            warnings.warn(
+                f"{' and '.join(guides)} acts where generate chooses a token; the logits of a forward pass by itself "
+                f"are without it",
+                stacklevel=4,
+            )
 
     def _learn_prompt(self, this_pass: Pass, named: dict[str, Any], rows: Tensor, image_mask: Tensor | None) -> None:
         """Add what goes in of the prompt, or all of it where `generate` sends it in pieces, to the geometry."""
@@ -136,6 +213,26 @@ class ForwardHook:
         if len(generation.joinable) < len(self.parts.layers):
             return False
         return not any(one.acts_at("tokens") for _, one in self.running.in_force())
+
+
+def doors(model: nn.Module, parts: Anatomy) -> list[nn.Module]:
+    """Modules of a model that may be called by themselves, since ids or pictures that they get tell where the image is:
+    the model, its part without the head, and the language model inside that makes the answers."""
+    headless = getattr(model, "base_model", None)
+    modules = [model]
+    if isinstance(headless, nn.Module):
+        parameters = inspect.signature(headless.forward).parameters
+        if "input_ids" in parameters and any(argument in parameters for argument in PICTURE_ARGUMENTS):
+            modules.append(headless)
+    modules.append(parts.generator)
+    return list(dict.fromkeys(modules))
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache that a pass has filled; `None` if there is none."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Cache)), None)
+    return getattr(output, "past_key_values", None)
 
 
 def _cached(cache: Any, scope: Scope | None) -> int:

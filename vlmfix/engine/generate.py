@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList
 
+from vlmfix.engine.decoding import Decoding, resolve
 from vlmfix.engine.hooks import LogitsStage
 from vlmfix.engine.passes import image_tokens
 from vlmfix.engine.refusals import check_decoding
@@ -21,8 +21,6 @@ from vlmfix.model.anatomy import Anatomy
 
 LOSES_PROCESSORS = ("janus",)
 """Models whose own `generate` drops logits processors when it writes text; what it calls then does not."""
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-"""Settings of `generate` that let something else propose tokens."""
 
 
 class Generate:
@@ -30,7 +28,6 @@ class Generate:
 
     def __init__(self, running: Running, parts: Anatomy, model: Any):
         self.running, self.parts, self.model = running, parts, model
-        self.parameters = list(inspect.signature(type(model).generate).parameters)[1:]
         self.warned: set[int] = set()
         """Interventions of which something was said already."""
 
@@ -50,16 +47,17 @@ class Generate:
         self, *args: Any, image_mask: Tensor | None = None, prompt_end: int | None = None, **kwargs: Any
     ) -> Any:
         """The model's own `generate`; knows where the prompt ends, and warns if a method never acted."""
-        named = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        decoding = self.decoding(args, kwargs)
+        named = dict(decoding.arguments)
         if isinstance(named.get("inputs"), Tensor):
             named["input_ids"] = named.pop("inputs")
-        n_beams, assisted = self._decoding(kwargs)
-        check_decoding(self.running.in_force(), n_beams, assisted)
+        check_decoding(self.running.in_force(), decoding)
         self._warn_of_ask()
         run = self.original
         guides = [(i, one) for i, one in self.running.in_force() if one.acts_at("logits")]
         if guides:
-            kwargs["logits_processor"] = self._with_logits_stage(kwargs.get("logits_processor"), guides)
+            processors = self._with_logits_stage(named.get("logits_processor"), guides)
+            args, kwargs = (), {**decoding.arguments, "logits_processor": processors}
             if self.parts.model_type in LOSES_PROCESSORS and kwargs.pop("generation_mode", "text") == "text":
                 run = partial(GenerationMixin.generate, self.model)
         inputs = {name: value for name, value in named.items() if isinstance(value, Tensor)}
@@ -67,7 +65,7 @@ class Generate:
             image_mask = image_tokens(self.parts, named, inputs.get("input_ids"))
         end = _prompt_end(named) if prompt_end is None else prompt_end
         thread = self.running.thread
-        outer, thread.scope = thread.scope, Scope(inputs, end, image_mask, n_beams)
+        outer, thread.scope = thread.scope, Scope(inputs, end, image_mask, decoding.n_beams)
         try:
             output = run(*args, **kwargs)
             if thread.scope.position >= (end or 0):
@@ -76,15 +74,9 @@ class Generate:
         finally:
             thread.scope, thread.current = outer, None
 
-    def _decoding(self, settings: dict[str, Any]) -> tuple[int, bool]:
-        """Number of beams, and whether something else proposes tokens."""
-        config = settings.get("generation_config") or self.model.generation_config
-
-        def setting(name: str) -> Any:
-            return settings.get(name) or getattr(config, name, None)
-
-        assisted = any(setting(name) not in (None, False) for name in ASSISTED)
-        return setting("num_beams") or 1, assisted
+    def decoding(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Decoding:
+        """What the model's own `generate` will do with these arguments."""
+        return resolve(self.parts.generator, self.original, args, kwargs)
 
     def _with_logits_stage(self, others: Any, guides: list[Any]) -> LogitsProcessorList:
         """Logits processors with the `logits` stage after those of the caller, before those that only listen."""

@@ -46,7 +46,7 @@ class StageHook:
     @property
     def current(self) -> Pass | None:
         """The pass that this thread is in; `None`: the model runs untouched."""
-        return self.running.thread.current
+        return self.running.pass_to_edit(self.edits)
 
     def capture(self, x: Tensor) -> None:
         """Note what a reading pass asks for of (B, Q, ...)."""
@@ -335,7 +335,9 @@ def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
                 yield kind(running, parts, number, edits, kind.reading in readings).register(module)
         edits = [(i, one) for i, one in here if any(map(one.acts_at, ATTENTION_STAGES))]
         if layer.attention is not None and (edits or may_join):
-            view = attention.AttentionView(layer.attention, number, n_layers, edits, running.current)
+            view = attention.AttentionView(
+                layer.attention, number, n_layers, edits, partial(running.pass_to_edit, edits)
+            )
             yield attention.attach(layer.attention, view)
         if number == n_layers - 1:  # before the layer's output is read
             edits = [(i, one) for i, one in running.active if one.acts_at("tokens")]

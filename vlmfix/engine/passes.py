@@ -31,7 +31,8 @@ class Seen:
     cached: int | None = None
     """Tokens in the cache that it was given; `None` without a cache."""
     prompt_end: int | None = None
-    """Where the prompt ends, as the call of `generate` around it knows; `None` where nothing tells."""
+    """Where the prompt ends, as the call of `generate` around it knows, or whoever calls the model says; `None` where
+    nothing tells."""
     columns: int | None = None
     """Columns of token ids that this call of `generate` was given; `None` if it got embeddings."""
     under_way: Generation | None = None
@@ -203,6 +204,18 @@ def _prompt_end(seen: Seen) -> int:
     start = seen.cached or 0
     is_prompt = start == 0 or seen.n_rows > 1
     return start + seen.n_rows if is_prompt else start
+
+
+def answer_begins(labels: Tensor) -> int:
+    """The column at which the answers of a batch begin, by their labels (B, T), -100 on the prompt. `ValueError` where
+    that is not the same column in all rows, or none."""
+    columns = (labels != -100).int().argmax(1).tolist()
+    if len(set(columns)) > 1:
+        raise ValueError(
+            f"labels: the answers of the batch begin in different columns, {columns}; pad the prompts on the left and "
+            f"the answers on the right, so that all begin in one column, or score them one by one"
+        )
+    return columns[0]
 
 
 # ---- where the image is ---------------------------------------------------------------------------------------------

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
+
+from vlmfix.engine.decoding import Decoding
 from vlmfix.engine.running import Placed
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.stages import EVERY_TOKEN_STAGES, READINGS, TABLE
@@ -45,14 +49,60 @@ def check_company(active: Sequence[Placed]) -> None:
         one.composes([other for j, other in active if j != i])
 
 
-def check_decoding(in_force: Sequence[Placed], n_beams: int, assisted: bool) -> None:
+def check_decoding(in_force: Sequence[Placed], decoding: Decoding) -> None:
     """Raise a `ValueError` if an intervention cannot follow an answer in the way that it is decoded."""
+    if not in_force:
+        return
+    config, names = decoding.config, " and ".join(one.name or type(one).__name__ for _, one in in_force)
+    if config.cache_implementation == "paged":
+        raise ValueError(
+            f"{names} cannot act in continuous batching, which packs prompts into one row; leave out "
+            f"cache_implementation='paged'"
+        )
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        raise ValueError(
+            f"{names} cannot act beside guidance_scale={config.guidance_scale:g}, for which a second "
+            f"prompt goes through the same model; leave it out, or use a method that guides (vcd, contrast)"
+        )
     for _, one in in_force:
         sequential = one.traits.sequential
-        if sequential and n_beams > 1:
+        if sequential and decoding.n_beams > 1:
             raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
-        if assisted and (sequential or any(map(one.acts_at, EVERY_TOKEN_STAGES))):
+        if decoding.assisted and (sequential or any(map(one.acts_at, EVERY_TOKEN_STAGES))):
             raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
+
+
+PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "block_table")
+"""Arguments of passes in which several prompts stand in one row."""
+
+
+def check_pass(in_force: Sequence[Placed], parts: Anatomy, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a forward pass in which interventions could not edit what they should."""
+    names = " and ".join(one.name or type(one).__name__ for _, one in in_force)
+    if any(kwargs.get(name) is not None for name in PACKED):
+        raise ValueError(
+            f"{names} cannot act where several prompts are packed into one row (continuous batching, padding-free "
+            f"batches); use generate or padded batches, or unwrap the model"
+        )
+    if torch.is_grad_enabled() and any(_checkpoints(layer.module) for layer in parts.layers):
+        raise ValueError(
+            f"{names} cannot act under gradient checkpointing, which computes the layers once more when the pass is "
+            f"over; call model.gradient_checkpointing_disable() or model.eval(), or unwrap the model"
+        )
+
+
+def _checkpoints(layer: Any) -> bool:
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+def check_scoring(in_force: Sequence[Placed]) -> None:
+    """Raise a `ValueError` if an intervention cannot act on an answer that is given as a whole."""
+    for _, one in in_force:
+        if one.acts_at("logits"):
+            raise ValueError(
+                f"{one.name} acts where generate chooses a token, so an answer cannot be scored with it in one forward "
+                f"pass; use generate(output_scores=True)"
+            )
 
 
 def check_pieces(in_force: Sequence[Placed]) -> None:

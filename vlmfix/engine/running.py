@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
 from vlmfix.engine.passes import Pass
 from vlmfix.engine.state import Capture, Generation, Scope
+from vlmfix.engine.ticket import Ticket, stamp, ticket_of
 from vlmfix.method.intervention import Intervention
 from vlmfix.model.geometry import Geometry
 
@@ -27,8 +27,6 @@ class _Thread(threading.local):
     """The call of `generate` that it is in."""
     current: Pass | None = None
     """The forward pass that it is in. `None`: the model runs untouched."""
-    owner: nn.Module | None = None
-    """The module whose forward pass that is: the model, or the language model inside."""
     capture: Capture | None = None
     last: Generation | None = None
     only: frozenset[int] | None = None
@@ -48,7 +46,9 @@ class Running:
     def forget(self) -> None:
         """Nothing has run yet."""
         self.thread = _Thread()
-        self.by_cache: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
+        self.owner = object()
+        """Told by the caches that are filled from now on."""
+        self.warned_of_parts = self.warned_of_guides = False
         self._last: Generation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,6 +61,22 @@ class Running:
     def current(self) -> Pass | None:
         """The pass that this thread is in; `None`: the model runs untouched."""
         return self.thread.current
+
+    def pass_to_edit(self, edits: Sequence[Placed]) -> Pass | None:
+        """The pass that this thread is in, where these interventions have something to edit; a warning says once that
+        they are not in force where a part of the model was called by itself."""
+        thread = self.thread
+        if thread.current is None and thread.capture is None and not self.warned_of_parts:
+            force = self.force()
+            names = [one.name or type(one).__name__ for i, one in edits if i in force]
+            if names:
+                self.warned_of_parts = True
+                warnings.warn(
+                    f"{' and '.join(names)} is not in force in this pass: a part of the model was called by itself, "
+                    f"and nothing tells it where the image is; call the model",
+                    stacklevel=3,
+                )
+        return thread.current
 
     def force(self) -> frozenset[int]:
         """Interventions in force in this thread: those told by `only`, else all but those that look beforehand."""
@@ -82,7 +98,17 @@ class Running:
         """A pass of a generation is over; it left a cache, or `None`."""
         self._last = self.thread.last = generation
         if cache is not None:
-            self.by_cache[cache] = generation
+            self.remember(cache, generation)
+
+    def remember(self, cache: Any, generation: Generation) -> None:
+        """A cache was filled, or is to go on, in a generation."""
+        stamp(cache, Ticket(self.owner, generation))
+
+    def generation_of(self, cache: Any) -> Generation | None:
+        """The generation that filled a cache, or a cache that this one is a copy of; `None` where it was not filled
+        under this wrapping."""
+        ticket = ticket_of(cache)
+        return ticket.generation if ticket is not None and ticket.owner is self.owner else None
 
     def last(self) -> Generation | None:
         """The last generation of this thread, or anyone's if this thread had none."""

@@ -7,6 +7,7 @@ has keys of its own, as many as its prompt has. No stream is padded for another.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,15 @@ class Stream:
     def __init__(self, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], rows: int):
         self._run, self._inputs, self._rows = run, inputs, rows
         self._logits: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+        """All but the model, which copies share."""
+        new = copy.copy(self)
+        memo[id(self)] = new
+        for name, value in vars(self).items():
+            if name != "_run":
+                new.__dict__[name] = copy.deepcopy(value, memo)
+        return new
 
     @property
     def logits(self) -> Tensor:

@@ -19,9 +19,11 @@ def wrap(model: nn.Module, interventions: Interventions, processor: Any = None) 
     they replace those in force before, are applied in the order given, and wrapping with the same again changes
     nothing. `processor` (or a tokenizer) lets methods that calibrate themselves read real text instead of random
     tokens. The model's own `generate`, `pipeline` and `save_pretrained` go on working; `unwrap` takes everything off.
-    `generate` and the forward pass accept one more argument, `image_mask` (B, T) bool, for prompts whose image tokens
-    cannot be told from `input_ids`; `generate` also `prompt_end`, where the prompt already holds some of the answer:
-    the number of columns that are prompt.
+    `generate` and the forward pass accept two more arguments: `image_mask` (B, T) bool, for prompts whose image tokens
+    cannot be told from `input_ids`, and `prompt_end`, where what goes in holds an answer too: the number of columns
+    that are prompt. A forward pass with `labels` finds it by itself: where the first label is, the answer begins.
+    `model` may also stand around the weights (PEFT's adapters, what torch.compile returns): all objects that hold the
+    same weights see the same interventions.
     What torch.compile made is compiled again after `wrap`; edits run between the compiled pieces.
 
     Raises `ValueError` for unknown methods and unfit settings, `TypeError` for a model that cannot be wrapped.

@@ -132,7 +132,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     return Anatomy(
         model_type=config.model_type,
         text_type=text.model_type,
-        generator=_generator(model),
+        generator=generator_of(model),
         decoder=decoder,
         layers=layers,
         hidden_size=next(_fields(text, ("hidden_size", "embed_dim", "d_model"))),
@@ -145,9 +145,31 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
-def _generator(model: nn.Module) -> nn.Module:
-    if hasattr(model, "get_base_model"):  # PEFT's adapters stand around it
-        model = model.get_base_model()  # type: ignore[operator]
+def core_of(model: Any) -> Any:
+    """The transformers model that holds the weights, inside of what may stand around it: PEFT's adapters, the object
+    that torch.compile makes, wrappers that spread work over devices. All of them run this one."""
+    while True:
+        inside = _inside(model)
+        if not isinstance(inside, nn.Module) or inside is model:
+            return model
+        model = inside
+
+
+def _inside(model: Any) -> Any:
+    """What a wrapper holds; `None` for what is none."""
+    if "_orig_mod" in getattr(model, "_modules", {}):  # torch.compile
+        return model._orig_mod
+    package, _, _ = type(model).__module__.partition(".")
+    if package == "peft":
+        return model.get_base_model() if hasattr(type(model), "get_base_model") else getattr(model, "model", None)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    return None
+
+
+def generator_of(model: nn.Module) -> nn.Module:
+    """The module whose `generate` decodes the answer: the model, or the language model inside that it calls."""
+    model = core_of(model)
     names = inspect.unwrap(type(model).generate).__code__.co_names  # type: ignore[attr-defined]
     inside: Iterator[Any] = (getattr(model, name, None) for name in GENERATOR_NAMES if name in names)
     return next((module for module in inside if hasattr(module, "generate")), model)
