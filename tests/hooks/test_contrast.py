@@ -143,7 +143,7 @@ def _forced(model, sample, said):
     wrapper = vlmfix.engine.attachment.attached(model).wrapper
     plain = wrapper.original
 
-    def generate(*args, logits_processor, **kwargs):  # after the stage, which sees the plain scores
+    def generate(*args, logits_processor=(), **kwargs):  # after the stage, which sees the plain scores
         return plain(*args, logits_processor=[*logits_processor, Force()], **kwargs)
 
     wrapper.original = generate

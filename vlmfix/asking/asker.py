@@ -20,6 +20,7 @@ from vlmfix.asking.record import Record
 from vlmfix.asking.words import FirstWords, p_yes, yes_no_tokens
 from vlmfix.engine.attachment import Attachment, attached, describe
 from vlmfix.engine.decoding import as_keywords, decoding_of
+from vlmfix.engine.refusals import check_decoding
 from vlmfix.engine.wrap import in_force
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import Interventions, as_interventions
@@ -263,6 +264,7 @@ class Asker:
     def _decode(self, batch: Batch, facts: Facts) -> list[list[int]]:
         """The answers, by `generate` or by the intervention that decodes in its own way, which adds to the facts."""
         for i, intervention in self._active("decode"):
+            check_decoding([(i, intervention)], batch.decoding)  # before it changes settings that nobody typed
             answers, decoding_facts = intervention.decode(batch)
             for own_facts, further in zip(facts, decoding_facts, strict=True):
                 own_facts[i] = {**own_facts.get(i, {}), **further}
