@@ -24,7 +24,7 @@ BOTH_WAYS = ("token_type_ids",)
 """Inputs of models whose prompts see both ways: there a question changes what comes before it."""
 PLAIN = {"do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "top_k"}
 """Settings of `generate` that are known to go together with sharing."""
-HARMLESS = {*PLAIN, "eos_token_id", "max_length", "repetition_penalty"}
+HARMLESS = {*PLAIN, "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "repetition_penalty"}
 """Settings of a model's own configuration that are."""
 
 
@@ -35,7 +35,8 @@ def can_share(model: Any, attachment: Attachment | None, settings: dict[str, Any
     windows = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)  # padding would narrow them
     if decoding.config.do_sample or decoding.n_beams > 1 or windows:
         return False
-    if set(settings) - PLAIN - {"logits_processor"} or set(decoding.settings) - HARMLESS:
+    own = {name for name, value in decoding.settings.items() if value or not name.startswith("output_")}
+    if set(settings) - PLAIN - {"logits_processor"} or own - HARMLESS:
         return False
     if attachment is None:
         return True
