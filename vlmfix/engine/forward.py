@@ -9,12 +9,14 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from vlmfix.engine import prefill
 from vlmfix.engine.attention import between_compiled_pieces
 from vlmfix.engine.passes import Pass, Seen, answer_begins, image_columns, image_tokens, valid_columns, which_pass
+from vlmfix.engine.plan import Plan, lay
 from vlmfix.engine.refusals import check_pass, check_pieces, check_scoring
 from vlmfix.engine.running import Running
 from vlmfix.engine.state import Generation, Scope
@@ -28,7 +30,6 @@ class ForwardDoor:
 
     def __init__(self, running: Running, parts: Anatomy, model: nn.Module, module: nn.Module):
         self.running, self.parts, self.model, self.module = running, parts, model, module
-        self.is_model = module is model
         self.is_on = False
 
     @property
@@ -56,20 +57,42 @@ class ForwardDoor:
             if self.own is not None:
                 self.module.__dict__["forward"] = self.own
 
+    @torch.compiler.disable(recursive=False)  # what is found out here stays outside; the original is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass, as the pass that it is."""
-        thread = self.running.thread
-        is_part = not self.is_model and thread.current is not None  # of a pass that is known already
-        if not self.is_on or is_part:
+        if not self.is_on:
             return self.original(*args, **kwargs)
+        thread = self.running.thread
         args, kwargs = self.before(args, kwargs)
+        run = self._to_run(thread.current)
+        thread.inside = True
         try:
-            output = self.original(*args, **kwargs)
+            output = run(*args, **kwargs)
         except BaseException:
             thread.current = None
             raise
+        finally:
+            thread.inside = False
         self.after(output)
         return output
+
+    # `torch.compile(model.forward)` would see an object without a frame, and break its graph there. These two names, by
+    # which it finds its way through wrappers, lead it to a bound method. Where torch knows them no more, there is one break.
+    @property
+    def _torchdynamo_orig_callable(self) -> Callable[..., Any]:
+        return self.__call__
+
+    @property
+    def _torchdynamo_wrapper_id(self) -> int:
+        return id(self)
+
+    def _to_run(self, this_pass: Pass | None) -> Callable[..., Any]:
+        """The original; uncompiled while a plan is being laid: for the prompt and for the first new token."""
+        if this_pass is None or not self.running.plans(this_pass.generation.force):
+            return self.original
+        if this_pass.plan is not None and this_pass.plan.begun:
+            return self.original
+        return torch.compiler.disable(self.original)  # type: ignore[no-any-return]
 
     @between_compiled_pieces
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -90,6 +113,7 @@ class ForwardDoor:
             prompt_end = self._told_end(prompt_end, named)
         this_pass = self._this_pass(named.get("past_key_values"), rows, prompt_end)
         self._learn_prompt(this_pass, named, rows, image_mask)
+        this_pass.plan = self._plan(this_pass)
         if this_pass.begins:
             self._begin(this_pass, self.module, {**named, "labels": None})
         if thread.scope is not None:
@@ -106,6 +130,8 @@ class ForwardDoor:
         this_pass, thread.current = thread.current, None
         if this_pass is None:
             return
+        if this_pass.plan is not None:
+            this_pass.plan.begun = True
         if isinstance(this_pass.cache, JointCache):
             this_pass.cache.part(output)
         self.running.ended(this_pass.generation, _cache_of(output))
@@ -126,6 +152,22 @@ class ForwardDoor:
         this_pass = which_pass(seen, begun=lambda: self.running.begun(rows.shape[0], rows.device))
         this_pass.cache = cache
         return this_pass
+
+    def _plan(self, this_pass: Pass) -> Plan | None:
+        """The generation's plan, for a pass over one new token; laid down before the first of them."""
+        generation = this_pass.generation
+        one_new = this_pass.n_rows == 1 and this_pass.n_prompt == 0 and this_pass.cache is not None
+        if not one_new or torch.is_grad_enabled():
+            return None
+        if not generation.laid:
+            generation.laid = True
+            if self.running.plans(generation.force):
+                edits, n_layers = self.running.in_force(), len(self.parts.layers)
+                windows = windows_of(this_pass.cache, self.parts)
+                generation.plan = lay(edits, generation.geometry, generation.memos, n_layers, windows)
+        if generation.plan is not None:
+            generation.plan.advance(this_pass.start)
+        return generation.plan
 
     def _told_end(self, prompt_end: int | None, named: dict[str, Any]) -> int | None:
         """The number of columns that are prompt, as the caller of a forward pass says it, or else its labels: what has
@@ -213,6 +255,31 @@ class ForwardDoor:
         if len(generation.joinable) < len(self.parts.layers):
             return False
         return not any(one.acts_at("tokens") for _, one in self.running.in_force())
+
+
+class PartDoor(ForwardDoor):
+    """Of a part of the model: within a pass of the model it lets everything through."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by itself, it is a pass of its own."""
+        if not self.running.thread.inside:
+            return super().__call__(*args, **kwargs)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def windows_of(cache: Any, parts: Anatomy) -> dict[int, int]:
+    """Layer -> number of keys that a cache keeps of it, for layers of which it keeps a window only."""
+    windows = {}
+    for number, layer in enumerate(parts.layers):
+        index = number if layer.cache_index is None else layer.cache_index
+        kept = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
+        if getattr(kept, "is_sliding", False):
+            windows[number] = getattr(kept, "max_cache_len", -1)
+            if windows[number] < 0:
+                windows[number] = kept.sliding_window
+    return windows
 
 
 def doors(model: nn.Module, parts: Anatomy) -> list[nn.Module]:

@@ -16,7 +16,8 @@ from transformers import LogitsProcessor, cache_utils
 from vlmfix.engine import attention
 from vlmfix.engine.attention import between_compiled_pieces
 from vlmfix.engine.passes import Pass
-from vlmfix.engine.running import Placed, Running
+from vlmfix.engine.plan import Placed
+from vlmfix.engine.running import Running
 from vlmfix.method.prompt import Readable
 from vlmfix.method.site import Step
 from vlmfix.method.stages import ATTENTION_STAGES
@@ -50,8 +51,14 @@ class StageHook:
 
     def capture(self, x: Tensor) -> None:
         """Note what a reading pass asks for of (B, Q, ...)."""
+        if self.running.thread.capture is not None and self.reads:
+            self.note(x)
+
+    @between_compiled_pieces
+    def note(self, x: Tensor) -> None:
+        """For whoever reads."""
         capture = self.running.thread.capture
-        if capture is not None and self.reads and capture.reading == self.reading:
+        if capture is not None and capture.reading == self.reading:
             capture.note(self.layer, x)
 
     def edited(self, value: Any, this_pass: Pass, device: Any, n_keys: int | None = None) -> Any:
@@ -69,8 +76,18 @@ class StageHook:
         if this_pass is None or not self.edits:
             return x
         own = this_pass.own(x)
-        new = self.edited(own, this_pass, x.device)
+        if this_pass.plan is None:
+            new = self.edited_in_general(own, this_pass)
+        else:
+            new = own
+            for one, site in this_pass.plan.at(self.stage, self.layer):
+                new = self.act(one, new, site)
         return x if new is own else this_pass.rejoin(new, x)
+
+    @between_compiled_pieces
+    def edited_in_general(self, x: Tensor, this_pass: Pass) -> Tensor:
+        """Where a pass has no plan."""
+        return self.edited(x, this_pass, x.device)
 
     def act(self, one: Any, value: Any, site: Any) -> Any:
         """One intervention's edit."""
@@ -86,13 +103,17 @@ class InputHook(StageHook):
         """Before the layer."""
         return module.register_forward_pre_hook(self, with_kwargs=True)
 
-    @between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: the interventions see `hidden_states` (B, Q, D)."""
         this_pass = self.current
-        if this_pass is None or this_pass.n_prompt == 0:
+        if this_pass is not None and this_pass.plan is None:
+            self.show(args[0] if args else kwargs["hidden_states"], this_pass)
+
+    @between_compiled_pieces
+    def show(self, x: Tensor, this_pass: Pass) -> None:
+        """To the interventions in force."""
+        if this_pass.n_prompt == 0:
             return
-        x = args[0] if args else kwargs["hidden_states"]
         for i, one in self.edits:
             if i in this_pass.generation.force:
                 site = this_pass.prompt_site(i, self.layer, len(self.layers), x.device)
@@ -163,7 +184,6 @@ class HeadsHook(StageHook):
         """Before the projection."""
         return module.register_forward_pre_hook(self)
 
-    @between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook: the projection gets the heads (B, Q, H, d) that come back, joined."""
         joined, parts = args[0], self.layers[self.layer]
@@ -243,7 +263,6 @@ class MlpHook(StageHook):
         """After the MLP."""
         return module.register_forward_hook(self)
 
-    @between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: the (B, Q, D) that come back go on in the place of the MLP's output."""
         this_pass, capture = self.current, self.running.thread.capture

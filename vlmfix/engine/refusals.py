@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlmfix.engine.decoding import Decoding
-from vlmfix.engine.running import Placed
+from vlmfix.engine.plan import Placed
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.stages import EVERY_TOKEN_STAGES, READINGS, TABLE
 from vlmfix.model.anatomy import Anatomy

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 
 from vlmfix.engine.passes import Pass
+from vlmfix.engine.plan import Placed, can_plan
 from vlmfix.engine.state import Capture, Generation, Scope
 from vlmfix.engine.ticket import Ticket, stamp, ticket_of
-from vlmfix.method.intervention import Intervention
 from vlmfix.model.geometry import Geometry
-
-Placed = tuple[int, Intervention]
-"""An intervention and its place among those that the model is wrapped with, which is also that of its memo."""
 
 
 class _Thread(threading.local):
@@ -27,6 +24,8 @@ class _Thread(threading.local):
     """The call of `generate` that it is in."""
     current: Pass | None = None
     """The forward pass that it is in. `None`: the model runs untouched."""
+    inside: bool = False
+    """Whether a pass through one of the model's doors is under way, edited or not."""
     capture: Capture | None = None
     last: Generation | None = None
     only: frozenset[int] | None = None
@@ -50,6 +49,7 @@ class Running:
         """Told by the caches that are filled from now on."""
         self.warned_of_parts = self.warned_of_guides = False
         self._last: Generation | None = None
+        self._plans: dict[frozenset[int], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"active": self.active, "n_memos": self.n_memos}
@@ -66,23 +66,33 @@ class Running:
         """The pass that this thread is in, where these interventions have something to edit; a warning says once that
         they are not in force where a part of the model was called by itself."""
         thread = self.thread
-        if thread.current is None and thread.capture is None and not self.warned_of_parts:
-            force = self.force()
-            names = [one.name or type(one).__name__ for i, one in edits if i in force]
-            if names:
-                self.warned_of_parts = True
-                warnings.warn(
-                    f"{' and '.join(names)} is not in force in this pass: a part of the model was called by itself, "
-                    f"and nothing tells it where the image is; call the model",
-                    stacklevel=3,
-                )
+        if thread.current is None and not thread.inside and thread.capture is None and not self.warned_of_parts:
+            self._warn_of_part(edits)
         return thread.current
+
+    @torch.compiler.disable(reason="a warning is given, once")  # type: ignore[untyped-decorator]
+    def _warn_of_part(self, edits: Sequence[Placed]) -> None:
+        force = self.force()
+        names = [one.name or type(one).__name__ for i, one in edits if i in force]
+        if names:
+            self.warned_of_parts = True
+            warnings.warn(
+                f"{' and '.join(names)} is not in force in this pass: a part of the model was called by itself, and "
+                f"nothing tells it where the image is; call the model",
+                stacklevel=4,
+            )
 
     def force(self) -> frozenset[int]:
         """Interventions in force in this thread: those told by `only`, else all but those that look beforehand."""
         if self.thread.only is not None:
             return self.thread.only
         return frozenset(i for i, one in self.active if not one.acts_at("refine"))
+
+    def plans(self, force: frozenset[int]) -> bool:
+        """Whether passes over one new token go by plan, with these interventions in force."""
+        if force not in self._plans:
+            self._plans[force] = can_plan([(i, one) for i, one in self.active if i in force])
+        return self._plans[force]
 
     def in_force(self) -> list[Placed]:
         """Those of `force`, in their order."""

@@ -40,6 +40,10 @@ class Traits:
     shares_pictures: bool = False
     """What is done to a prompt's row depends on nothing after it, and tensors in the memo begin with the axis of
     samples. Questions about one picture may then share the pass over it."""
+    by_plan: bool = False
+    """While answering, its stages inside the layers are functions of tensors alone: what they need beside `x` and its
+    masks (`site.kept`) lies in the memo since the prompt, and what they note is added to tensors there. They read
+    neither positions nor geometry of a new token, so that one `Site` serves a whole answer, compiled or not."""
     sequential: bool = False
     """What it remembers belongs to one answer's tokens in their order, so beams and assisted generation are refused."""
     accelerator: bool = False
