@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -60,11 +61,8 @@ class ForwardDoor:
     @torch.compiler.disable(recursive=False)  # what is found out here stays outside; the original is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass, as the pass that it is."""
-        if not self.is_on:
-            return self.original(*args, **kwargs)
+        run, args, kwargs = self.before(args, kwargs)
         thread = self.running.thread
-        args, kwargs = self.before(args, kwargs)
-        run = self._to_run(thread.current)
         thread.inside = True
         try:
             output = run(*args, **kwargs)
@@ -77,7 +75,7 @@ class ForwardDoor:
         return output
 
     # `torch.compile(model.forward)` would see an object without a frame, and break its graph there. These two names, by
-    # which it finds its way through wrappers, lead it to a bound method. Where torch knows them no more, there is one break.
+    # which it finds its way through wrappers, lead it to a bound method. A torch that knows them no more breaks once.
     @property
     def _torchdynamo_orig_callable(self) -> Callable[..., Any]:
         return self.__call__
@@ -86,16 +84,21 @@ class ForwardDoor:
     def _torchdynamo_wrapper_id(self) -> int:
         return id(self)
 
-    def _to_run(self, this_pass: Pass | None) -> Callable[..., Any]:
-        """The original; uncompiled while a plan is being laid: for the prompt and for the first new token."""
-        if this_pass is None or not self.running.plans(this_pass.generation.force):
-            return self.original
-        if this_pass.plan is not None and this_pass.plan.begun:
-            return self.original
-        return torch.compiler.disable(self.original)  # type: ignore[no-any-return]
-
     @between_compiled_pieces
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+        """Make ready for a pass: what to run, and with which arguments."""
+        if not self.is_on:
+            return self.original, args, kwargs
+        args, kwargs = self._begun(args, kwargs)
+        this_pass = self.running.thread.current
+        if this_pass is None or not self.running.plans(this_pass.generation.force):
+            return self.original, args, kwargs
+        if this_pass.plan is not None and this_pass.plan.begun:
+            return self.original, args, kwargs
+        # A plan is being laid, over the prompt and the first new token: by Python that is not to be compiled.
+        return partial(_run_uncompiled, torch.compiler.disable(self.original)), args, kwargs
+
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Find out what this forward pass is, and start a generation if it is a prefill."""
         thread = self.running.thread
         thread.current = None
@@ -255,6 +258,17 @@ class ForwardDoor:
         if len(generation.joinable) < len(self.parts.layers):
             return False
         return not any(one.acts_at("tokens") for _, one in self.running.in_force())
+
+
+@torch.compiler.disable(recursive=False)
+def _run_uncompiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A pass out of reach of torch.compile; but with fullgraph=True that wants to find something in every call."""
+    _something(torch.zeros(()))
+    return original(*args, **kwargs)
+
+
+def _something(x: Tensor) -> Tensor:
+    return x + 1
 
 
 class PartDoor(ForwardDoor):
