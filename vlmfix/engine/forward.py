@@ -75,10 +75,16 @@ class ForwardDoor:
         return output
 
     # `torch.compile(model.forward)` would see an object without a frame, and break its graph there. These two names, by
-    # which it finds its way through wrappers, lead it to a bound method. A torch that knows them no more breaks once.
+    # which it finds its way through wrappers, lead it to a function. A torch that knows them no more breaks once.
     @property
     def _torchdynamo_orig_callable(self) -> Callable[..., Any]:
-        return self.__call__
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        skipped: Any = torch.compiler.disable(forward, recursive=False)
+        skipped.__dict__.pop("_torchdynamo_wrapper_id", None)  # the way ends here
+        skipped.__signature__ = self.__signature__
+        return skipped  # type: ignore[no-any-return]
 
     @property
     def _torchdynamo_wrapper_id(self) -> int:
