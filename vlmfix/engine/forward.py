@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from transformers import Cache
 
 from vlmfix.engine import prefill
@@ -58,7 +59,7 @@ class ForwardDoor:
             if self.own is not None:
                 self.module.__dict__["forward"] = self.own
 
-    @torch.compiler.disable(recursive=False)  # what is found out here stays outside; the original is compiled
+    @skip  # what is found out here stays outside of what torch.compile makes; the original is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass, as the pass that it is."""
         run, args, kwargs = self.before(args, kwargs)
@@ -81,10 +82,8 @@ class ForwardDoor:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self(*args, **kwargs)
 
-        skipped: Any = torch.compiler.disable(forward, recursive=False)
-        skipped.__dict__.pop("_torchdynamo_wrapper_id", None)  # the way ends here
-        skipped.__signature__ = self.__signature__
-        return skipped  # type: ignore[no-any-return]
+        forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
+        return skip(forward)
 
     @property
     def _torchdynamo_wrapper_id(self) -> int:
@@ -266,7 +265,7 @@ class ForwardDoor:
         return not any(one.acts_at("tokens") for _, one in self.running.in_force())
 
 
-@torch.compiler.disable(recursive=False)
+@skip
 def _run_uncompiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A pass out of reach of torch.compile; but with fullgraph=True that wants to find something in every call."""
     _something(torch.zeros(()))
