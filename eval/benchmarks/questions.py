@@ -15,6 +15,7 @@ from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
 from vlmfix.eval.scorers.reading import printable
 from vlmfix.eval.scorers.yesno import METRICS, Answer
+from vlmfix.method.settings import did_you_mean
 
 YES_NO_FIGURES: Mapping[str, Figure] = {
     "accuracy": Figure(METRICS["accuracy"], "right answers", "more"),
@@ -48,8 +49,7 @@ class YesNo(Benchmark):
         scoring = scoring or self.parser
         parsers = (*yesno.PARSERS, yesno.MARGIN)
         if scoring not in parsers:
-            near = yesno.did_you_mean(scoring, parsers)
-            raise ValueError(f"{scoring!r} is no parser{near}; there are {', '.join(parsers)}.")
+            raise ValueError(f"{scoring!r} is no parser; {did_you_mean(scoring, parsers)}")
         if scoring == yesno.MARGIN and not self.takes_margins:
             raise ValueError(f"{self.heading} is counted from texts; give a parser, not the margin.")
         if "{question}" not in prompt:
@@ -250,7 +250,13 @@ class OriginalQuestions(YesNo):
         raise NotImplementedError
 
 
+TOTAL, UNNAMED = "all", "no group"
+"""In tables: the sum of the groups, and questions without a group beside others that have one."""
+
+
 def all_and_groups(scores: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    """All scores together, and each group of them if there are several."""
+    """All scores together, and each group of them if there are several; one without a name is called `UNNAMED`."""
     groups = yesno.by_group(scores)
-    return {**({"all": scores} if len(groups) != 1 else {}), **groups}
+    if len(groups) == 1:
+        return groups
+    return {TOTAL: scores, **{group or UNNAMED: part for group, part in groups.items()}}

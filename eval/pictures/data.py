@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,6 +24,7 @@ from vlmfix.eval.benchmarks.pope_questions import SOURCES
 from vlmfix.eval.pictures.lists import image_list
 from vlmfix.eval.scorers import chair
 from vlmfix.eval.scorers.chair.coco import check_distinct
+from vlmfix.eval.scorers.reading import about_file
 
 EMBEDDED = {"organism": "organism/test", "calibration": "organism/calibration", "photos": "photos"}
 """Name -> folder of the assets."""
@@ -97,14 +99,15 @@ class Data:
         images = [image for image, _ in chair.instance_categories(path)]
         file_names: dict[int, str] = {}
         for image in images:
-            if not isinstance(image.get("file_name"), str):
+            if not isinstance(image.get("file_name"), str) or not image["file_name"].strip():
                 raise ValueError(f"{path}: image {image['id']} has no file_name; give the name of its picture.")
-            file_names[chair.image_key(image["id"])] = image["file_name"]
+            with about_file(path):
+                file_names[chair.image_key(image["id"])] = image["file_name"]
         if len(file_names) < len(images):
             raise ValueError(
                 f"{path}: {len(images)} image ids hold only {len(file_names)} different numbers; number them."
             )
-        check_distinct(list(file_names.values()), f"{path}: images", "file_name")
+        check_distinct(list(map(os.path.normpath, file_names.values())), f"{path}: images", "file_name")
         keys = _listed(self.which, file_names.keys())
         return {key: self.picture(file_names[key]) for key in keys[: self.limit]}
 

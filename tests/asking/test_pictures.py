@@ -319,7 +319,9 @@ def test_pictures_that_are_made_on_the_way_are_never_mistaken(lazy):
     assert [np.asarray(question.images[0])[0, 0, 0] for question in read] == list(range(100))
 
 
-@pytest.mark.parametrize("questions", [None, "ab", [("x",)], ["xy"], [{"image": 1, "prompt": 2}], [("a", "b", "c")], [3]])
+@pytest.mark.parametrize(
+    "questions", [None, "ab", [("x",)], ["xy"], [{"image": 1, "prompt": 2}], [("a", "b", "c")], [3]]
+)
 def test_what_is_no_pair_is_refused_in_a_sentence(questions):
     with pytest.raises(TypeError, match=r"^questions: expected \(image, prompt\) pairs, got"):
         read_questions(questions)

@@ -205,8 +205,9 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         return _deep_as_rgb(upright, np.asarray(upright).astype(np.uint16), _tiff_tag(picture, _PHOTOMETRIC))
     if upright.mode in ("I", "F"):
         values = np.asarray(upright)
-        if values.dtype == np.int32 and _tiff_tag(picture, _BITS) == (32,) and _tiff_tag(picture, _SIGN) in (None, (1,)):
-            values = values.view(np.uint32)  # Pillow has no mode for them, and reads the upper half as negative
+        is_unsigned = _tiff_tag(picture, _BITS) == (32,) and _tiff_tag(picture, _SIGN) in (None, (1,))
+        if upright.mode == "I" and is_unsigned:  # Pillow has no mode for that, and reads the upper half as negative
+            values = values.view(np.uint32)
         return _deep_as_rgb(upright, values, _tiff_tag(picture, _PHOTOMETRIC))
     if upright.mode not in ("PA", "LA", "La", "RGBA", "RGBa") and "transparency" not in upright.info:
         return upright.convert("RGB")

@@ -21,7 +21,7 @@ from vlmfix.eval.scorers.yesno.figures import (
     labelled_no,
 )
 from vlmfix.eval.scorers.yesno.margins import auroc, average_precision, ranking
-from vlmfix.eval.scorers.yesno.parsers import MARGIN, PARSERS, Parser, did_you_mean, rule
+from vlmfix.eval.scorers.yesno.parsers import MARGIN, PARSERS, Parser, rule
 from vlmfix.eval.scorers.yesno.questions import (
     ANSWER_KEYS,
     Answer,
@@ -56,7 +56,6 @@ __all__ = [
     "check_ids",
     "clusters",
     "counts",
-    "did_you_mean",
     "id_field",
     "label_field",
     "labelled_no",

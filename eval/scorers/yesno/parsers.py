@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,9 +152,3 @@ def rule(parser: str) -> str:
         return "the first token's margin, log p(yes) - log p(no): yes above 0"
     consequence = {"never": "", "wrong": "; unparsed answers are wrong", "dropped": "; unparsed answers are left out"}
     return PARSERS[parser].rule + consequence[PARSERS[parser].unparsed]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Part of an error message: " (did you mean 'strict'?)", or nothing if no known name is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
