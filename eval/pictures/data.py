@@ -128,7 +128,16 @@ class Data:
 
     def truth_for(self, variant: str) -> chair.GroundTruth:
         """The same, with the captions read as a variant of CHAIR reads them."""
-        return _truth(self.folder, variant)
+        return _truth(self.folder, variant, self._files_digest)
+
+    @cached_property
+    def _files_digest(self) -> str:
+        """Hash of the files that ground truth is made of."""
+        digest = hashlib.sha256()
+        for name in ("instances.json", "captions.json", "synonyms.txt"):
+            content = (self.folder / name).read_bytes() if (self.folder / name).is_file() else b""
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def question_file(self, what: str) -> Path:
         """The file of questions: as given, or the only file of JSON in the folder."""
@@ -241,7 +250,8 @@ class Elsewhere(Data):
 
 
 @cache
-def _truth(folder: Path, variant: str) -> chair.GroundTruth:
+def _truth(folder: Path, variant: str, files_digest: str) -> chair.GroundTruth:
+    """The ground truth in a folder, whose files have this content."""
     synonyms, captions = folder / "synonyms.txt", folder / "captions.json"
     vocabulary = chair.Vocabulary.load(synonyms if synonyms.is_file() else None)
     human_captions = captions if captions.exists() else None
@@ -268,7 +278,7 @@ def _find(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-        places = [place for place in _subfolders(folder) if (place / name).is_file()]
+        places = [place for place in _subfolders(folder, _changed(folder)) if (place / name).is_file()]
         if len(places) > 1:
             raise ValueError(
                 f"{name} lies in {len(places)} folders of {folder}, such as {places[0].name} and {places[1].name}; "
@@ -279,6 +289,11 @@ def _find(folder: Path, *names: str) -> Path:
     return folder / names[0]
 
 
+def _changed(folder: Path) -> int:
+    """When something last came into a folder or left it."""
+    return folder.stat().st_mtime_ns if folder.is_dir() else 0
+
+
 @cache
-def _subfolders(folder: Path) -> tuple[Path, ...]:
+def _subfolders(folder: Path, changed: int) -> tuple[Path, ...]:
     return tuple(sorted(path for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, model_inputs, quiet
-from vlmfix.asking.identity import model_identity, processor_digest
+from vlmfix.asking.identity import methods_digest, model_identity, processor_digest
 from vlmfix.asking.look import Look
 from vlmfix.asking.meter import Meter
 from vlmfix.asking.pictures import Picture, Question, naming_pictures, read_questions
@@ -71,11 +71,19 @@ class Asker:
         return [] if self._attachment is None else [describe(entry) for entry in self._attachment.entries]
 
     @property
+    def methods_digest(self) -> str | None:
+        """A hash of the code of the methods, and of the files that their settings name; `None` without a method."""
+        return methods_digest(
+            [] if self._attachment is None else [entry.requested for entry in self._attachment.entries]
+        )
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Who answers, JSON-ready: all about model, processor and methods that could change an answer."""
         template = getattr(self.processor, "chat_template", None)
         processor = {"processor_digest": processor_digest(self.processor), "template": template}
-        return {**model_identity(self.model), **processor, "method": self.methods}
+        methods = {"method": self.methods, "method_digest": self.methods_digest}
+        return {**model_identity(self.model), **processor, **methods}
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
