@@ -28,11 +28,6 @@ INTERVENTIONS = {
 """Each with a prompt on which it bites."""
 
 
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
 def plain(record):
     return replace(record, seconds=0.0, batch_size=0, passes=0, tokens=0)
 

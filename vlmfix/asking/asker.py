@@ -201,6 +201,8 @@ class Asker:
             torch.manual_seed(seed)
         first = FirstWords(first_token or {})
         listening = {"logits_processor": [*(settings.get("logits_processor") or ()), first]} if first_token else {}
+        if not questions:
+            return []
         n, attachment = len(questions), self._attachment
         with naming_pictures(questions), self.applied():
             began = time.perf_counter()
@@ -243,7 +245,10 @@ class Asker:
         ]
 
     def _refuse(self, settings: dict[str, Any]) -> None:
-        """`ValueError` for settings that leave no room for one answer to each question."""
+        """`ValueError` for settings that leave no room for one answer to each question, or for the question."""
+        made_here = [name for name in settings if name in ("inputs", "inputs_embeds", "input_ids", "pixel_values")]
+        if made_here:
+            raise ValueError(f"{', '.join(made_here)}: is made from pictures and prompt here; call generate for others")
         n_answers = decoding_of(self.model, quiet(settings)).config.num_return_sequences or 1
         if n_answers > 1:
             raise ValueError(

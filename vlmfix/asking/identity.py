@@ -73,7 +73,7 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for module_name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         for part in (hook, *getattr(hook, "hooks", ())):
-            weights = getattr(part, "weights_map", None)
+            weights: Any = getattr(part, "weights_map", None)
             for name, tensor in module.state_dict(keep_vars=True).items() if weights is not None else ():
                 if tensor.is_meta and "." not in name:
                     yield f"{module_name}.{name}".removeprefix("."), weights[name]

@@ -116,6 +116,17 @@ def _sentence(answer: str, label: Label) -> Label | None:
     return _either("yes" in words, negated)
 
 
+def heard(answer: str) -> Label | None:
+    """What a reader hears: the first word, else a yes or a negation; `None` where it is neither."""
+    return _strict(answer, "no") or _sentence(answer, "no")
+
+
+def says_nothing(answer: str) -> bool:
+    """Whether an answer holds no Latin letter, or says that it does not know: nothing that could be read as yes."""
+    is_hedge = any(hedge in " ".join(answer.lower().split()) for hedge in _HEDGES)
+    return heard(answer) is None and (is_hedge or re.search("[a-zA-Z]", answer) is None)
+
+
 PARSERS: dict[str, Parser] = {
     "pope": Parser(
         _pope,

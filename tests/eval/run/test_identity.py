@@ -28,11 +28,6 @@ from vlmfix.method.code import code_digest
 ASSETS = Path(__file__).parents[3] / "assets"
 
 
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
 def identity(folder):
     model, processor = vlmfix.load(str(folder))
     whole = Asker(model, processor).identity
