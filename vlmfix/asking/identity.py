@@ -46,7 +46,7 @@ def weights_digest(model: Any) -> str:
     """A hash of all that a checkpoint of the model would hold, every byte of it, whatever holds it at the moment: also
     scales of quantised weights, and weights that lie elsewhere until they are needed.
 
-    About 0.8 seconds a gigabyte on one core (docs/performance.md). Nothing cheaper tells all that counts: a sample of
+    About a second a gigabyte on one core (docs/evaluation.md). Nothing cheaper tells all that counts: a sample of
     the weights misses an edit of one head, names and dates of files miss what was changed after loading.
     """
     stored = list(_stored(model))
