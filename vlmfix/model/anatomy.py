@@ -86,12 +86,16 @@ class Anatomy:
         return lacks
 
     def must_be_as_found(self) -> None:
-        """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace projections."""
+        """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace parts."""
         for layer in self.layers:
-            if layer.attention is not None and layer.out_proj not in layer.attention._modules.values():
+            parts = layer.module._modules.values()
+            found = all(part is None or part in parts for part in (layer.attention, layer.mlp))
+            if layer.attention is not None:
+                found = found and layer.out_proj in layer.attention._modules.values()
+            if not found:
                 raise ValueError(
-                    "the model's projections were replaced after it was wrapped, by an adapter perhaps; unwrap it and "
-                    "wrap it again"
+                    "the model's projections were replaced after it was wrapped, by an adapter perhaps (or they were "
+                    "put back by its removal); unwrap it and wrap it again"
                 )
 
     @property
