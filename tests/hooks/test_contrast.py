@@ -213,7 +213,8 @@ def test_m3id_weights():
 
     memo = {"blind": Stream(), "seen": torch.ones(1, dtype=torch.bool)}
     for variant in ("m3id", "ritual"):
-        with mock.patch("vlmfix.hooks.contrast.contrasted", side_effect=lambda s, o, w, b: weights.append(w) or s):
+        rule = lambda s, o, w, b, as_logits: weights.append(w) or s  # noqa: E731
+        with mock.patch("vlmfix.hooks.contrast.contrasted", side_effect=rule):
             for step in (0, 49, 5000):
                 Contrast(variant=variant).logits(torch.zeros(1, 4), Step(step, memo))
     assert (
