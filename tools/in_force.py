@@ -1,7 +1,7 @@
 """What is in force when: asks every way to call a wrapped model, stage by stage, and writes docs/in-force.md.
 
     python tools/in_force.py            # writes the page; a few minutes, most of them for compiled code
-    python tools/in_force.py --show     # prints it
+    python tools/in_force.py --quick    # leaves the rows of compiled code as they stand on the page
 
 tests/contract/ways.py holds the ways and a tiny method for each stage; tests/contract/test_in_force.py compares.
 """
@@ -36,9 +36,15 @@ pass. `refine` and `decode` act in `vlmfix.ask` alone. A method that acts at sev
 """
 
 
-def verdicts():
-    """Way -> stage -> outcome and sentence."""
-    return {way: {stage: ways.verdict(way, stage) for stage in ways.METHODS} for way in ways.WAYS}
+def verdicts(known):
+    """Way -> stage -> mark and sentence; those of `known` are not asked again."""
+    table = {}
+    for way in ways.WAYS:
+        table[way] = known.get(way) or {}
+        for stage in () if way in known else ways.METHODS:
+            outcome, sentence = ways.verdict(way, stage)
+            table[way][stage] = MARKS[outcome], sentence
+    return table
 
 
 def to_markdown(table):
@@ -46,8 +52,7 @@ def to_markdown(table):
     sentences, rows = {}, []
     for way, cells in table.items():
         row = []
-        for outcome, sentence in cells.values():
-            mark = MARKS[outcome]
+        for mark, sentence in cells.values():
             if sentence:
                 mark += f"{sentences.setdefault(sentence, len(sentences) + 1)}"
             row.append(mark)
@@ -84,8 +89,7 @@ def parsed(page):
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    page = to_markdown(verdicts())
-    if "--show" in sys.argv:
-        print(page)
-    else:
-        PAGE.write_text(page)
+    known = {}
+    if "--quick" in sys.argv:
+        known = {way: cells for way, cells in parsed(PAGE.read_text()).items() if way in ways.SLOW}
+    PAGE.write_text(to_markdown(verdicts(known)))

@@ -12,12 +12,17 @@ import threading
 import traceback
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
@@ -446,6 +451,18 @@ def checkpointed(model, reentrant):
         return scored(model, labels=True).detach()
 
 
+def checkpointed_by_torch(model, on, reentrant):
+    """Layers that torch wraps, so that transformers knows nothing of it; there and back."""
+    impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    layers, wrapper = set(model.get_decoder().layers), partial(checkpoint_wrapper, checkpoint_impl=impl)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: module in layers)
+    on(model)
+    with torch.enable_grad():
+        trace = scored(model, labels=True)
+        trace.sum().backward()
+    return trace.detach()
+
+
 def hooked(model):
     """With a hook of accelerate around the model that came later."""
     add_hook_to_module(model, ModelHook(), append=True)
@@ -497,7 +514,15 @@ def layers_alone(model):
     return likelihood(model.lm_head(decoder.norm(x))[:, n - 1 : -1])
 
 
+def spared(model):
+    """Compiling the vision tower would only take time."""
+    tower = model.model.vision_tower
+    tower.forward = torch.compiler.disable(tower.forward)
+    return model
+
+
 def compiled(model):
+    spared(model)
     return torch.compile(model, backend="eager")
 
 
@@ -531,7 +556,7 @@ WAYS = {
     "generate, static cache": lambda m, on: generated(on(m), cache_implementation="static"),
     "generate, prompt in chunks": lambda m, on: generated(on(m), prefill_chunk_size=22),
     "generate, `compile_config`": lambda m, on: generated(
-        on(m), cache_implementation="static", compile_config=compile_config(), disable_compile=False),
+        on(spared(m)), cache_implementation="static", compile_config=compile_config(), disable_compile=False),
     "generate, embeddings and `image_mask`": lambda m, on: from_embeddings(on(m), True),
     "generate, embeddings": lambda m, on: from_embeddings(on(m), False),
     "generate on the cache of a pass with `prompt_end=`": lambda m, on: further_turn(on(m), hasattr(m, "_vlmfix")),
@@ -554,6 +579,7 @@ WAYS = {
     "decoder layers alone": lambda m, on: layers_alone(on(m)),
     "gradient checkpointing": lambda m, on: checkpointed(on(m), False),
     "gradient checkpointing, reentrant": lambda m, on: checkpointed(on(m), True),
+    "checkpointing by torch's own wrapper": lambda m, on: checkpointed_by_torch(m, on, True),
     "LoRA, then wrap": lambda m, on: generated(on(adapters("LoRA")(m))),
     "LoRA, then wrap the model inside": lambda m, on: (adapters("LoRA")(m), generated(on(m)))[1],
     "wrap, then LoRA": lambda m, on: generated(adapters("LoRA")(on(m))),

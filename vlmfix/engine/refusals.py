@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlmfix.engine.decoding import Decoding
-from vlmfix.engine.running import Placed, names_of
+from vlmfix.engine.running import CHECKPOINTED, Placed, names_of
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.stages import EVERY_TOKEN_STAGES, READINGS, TABLE
 from vlmfix.model.anatomy import Anatomy
@@ -91,10 +91,7 @@ def check_pass(in_force: Sequence[Placed], parts: Anatomy, kwargs: dict[str, Any
             f"batches); use generate or padded batches, or unwrap the model"
         )
     if torch.is_grad_enabled() and any(_checkpoints(layer.module) for layer in parts.layers):
-        raise ValueError(
-            f"{names} cannot act under gradient checkpointing, which computes the layers once more when the pass is "
-            f"over; call model.gradient_checkpointing_disable() or model.eval(), or unwrap the model"
-        )
+        raise ValueError(f"{names} {CHECKPOINTED}")
 
 
 def _checkpoints(layer: Any) -> bool:

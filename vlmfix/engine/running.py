@@ -21,6 +21,13 @@ Placed = tuple[int, Intervention]
 """An intervention and its place among those that the model is wrapped with, which is also that of its memo."""
 
 
+CHECKPOINTED = (
+    "cannot act under gradient checkpointing, which computes the layers once more when the pass is over; switch it off "
+    "(model.gradient_checkpointing_disable(), or model.eval()), or unwrap the model"
+)
+"""How the sentence goes on."""
+
+
 def names_of(placed: Sequence[Placed]) -> str:
     """Interventions in a sentence."""
     return " and ".join(one.name or type(one).__name__ for _, one in placed)
@@ -75,11 +82,15 @@ class Running:
 
     def pass_to_edit(self, edits: Sequence[Placed]) -> Pass | None:
         """The pass that this thread is in, where these interventions have something to edit; a warning says once that
-        they are not in force where a part of the model was called by itself."""
+        they are not in force where a part of the model was called by itself. Raises `ValueError` where layers are
+        computed again on the way back of gradients."""
         thread = self.thread
-        if thread.current is None and thread.capture is None and not self.warned_of_parts:
+        backward = torch._C._current_graph_task_id() != -1
+        if thread.current is None and thread.capture is None and (backward or not self.warned_of_parts):
             force = self.force()
             left_out = [(i, one) for i, one in edits if i in force]
+            if left_out and backward:
+                raise ValueError(f"{names_of(left_out)} {CHECKPOINTED}")
             if left_out:
                 self.warned_of_parts = True
                 warnings.warn(

@@ -88,11 +88,11 @@ class Anatomy:
     def must_be_as_found(self) -> None:
         """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace parts."""
         for layer in self.layers:
-            parts = layer.module._modules.values()
-            found = all(part is None or part in parts for part in (layer.attention, layer.mlp))
+            as_found = _mlp(layer.module) is layer.mlp
             if layer.attention is not None:
-                found = found and layer.out_proj in layer.attention._modules.values()
-            if not found:
+                as_found = as_found and _child(layer.module, ATTENTION_NAMES) is layer.attention
+                as_found = as_found and layer.out_proj in layer.attention._modules.values()
+            if not as_found:
                 raise ValueError(
                     "the model's projections were replaced after it was wrapped, by an adapter perhaps (or they were "
                     "put back by its removal); unwrap it and wrap it again"
