@@ -53,9 +53,8 @@ def to_markdown(table):
     for way, cells in table.items():
         row = []
         for mark, sentence in cells.values():
-            if sentence:
-                mark += f"{sentences.setdefault(sentence, len(sentences) + 1)}"
-            row.append(mark)
+            number = sentences.setdefault(sentence, len(sentences) + 1) if sentence else ""
+            row.append(f"{mark}{number}")
         rows.append(f"| {way} | {' | '.join(row)} |")
     columns = [f"`{stage}`" for stage in ways.METHODS]
     lines = [

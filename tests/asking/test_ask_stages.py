@@ -210,7 +210,10 @@ IDLE = {
     "carve:variant=vicrop": ("What is this?", "carve did nothing in a whole answer: no part of the pictures was cut"),
     "truncate:words=99": (DESCRIBE, "truncate did nothing in a whole answer: no answer has more than 99 words"),
     "chunks:k=2,temperature=0.001": (DESCRIBE, "chunks did nothing in a whole answer: the candidates"),
-    "rerank:verifier=self,hi=0,lo=0": (DESCRIBE, "rerank did nothing in a whole answer: the verifier self found no"),
+    "rerank:verifier=self,hi=0,lo=0,greedy_first=true": (
+        DESCRIBE,
+        "rerank did nothing in a whole answer: the verifier self found no",
+    ),
 }
 """Settings under which a method of `ask` never acts."""
 
