@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from vlmfix.engine.refusals import check_decoding
 from vlmfix.engine.wrap import in_force
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import Interventions, as_interventions
+from vlmfix.method.stages import ASK_STAGES
 
 Asked = tuple[Picture | Sequence[Picture], str]
 """A question as users give it: a picture, or several, and a prompt."""
@@ -219,6 +221,7 @@ class Asker:
         if prefixed is not None and prefixed.prefix is not None and prefixed.prefix_inputs is not None:
             ids = prefixed.prefix_inputs["input_ids"]  # each method bears the common pass in full
             seconds, passes, tokens = seconds + prefixed.prefix.seconds, passes + len(ids), tokens + ids.numel()
+        self._warn_of_idle(effects)
         resolved = dict(batch.decoding.settings)
         if seed is not None:
             resolved["seed"] = seed
@@ -283,6 +286,18 @@ class Asker:
                 own_facts[i] = {**own_facts.get(i, {}), **further}
             return answers
         return batch.generate()
+
+    def _warn_of_idle(self, effects: list[list[dict[str, Any]]]) -> None:
+        """Say once of methods that act in `ask` that they did nothing to any question; `generate` says it of others."""
+        attachment = self._attachment
+        for stage in ASK_STAGES:
+            for i, intervention in self._active(stage):
+                if attachment is None or i in attachment.wrapper.warned or any(each[i]["acted"] for each in effects):
+                    continue
+                attachment.wrapper.warned.add(i)
+                warnings.warn(
+                    f"{intervention.name} did nothing in a whole answer: {intervention.idle_hint()}", stacklevel=5
+                )
 
     def _effects_on(self, batch: Batch, answers: list[list[int]], facts: Facts) -> list[list[dict[str, Any]]]:
         """What each intervention did to each answer, without the detail per layer."""
