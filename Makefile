@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models contract lint readme figures organism clean
+.PHONY: quickstart test test-models contract lint readme in-force figures organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, with VAR and with VHR
 	$(BIN)/vlmfix eval
@@ -26,6 +26,9 @@ lint: $(VENV)/.dev
 
 readme: $(VENV)/.installed  ## the table of methods in the README
 	$(BIN)/python tools/readme.py
+
+in-force: $(VENV)/.dev  ## the table of ways to call a wrapped model, docs/in-force.md; a few minutes
+	$(BIN)/python tools/in_force.py
 
 figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python assets/figures/effect.py

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfix.engine import hooks
+from vlmfix.engine.door import other_doors
 from vlmfix.engine.forward import ForwardDoor, PartDoor, doors
 from vlmfix.engine.generate import Generate
 from vlmfix.engine.plan import Placed
@@ -109,6 +110,9 @@ class Attachment:
             door = kind(self.running, self.anatomy, self.model, module)
             door.put_on()
             self._handles.append(door)
+        for other in other_doors(self.running, self.model, self.anatomy.generator):
+            other.put_on()
+            self._handles.append(other)
         for handle in hooks.put_on(self.running, self.anatomy):
             self._handles.append(handle)
         self.wrapper.put_on()

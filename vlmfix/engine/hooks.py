@@ -20,7 +20,7 @@ from vlmfix.engine.plan import Placed
 from vlmfix.engine.running import Running
 from vlmfix.method.prompt import Readable
 from vlmfix.method.site import Step
-from vlmfix.method.stages import ATTENTION_STAGES
+from vlmfix.method.stages import ASK_STAGES, ATTENTION_STAGES
 from vlmfix.model.anatomy import Anatomy, DecoderLayer
 
 
@@ -309,8 +309,11 @@ class OutputHook(StageHook):
 class LogitsStage(LogitsProcessor):
     """What `generate` calls with the scores of the next token."""
 
-    def __init__(self, running: Running, parts: Anatomy, edits: list[Placed]):
-        self.running, self.edits = running, edits
+    penalties_follow = False
+    """Whether penalties of the model's own come after it, here and now."""
+
+    def __init__(self, running: Running, parts: Anatomy, edits: list[Placed], before_penalties: bool = False):
+        self.running, self.edits, self.before_penalties = running, edits, before_penalties
         self.image_token_ids = parts.image_token_ids
         n_layers = len(parts.layers)
         self.hidden_layers = {i: tuple(one.hidden_layers(n_layers)) for i, one in edits}
@@ -327,8 +330,22 @@ class LogitsStage(LogitsProcessor):
         generation.follow(input_ids, scope.n_beams, self.image_token_ids)
         for i, one in self.edits:
             states = {layer: generation.hidden[layer] for layer in self.hidden_layers[i]}
-            scores = one.logits(scores, Step(index, generation.memos[i], states))
+            as_logits = self.penalties_follow and scope.n_beams == 1
+            scores = one.logits(scores, Step(index, generation.memos[i], states, as_logits))
         return scores
+
+
+class AskHook:
+    """Says once, whoever runs the decoder, that methods of `ask` do nothing outside of it."""
+
+    def __init__(self, running: Running):
+        self.running = running
+
+    @between_compiled_pieces
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the first layer."""
+        if self.running.thread.capture is None:
+            self.running.warn_of_ask()
 
 
 HOOKS: tuple[type[StageHook], ...] = (InputHook, TokensHook, HeadsHook, CacheHook, MlpHook)
@@ -342,6 +359,8 @@ def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
     at_layers = {i: set(one.at_layers(n_layers)) for i, one in running.active}
     hidden_layers = {i: set(one.hidden_layers(n_layers)) for i, one in guides}
     may_join = bool(guides) and "attention" not in parts.lacks
+    if any(any(map(one.acts_at, ASK_STAGES)) for _, one in running.active):
+        yield parts.layers[0].module.register_forward_pre_hook(AskHook(running))
     for number, layer in enumerate(parts.layers):
         here = [(i, one) for i, one in running.active if number in at_layers[i]]
         readings: set[str] = set()
@@ -355,7 +374,7 @@ def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
         edits = [(i, one) for i, one in here if any(map(one.acts_at, ATTENTION_STAGES))]
         if layer.attention is not None and (edits or may_join):
             view = attention.AttentionView(
-                layer.attention, number, n_layers, edits, partial(running.pass_to_edit, edits)
+                layer.attention, number, n_layers, edits, partial(running.pass_to_edit, [*edits, *guides])
             )
             yield attention.attach(layer.attention, view)
         if number == n_layers - 1:  # before the layer's output is read

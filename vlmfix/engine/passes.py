@@ -193,7 +193,7 @@ def _continued(seen: Seen) -> Generation | None:
     if generation is None:
         raise ValueError(
             f"the cache holds {seen.cached} tokens that were computed without these interventions, so their geometry "
-            f"is not known; start from an empty cache, or unwrap the model"
+            f"is not known; start from an empty cache (in prefix tuning there is none), or unwrap the model"
         )
     return generation
 

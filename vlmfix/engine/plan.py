@@ -67,7 +67,7 @@ def can_plan(edits: Sequence[Placed]) -> bool:
 def lay(
     edits: Sequence[Placed], geometry: Geometry, memos: list[dict[str, Any]], n_layers: int, windows: dict[int, int]
 ) -> Plan | None:
-    """The plan for the rest of a generation, whose prompt is read: its masks and what each intervention remembers of it.
+    """The plan for the rest of a generation, from the masks over its prompt and what each intervention remembers of it.
     `windows`: layer -> keys that it keeps, for those that keep a window. `None` where a sample shows no image: its rows
     stay as the kernel gives them, to the bit."""
     if not bool(geometry.image.any(1).all()):

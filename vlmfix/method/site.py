@@ -26,8 +26,8 @@ class Site:
     geometry: Geometry
     """What the K keys are: masks of shape (B, K)."""
     rows: Tensor
-    """(B, R) bool: rows that this intervention may edit here, the engine drops edits of others; in `layer_input`, prompt
-    rows that are no padding."""
+    """(B, R) bool: rows that this intervention may edit here; the engine drops edits of others. In `layer_input`, rows
+    of the prompt that are no padding."""
     start: int
     """Position of the first row of this forward pass."""
     first_key: int
@@ -112,6 +112,9 @@ class Step:
     """As in `Site`. A `Stream` that `begin` put here has already got all tokens chosen so far."""
     states: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> (B, D), for `hidden`."""
+    as_logits: bool = False
+    """Whether penalties follow, to which the level and the sign of logits matter: then a method whose release puts them
+    after itself (`Traits.before_penalties`) returns logits, and no log-probabilities."""
 
     def hidden(self, layer: int) -> Tensor:
         """(B, D) output of a decoder layer, before the norm at the end of the model, in the row that predicts this
