@@ -126,7 +126,7 @@ def _attended(
 
 def _by_plan(
     scores: Edits, weights: Edits, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The attention of one new token: its row of scores, the edits, its sums. Nothing is done twice, and no kernel
     runs. Output (B, 1, H, d) and weights (B, H, 1, K)."""
     n_keys, group = key.shape[2], query.shape[1] // key.shape[1]

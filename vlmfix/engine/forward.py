@@ -352,10 +352,10 @@ def windows_of(cache: Any, parts: Anatomy) -> dict[int, int]:
     for number, layer in enumerate(parts.layers):
         index = number if layer.cache_index is None else layer.cache_index
         kept = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
-        if getattr(kept, "is_sliding", False):
-            windows[number] = getattr(kept, "max_cache_len", -1)
-            if windows[number] < 0:
-                windows[number] = kept.sliding_window
+        if kept is not None and getattr(kept, "is_sliding", False):
+            # A static one has no more room than its window, and less where the whole is shorter.
+            room = getattr(kept, "max_cache_len", None)
+            windows[number] = kept.sliding_window if room is None or room < 0 else room
     return windows
 
 
