@@ -25,7 +25,7 @@ def to_markdown(studies: Sequence[Study]) -> str:
         notes = "\n".join(f"- {note}" for note in words.notes(study))
         parts += [f"## {words.heading(study)}", *words.summary(study)]
         if study.verdicts:
-            parts += [words.judgement(study), "Bold in the tables: real; at equal recall, the interval alone decides."]
+            parts += [words.judgement(study), "Bold in the tables: real."]
         parts += [tables(study), _control_table(study), notes]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 

@@ -141,7 +141,7 @@ def differences(
         samples = np.concatenate(blocks)
         value = metric(total(method_counts)) - metric(total(base_counts))
         results[name] = Difference(
-            number_or_none(value), *interval(samples), _two_sided_p(samples), len(common), left_out
+            number_or_none(value), *interval(samples), bootstrap_p(samples), len(common), left_out
         )
     return results
 
@@ -153,7 +153,7 @@ def _of_images(counts: Counts, images: Sequence[object], selection: Sequence[obj
     return {name: column[rows] for name, column in counts.items()}
 
 
-def _two_sided_p(samples: np.ndarray) -> float | None:
+def bootstrap_p(samples: np.ndarray) -> float | None:
     """Bootstrap p of a difference from its resamples, see `Difference.p`; None if it is defined in none of them."""
     finite = samples[np.isfinite(samples)]
     if not len(finite):
