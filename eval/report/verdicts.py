@@ -19,15 +19,18 @@ from vlmfix.eval.scorers.stats import Difference
 LEVEL = 0.05
 RULE = (
     "A difference is real if its 95 % interval excludes 0 and its p, adjusted for the number of methods that are compared "
-    "(Holm, each figure by itself), is below .05."
+    "(Holm, each figure by itself), is below .05; of fewer than 6 pictures none is."
 )
+FEWEST = 6
+"""Pictures below which nothing is called real: even if all of them agreed, chance would do as much in one of 16 cases,
+which resampling cannot tell."""
 AGAINST_CUTS = {"CHAIR_S": "chair_s", "CHAIR_I_unique": "chair_i_unique", "F1": "f1"}
 """Figures at equal recall -> field of the truncation control."""
 
 
 def is_real(difference: Difference, p_adjusted: float | None) -> bool:
     """Whether a difference is more than chance, by the rule above."""
-    return difference.clear and p_adjusted is not None and p_adjusted < LEVEL
+    return difference.n >= FEWEST and difference.clear and p_adjusted is not None and p_adjusted < LEVEL
 
 
 @dataclass(frozen=True)
