@@ -29,8 +29,8 @@ CONTROLS = {
 turned round."""
 CAPTIONS, QUESTIONS = "first-200", "first-100"
 """Scenes that are described, and those that yes/no questions are about."""
-SECONDS = 90
-"""Of two idle cores."""
+SECONDS = 120
+"""On two idle cores, about."""
 
 
 def tour(output: str = "runs", limit: int | None = None) -> list[Task]:

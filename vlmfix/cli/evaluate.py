@@ -110,7 +110,7 @@ def evaluate(
 ) -> None:
     """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice.
 
-    Without options: the main job, a look at what methods do on the embedded model, in about a minute and a half.
+    Without options: the main job, a look at what methods do on the embedded model, in about two minutes.
     """
     given = (benchmark, method, protocol, speed, data, images, which, questions, max_new_tokens, prompt, template)
     given += (decoding, seed, variant, parser, similarity, dtype, device_map, quantize)
