@@ -21,7 +21,8 @@ from vlmfix.eval.scorers.stats import Difference, Estimate
 
 NOTE = (
     "95 % intervals from a bootstrap over pictures; differences to the untouched model are paired. Coloured: a real "
-    f"difference, for better or worse. {RULE} Controls make the same push without the method's choice of heads or tokens, or turn it round; a method "
+    f"difference, for better or worse. {RULE} "
+    "Controls make the same push without the method's choice of heads or tokens, or turn it round; a method "
     "that does no better than these does not owe its gain to its choice. These are figures of a tiny model: they say "
     "nothing about a 7B model."
 )

@@ -55,8 +55,8 @@ def first_lines(output: str) -> list[str]:
     """What happens, and how long it takes."""
     return [
         f"The embedded model (2.7 M parameters, nothing is downloaded) describes {CAPTIONS.partition('-')[2]} painted "
-        f"scenes and answers yes/no questions on the first {QUESTIONS.partition('-')[2]} of them: untouched, cut short, "
-        f"and under {len(CONTROLS)} interventions.",
+        f"scenes and answers yes/no questions on the first {QUESTIONS.partition('-')[2]} of them: untouched, cut "
+        f"short, and under {len(CONTROLS)} interventions.",
         "Each intervention stands above its negative control: the same push without its choice of heads or tokens, or "
         "turned round.",
         f"This takes about {SECONDS} seconds on two idle cores. Answers go to {output}; stopped and started again, it "

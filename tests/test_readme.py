@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools import readme
-from tools.main_job import restore
 from typer.testing import CliRunner
 
+from tools import readme
+from tools.main_job import restore
 from vlmfix.cli import app
 from vlmfix.eval.report.study import study
 from vlmfix.eval.run.results import Run, compare
@@ -21,6 +21,8 @@ from vlmfix.method.registry import method_class
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 README = (ROOT / "README.md").read_text("utf-8")
+
+
 def test_python_blocks_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names = {}

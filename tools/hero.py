@@ -42,8 +42,9 @@ CSS = """
 *{box-sizing:border-box} body{margin:0;background:var(--paper);color:var(--ink);font:14px/1.38 system-ui,"DejaVu Sans",
 sans-serif;width:1200px;padding:12px 18px} .pair{display:grid;grid-template-columns:1fr 1fr;gap:30px}
 .side{display:grid;grid-template-columns:140px 1fr;gap:16px;align-content:start} img{width:140px;border-radius:6px;
-display:block} h2{font-size:16px;margin:0 0 8px;grid-column:1/3} .answer{margin:0 0 9px;border-left:3px solid var(--line);
-padding-left:10px} b{display:block;font-size:13px;color:var(--quiet);font-weight:600} small{color:var(--quiet);
+display:block} h2{font-size:16px;margin:0 0 8px;grid-column:1/3} .answer{margin:0 0 9px;
+border-left:3px solid var(--line);padding-left:10px} b{display:block;font-size:13px;color:var(--quiet);
+font-weight:600} small{color:var(--quiet);
 font-size:12.5px;display:block;margin-top:6px} .present{border-bottom:2px dotted var(--quiet)} del{color:var(--wrong);
 font-weight:700;text-decoration-thickness:2px} .legend{color:var(--quiet);font-size:13px;margin-top:6px}
 """
@@ -89,7 +90,9 @@ def marked(answer: dict[str, Any]) -> str:
     for mention in answer["mentions"]:
         parts.append(escape(text[end : mention["start"]]))
         words = escape(text[mention["start"] : mention["end"]])
-        parts.append(f"<del>{words}</del>" if mention["verdict"] == "invented" else f'<span class="present">{words}</span>')
+        parts.append(
+            f"<del>{words}</del>" if mention["verdict"] == "invented" else f'<span class="present">{words}</span>'
+        )
         end = mention["end"]
     return "".join(parts) + escape(text[end:])
 
@@ -105,7 +108,9 @@ def side(title: str, picture: Path, credit: str, answers: dict[str, dict[str, An
         told += f"; misses {', '.join(missed)}" if missed else ""
         shown.append(f'<p class="answer"><b>{escape(name)} – {escape(told)}</b>{marked(answers[method])}</p>')
     image = f'<img src="data:image/{kind};base64,{data}">'
-    return f'<div class="side"><h2>{title}</h2><div>{image}<small>{credit}</small></div><div>{"".join(shown)}</div></div>'
+    return (
+        f'<div class="side"><h2>{title}</h2><div>{image}<small>{credit}</small></div><div>{"".join(shown)}</div></div>'
+    )
 
 
 def draw() -> None:

@@ -1,6 +1,6 @@
-"""Keeps the answers of the main job for `make readme` and the tests: `python -m tools.main_job runs`, after `vlmfix eval`.
+"""Keeps the answers of the main job for `make readme` and the tests.
 
-Of each record only what was asked, the answer, and what it cost.
+`vlmfix eval`, then `python -m tools.main_job runs`. Of each record only what was asked, the answer, and what it cost.
 """
 
 from __future__ import annotations

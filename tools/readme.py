@@ -1,7 +1,7 @@
 """Writes the tables and outputs of the docs anew: `make readme`.
 
-The README's table and sentences come from the kept answers of the main job (tests/data/main_job.json.gz), docs/main-job.md
-has all figures of it, docs/methods.md the table of methods.
+The README's table and sentences come from the kept answers of the main job (tests/data/main_job.json.gz),
+docs/main-job.md has all figures of it, docs/methods.md the table of methods.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from vlmfix.eval.pictures.data import Elsewhere, first_pictures
 from vlmfix.eval.report import words
 from vlmfix.eval.report.figures import figure, interval, number
 from vlmfix.eval.report.study import Entry, Study
-from vlmfix.eval.report.verdicts import AGAINST_CUTS, Verdict
+from vlmfix.eval.report.verdicts import Verdict
 from vlmfix.eval.run.controls import control_name
 from vlmfix.eval.run.results import Comparison
 from vlmfix.eval.scorers.stats import Estimate

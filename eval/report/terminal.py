@@ -16,7 +16,7 @@ from rich.text import Text
 
 from vlmfix.eval.report import words
 from vlmfix.eval.report.study import Study
-from vlmfix.eval.report.tables import Cell, Column, MethodTable, TextTable, method_tables, published_table
+from vlmfix.eval.report.tables import Column, MethodTable, TextTable, method_tables, published_table
 
 INDENT = 2
 """Blanks before the name of a control, and before figures below a name."""
@@ -110,11 +110,11 @@ def _block(
     widths = _widths(columns, table.columns, stacked)
     depth = max((len(column.head) for column in table.columns), default=0)
     for level in range(depth):
-        line = " " * left
-        for column, column_width in zip(table.columns, widths, strict=True):
-            padded = ("",) * (depth - len(column.head)) + column.head
-            line += " " * gap + padded[level].rjust(column_width)
-        yield Text(line, style="bold")
+        heads = " " * left
+        for head, column_width in zip(table.columns, widths, strict=True):
+            padded = ("",) * (depth - len(head.head)) + head.head
+            heads += " " * gap + padded[level].rjust(column_width)
+        yield Text(heads, style="bold")
     whole = left + sum(widths) + gap * len(widths)
     yield Text("─" * whole, style="dim")
     for row, name in enumerate(names):

@@ -18,7 +18,7 @@ from vlmfix.eval.scorers.stats import Difference
 
 LEVEL = 0.05
 RULE = (
-    "A difference is real if its 95 % interval excludes 0 and its p, adjusted for the number of methods that are compared "
+    "A difference is real if its 95 % interval excludes 0 and its p, adjusted for the number of methods compared "
     "(Holm, each figure by itself), is below .05; of fewer than 6 pictures none is."
 )
 FEWEST = 6

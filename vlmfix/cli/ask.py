@@ -30,8 +30,8 @@ EMBEDDED = ("organism", "organism-qwen")
 SCENES = ((120, 120),)
 """Sizes of the pictures that these models were trained on."""
 DRAWN_ONLY = (
-    "note: {model} knows drawn scenes only (assets/organism/test/images); what it says of other pictures means nothing. "
-    "For photos give --model, such as llava-hf/llava-1.5-7b-hf"
+    "note: {model} knows drawn scenes only (assets/organism/test/images); what it says of other pictures means "
+    "nothing. For photos give --model, such as llava-hf/llava-1.5-7b-hf"
 )
 
 

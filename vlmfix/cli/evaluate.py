@@ -49,8 +49,10 @@ def evaluate(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help=METHOD_HELP + " Separate methods with commas. Default: none,var,vhr; without any option, the "
-        "main job's."),
+        typer.Option(
+            help=METHOD_HELP + " Separate methods with commas. Default: none,var,vhr; without any option, the "
+            "main job's."
+        ),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -112,7 +114,19 @@ def evaluate(
 
     Without options: the main job, a look at what methods do on the embedded model, in about two minutes.
     """
-    given = (benchmark, method, protocol, speed, data, images, which, questions, max_new_tokens, prompt, template)
+    given: tuple[object, ...] = (
+        benchmark,
+        method,
+        protocol,
+        speed,
+        data,
+        images,
+        which,
+        questions,
+        max_new_tokens,
+        prompt,
+        template,
+    )
     given += (decoding, seed, variant, parser, similarity, dtype, device_map, quantize)
     is_tour = model == "organism" and batch_size == 32 and not (controls or beside) and set(given) == {None}
     with sentences():
@@ -185,9 +199,7 @@ def _processes(setups: Sequence[Setup], is_tour: bool, workers: Workers) -> int:
     return min(cores(), len(units_of(setups)))
 
 
-def _answer(
-    setups: Sequence[Setup], n: int, progress: Progress | None, command: str, workers: Workers
-) -> list[Run]:
+def _answer(setups: Sequence[Setup], n: int, progress: Progress | None, command: str, workers: Workers) -> list[Run]:
     """Ask all questions, in this process or in several."""
     if n > 1:
         from vlmfix.eval.run.parallel import answer_in_processes

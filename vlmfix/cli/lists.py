@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from vlmfix.cli.console import (
     Json,
     out,
@@ -103,7 +104,9 @@ def _all_about(cls: type[Intervention]) -> str:
 
 
 def protocols(
-    name: Annotated[str | None, typer.Argument(help="One set-up, with its prompt, template, scorer and source.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One set-up, with its prompt, template, scorer and source.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the named set-ups of `vlmfix eval --protocol`, a line each. With NAME: all about one."""
@@ -147,7 +150,9 @@ def models(
         rows = support.table()
         chosen = [row for row in rows if name in (None, row.model_type)]
         if not chosen:
-            raise ValueError(f"unknown model type {name!r}; {did_you_mean(str(name), [row.model_type for row in rows])}")
+            raise ValueError(
+                f"unknown model type {name!r}; {did_you_mean(str(name), [row.model_type for row in rows])}"
+            )
     if as_json:
         sys.stdout.write(json.dumps([row.to_json() for row in chosen]) + "\n")
     elif markdown:
