@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models contract lint readme hero figures organism clean
+.PHONY: quickstart test test-models contract lint readme hero in-force figures organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
@@ -29,6 +29,9 @@ readme: $(VENV)/.installed  ## figures and tables of the README and docs, from t
 
 hero: $(VENV)/.installed  ## the picture at the head of the README, light and dark; needs Chromium
 	$(BIN)/python -m tools.hero
+
+in-force: $(VENV)/.dev  ## the table of ways to call a wrapped model, docs/in-force.md; a few minutes
+	$(BIN)/python tools/in_force.py
 
 figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots

@@ -177,11 +177,13 @@ class Setup:
         workers: Workers | None = None,
     ) -> list[Run]:
         """Ask all questions under all methods; what is on disk already is not asked again. See `evaluate`."""
+        from vlmfix.asking.identity import model_identity
         from vlmfix.eval.run.runner import answer_each
         from vlmfix.eval.run.workers import Workers
 
         task = self.task
         model, processor = loaded or load(task)
+        who = model_identity(model)
         runs: list[Run] = []
         for bench in self.benches:
             runs += answer_each(
@@ -202,6 +204,7 @@ class Setup:
                 command=command,
                 workers=workers or Workers.found(),
                 task=task.to_json(),
+                who=who,
             )
         return runs
 

@@ -203,6 +203,15 @@ class CARVE(Intervention):
         refined = redraw(facts, picture)
         return ([picture, refined] if self.final == "both" else [refined]), question, facts
 
+    def idle_hint(self) -> str:
+        """The first suspect is the size of the picture."""
+        if self.region == "box":
+            return (
+                f"no part of the pictures was cut out: the window is never smaller than side={self.side} pixels, and "
+                f"there is none where the looks do not differ."
+            )
+        return "the mask took in all that the model saw, or there was no picture."
+
     @property
     def _look_length(self) -> int:
         """Tokens that a look may take."""

@@ -44,6 +44,12 @@ class Chunks(Lookback):
         """Sampling without a choice."""
         return (replace(self, k=1),)
 
+    def idle_hint(self) -> str:
+        """The first suspect is the temperature."""
+        return (
+            f"the candidates of every chunk were the same, so none was chosen; raise temperature={self.temperature:g}."
+        )
+
     def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """One question after the other."""
         return one_by_one(run, self._answer)
@@ -73,4 +79,10 @@ class Chunks(Lookback):
             run.sources[0] = candidates[best].source
             n_left = run.settings["max_new_tokens"] - len(accepted)
         n_sampled = sum(fact["tokens"] for each in rounds for fact in each["candidates"])
-        return accepted, {"acted": True, "tokens_sampled": n_sampled, "tokens_kept": len(accepted), "rounds": rounds}
+        chose = any(fact["score"] is not None for each in rounds for fact in each["candidates"])
+        return accepted, {
+            "acted": chose or self.k == 1,
+            "tokens_sampled": n_sampled,
+            "tokens_kept": len(accepted),
+            "rounds": rounds,
+        }

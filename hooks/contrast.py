@@ -22,15 +22,19 @@ if TYPE_CHECKING:
     from vlmfix.method.prompt import Prompt
 
 
-def contrasted(scores: Tensor, other: Tensor, weight: float, beta: float) -> Tensor:
+def contrasted(scores: Tensor, other: Tensor, weight: float, beta: float, as_logits: bool = False) -> Tensor:
     """Log-probabilities (B, V) of c + weight (c - u), with c, u the log-softmax of both streams' (B, V) logits.
 
     Tokens with c < max c + log(beta), which the main stream finds implausible, get none. Written so, the rules of VCD
-    (weight = alpha), PAI (weight = gamma - 1) and M3ID are one.
+    (weight = alpha), PAI (weight = gamma - 1) and M3ID are one. With `as_logits` c and u are the logits themselves, and
+    so is the result: the same distribution, at the level that the releases hand to penalties.
     """
-    c, u = scores.float().log_softmax(-1), other.log_softmax(-1)
+    c, u = scores.float(), other.float()
+    if not as_logits:
+        c, u = c.log_softmax(-1), u.log_softmax(-1)
     plausible = c >= c.amax(-1, keepdim=True) + math.log(beta)
-    return (c + weight * (c - u)).masked_fill(~plausible, -math.inf).log_softmax(-1)
+    out = (c + weight * (c - u)).masked_fill(~plausible, -math.inf)
+    return out if as_logits else out.log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ class Contrast(Intervention):
 
     @property
     def traits(self) -> Traits:
-        """The second stream needs the whole prompt at once."""
-        return Traits(whole_prompt=True)
+        """The second stream needs the whole prompt at once. PAI's guidance is a processor that comes after penalties in
+        its release; M3ID's ports, as VCD, contrast first."""
+        return Traits(whole_prompt=True, before_penalties=self.weight == "growing")
 
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""
@@ -82,7 +87,7 @@ class Contrast(Intervention):
             return scores
         growing = math.exp(min(self.lam * (step.index + self.t0), 20.0)) - 1
         weight = self.gamma - 1 if self.weight == "constant" else growing
-        out = contrasted(scores, step.memo["blind"].logits, weight, self.beta)
+        out = contrasted(scores, step.memo["blind"].logits, weight, self.beta, step.as_logits)
         return out.where(step.memo["seen"][:, None], scores)
 
     def controls(self) -> tuple[Intervention, ...]:

@@ -47,7 +47,7 @@ class HeadGain(Intervention):
     @property
     def traits(self) -> Traits:
         """The heads are the same for every question."""
-        return Traits(shares_pictures=True)
+        return Traits(shares_pictures=True, by_plan=True)
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[HeadGain, dict[str, Any]]:
         """Read the list, and look whether its heads fit the model and the gain its direction."""

@@ -44,7 +44,7 @@ class HGAI(Intervention):
     @property
     def traits(self) -> Traits:
         """Only rows that predict tokens are edited."""
-        return Traits(shares_pictures=True)
+        return Traits(shares_pictures=True, by_plan=True)
 
     def acts_at(self, stage: str) -> bool:
         """No push changes nothing."""
@@ -57,16 +57,11 @@ class HGAI(Intervention):
         return layers_of(5, 18 if self.variant == "paper" else 17, n_layers)
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
-        """s_hk + alpha mean_h' |s_h'k| for visible image keys k: one map of pushes for all heads."""
-        import torch
-
-        image = site.geometry.image
+        """s_hk + alpha mean_h' |s_h'k| for image keys k: one map of pushes for all heads."""
         if "acted" not in site.memo:
-            site.memo["acted"] = image.any(1)
-        agreed = s.abs().mean(1, keepdim=True)  # (B, 1, R, K)
-        visible = s > torch.finfo(s.dtype).min / 2
-        edit = (image[:, None] & site.rows[..., None])[:, None] & visible
-        return s.add(agreed, alpha=self.alpha).where(edit, s)
+            site.memo["acted"] = site.has_image
+        raise_by = site.kept("raise_by", s, lambda masks: self.alpha * masks.image[:, None, None])  # (B, 1, 1, K)
+        return s.addcmul(s.abs().mean(1, keepdim=True), raise_by)
 
     def controls(self) -> tuple[Intervention, ...]:
         """Image tokens pushed down instead."""

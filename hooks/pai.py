@@ -51,7 +51,7 @@ class PAI(Intervention):
     @property
     def traits(self) -> Traits:
         """The second stream needs the whole prompt at once; without it only rows that predict tokens are edited."""
-        return Traits(whole_prompt=self.gamma is not None, shares_pictures=self.gamma is None)
+        return Traits(whole_prompt=self.gamma is not None, shares_pictures=self.gamma is None, by_plan=True)
 
     def acts_at(self, stage: str) -> bool:
         """Without guidance there is no second stream."""
@@ -79,11 +79,10 @@ class PAI(Intervention):
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_j + alpha |s_j| for image keys j."""
-        image = site.geometry.image
         if "acted" not in site.memo:
-            site.memo["acted"] = image.any(1)
-        edit = (image[:, None] & site.rows[..., None])[:, None]  # (B, 1, R, K)
-        return s.add(s.abs(), alpha=self.alpha).where(edit, s)
+            site.memo["acted"] = site.has_image
+        raise_by = site.kept("raise_by", s, lambda masks: self.alpha * masks.image[:, None, None])  # (B, 1, 1, K)
+        return s.addcmul(s.abs(), raise_by)
 
     def controls(self) -> tuple[Intervention, ...]:
         """Image tokens pushed down instead."""

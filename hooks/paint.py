@@ -90,7 +90,7 @@ class PAINT(Intervention):
     @property
     def traits(self) -> Traits:
         """Tokens are chosen over the whole prompt."""
-        return Traits(whole_prompt=True)
+        return Traits(whole_prompt=True, by_plan=True)
 
     def __post_init__(self) -> None:
         """Warn where captions are known to loop."""
@@ -168,29 +168,30 @@ class PAINT(Intervention):
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_j + c_j |s_j| on visible keys, with c = alpha on local and beta on summary tokens."""
-        import torch
-
-        from vlmfix.model.geometry import fit
-
         if "boost" not in site.memo or self.alpha == self.beta == 0:
             return s
-
-        def here(x: Tensor) -> Tensor:
-            """Of (B, P), what belongs to the keys of this layer."""
-            return fit(x, site.first_key + s.shape[-1])[:, site.first_key :].to(s.device)
-
-        rows, boost = site.rows[:, None, :, None], here(site.memo["boost"])[:, None, None]
-        edit = (boost != 0) & rows & (s > torch.finfo(s.dtype).min / 2)
-        out = (s + boost * s.abs()).where(edit, s)
+        boost = site.kept("boost", s, lambda masks: site.memo["boost"][:, None, None])  # (B, 1, 1, K)
+        out = s.addcmul(s.abs(), boost)
         if site.layer not in site.memo["shares"]:  # once, at the prompt
-            local, summary = (here(keys) for keys in site.memo["keys"])
-            kinds = torch.stack([local, summary, site.geometry.image & ~local & ~summary], dim=1)  # (B, 3, K)
-            shares = []
-            for scores in (s, out):
-                received = (scores.softmax(-1) * rows).mean(1).sum(1)  # (B, K)
-                shares.append((received[:, None] * kinds).sum(-1))
-            site.memo["shares"][site.layer] = torch.stack(shares, dim=1)  # (B, 2, 3)
+            site.memo["shares"][site.layer] = self._shares(s, out, site)
         return out
+
+    @staticmethod
+    def _shares(before: Tensor, after: Tensor, site: Site) -> Tensor:
+        """(B, 2, 3) shares of attention, before and after, that local, summary and other image tokens have of the rows
+        that are edited, mean over heads."""
+        import torch
+
+        hidden = before <= torch.finfo(before.dtype).min / 2
+        local, summary = site.memo["keys"]
+        kinds = site.kept(
+            "kinds", before, lambda masks: torch.stack([local, summary, masks.image & ~local & ~summary], dim=1)
+        )  # (B, 3, K)
+        shares = []
+        for scores in (before, before.where(hidden, after)):
+            received = (scores.softmax(-1) * site.rows[:, None, :, None]).mean(1).sum(1)  # (B, K)
+            shares.append((received[:, None] * kinds).sum(-1))
+        return torch.stack(shares, dim=1)
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:
         """Give c + (gamma - 1)(c - u) on plausible tokens."""

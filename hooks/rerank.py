@@ -99,6 +99,10 @@ class Rerank(Lookback):
         """Sampling without a choice."""
         return (replace(self, n=1, greedy_first=False),)
 
+    def idle_hint(self) -> str:
+        """The first suspect is the verifier."""
+        return f"the verifier {self.verifier} found no object absent, so every first sentence was kept."
+
     @property
     def _limits(self) -> tuple[float, float]:
         """Up to which score an object is absent, and from which it is present."""

@@ -32,6 +32,10 @@ class Truncate(Intervention):
     words: Annotated[int, Range(1)] = 60
     """Words that are kept, separated by white space."""
 
+    def idle_hint(self) -> str:
+        """The answers are short."""
+        return f"no answer has more than {self.words} words."
+
     def decode(self, run: Batch) -> tuple[list[list[int]], list[dict[str, Any]]]:
         """The longest beginning of each answer that has no more words."""
         from bisect import bisect_right

@@ -11,6 +11,7 @@ Settings follow the paper; the released code writes the complements of `rho` and
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vlmfix.model.anatomy import Anatomy
+
+LEAST = 1e-20
+"""Less attention than this on visual non-sinks counts as none."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class VAR(Intervention):
     @property
     def traits(self) -> Traits:
         """A row is edited by its own attention alone."""
-        return Traits(shares_pictures=True)
+        return Traits(shares_pictures=True, by_plan=True)
 
     def __post_init__(self) -> None:
         """Dimensions are given or left out, never none at all."""
@@ -128,8 +132,19 @@ class VAR(Intervention):
         for i, part in enumerate(parts):
             masks[..., i] = part
         site.memo.setdefault("masks", {})[site.layer] = masks
-        site.memo.setdefault("sighted", {})[site.layer] = (image & sink).any(1)[:, None, None]
-        site.memo.setdefault("counts", {}).setdefault(site.layer, 0)
+        site.memo.setdefault("least", {})[site.layer] = self._least(masks)
+
+    def _least(self, masks: Tensor) -> Tensor:
+        """(B, 1, 1, 3) what the head rows that qualify have at least of n, of m, and of (1 - rho) n - rho v; without
+        bound where no image token is a sink."""
+        n_non_sinks, n_visual, _ = masks.sum(1).unbind(-1)  # (B,)
+        least = masks.new_zeros(len(masks), 3)
+        least[:, 0], least[:, 1] = LEAST, self.min_visual_mass
+        if self.variant == "released":  # v / (m + 1e-6 times the number of image tokens) <= 1 - rho
+            least[:, 2] = -(1 - self.rho) * 1e-6 * (n_non_sinks + n_visual)
+        if self.require_visual_sink:
+            least[n_visual == 0] = math.inf
+        return least[:, None, None]
 
     @staticmethod
     def _random(image: Tensor, n: Tensor, layer: int) -> Tensor:
@@ -140,27 +155,51 @@ class VAR(Intervention):
         return (score.argsort(1).argsort(1) < n) & image
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
-        """A'_j = (1 - p) A_j on sinks, (1 + p sigma/n) A_j on visual non-sinks, in the head rows that qualify."""
+        """A'_j = (1 - p) A_j on sinks, (1 + p sigma/n) A_j on visual non-sinks, in the head rows that qualify.
+
+        Of a head row, n and v are the attention on visual non-sinks and sinks, m = n + v, sigma that on all sinks. It
+        qualifies where m >= `min_visual_mass` and n >= rho m.
+        """
         import torch
 
-        masks = site.memo["masks"][site.layer][:, site.first_key :]  # (B, P, 3)
-        seen = a[..., : masks.shape[1]]  # all other keys are generated: neither sink nor image
-        masks = masks[:, : seen.shape[-1]]
-        n, v, text = (seen.flatten(1, 2) @ masks).view(*a.shape[:3], 3).unbind(-1)  # (B, H, R)
-        m, sigma = n + v, v + text
-        if self.variant == "released":
-            enough = v <= (1 - self.rho) * (m + 1e-6 * masks[..., :2].sum((1, 2))[:, None, None])
-        else:
-            enough = n >= self.rho * m
-        sel = (m >= self.min_visual_mass) & enough & (n > 0) & site.rows[:, None]
-        if self.require_visual_sink:
-            sel = sel & site.memo["sighted"][site.layer]
-        gain, loss = (self.p * sigma / n).where(sel, 0.0), -self.p * sel
-        factors = torch.stack([gain, loss, loss], dim=-1).flatten(1, 2)
-        out = torch.addcmul(seen, seen, (factors @ masks.transpose(1, 2)).view_as(seen))
-        here = torch.stack([sel, site.rows[:, None].expand_as(sel), gain * n], dim=-1).sum((1, 2))
-        site.memo["counts"][site.layer] = site.memo["counts"][site.layer] + here
-        return out if out.shape == a.shape else torch.cat([out, a[..., out.shape[-1] :]], dim=-1)
+        layer, memo = site.layer, site.memo
+        columns = site.kept(("columns", layer), a, lambda _: self._columns(memo["masks"][layer]), dim=1)  # (B, K, 4)
+        gets = site.kept(("gets", layer), a, lambda _: memo["masks"][layer][:, None, None, :, 0])  # (B, 1, 1, K)
+        gives = site.kept(("gives", layer), a, lambda _: -memo["masks"][layer][:, None, None, :, 1:].sum(-1))
+        sums = (a.flatten(1, 2) @ columns).view(*a.shape[:3], 4)
+        n, sigma = sums[..., :1], sums[..., 3:]  # (B, H, R, 1)
+        qualifies = (sums[..., :3] >= memo["least"][layer]).all(-1, keepdim=True)
+        if site.n_prompt:
+            qualifies = qualifies & site.rows[:, None, :, None]
+        self._note(qualifies, sigma, site)
+        change = torch.addcmul(gives, gets, sigma / n)  # -1 on sinks, sigma/n on visual non-sinks
+        return torch.addcmul(a, a, change, value=self.p).where(qualifies, a)
+
+    def _columns(self, masks: Tensor) -> Tensor:
+        """(B, K, 4) what to add up for n, m, (1 - rho) n - rho v, and sigma."""
+        import torch
+
+        n, v, text = masks.unbind(-1)
+        return torch.stack([n, n + v, (1 - self.rho) * n - self.rho * v, v + text], dim=-1)
+
+    @staticmethod
+    def _note(qualifies: Tensor, sigma: Tensor, site: Site) -> None:
+        """Add up per sample and head the rows that were edited, what sinks had of these, and the rows in all."""
+        notes = site.memo.setdefault("notes", {})
+        if site.layer not in notes:
+            site.memo.setdefault("counting", site.layer)
+            notes[site.layer] = [sigma.new_zeros(*sigma.shape[:2], 1, 1) for _ in range(3)]
+        selected, mass, rows = notes[site.layer]
+        sigma = sigma.detach()
+        if site.n_prompt or sigma.shape[2] > 1:
+            selected.add_(qualifies.sum(2, keepdim=True))
+            mass.add_((qualifies * sigma).sum(2, keepdim=True))
+            rows.add_(site.rows.sum(1)[:, None, None, None])
+            return
+        selected.add_(qualifies)
+        mass.addcmul_(qualifies, sigma)
+        if site.layer == site.memo["counting"]:  # a new token is one row more in every layer
+            site.memo.setdefault("new", sigma.new_zeros(())).add_(1)
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per
@@ -168,10 +207,13 @@ class VAR(Intervention):
         """
         counts: dict[int, list[list[float]]] = {}  # layer -> per sample: rows selected, rows in all, mass moved
         sinks: dict[int, list[list[float]]] = {}  # layer -> per sample: non-sinks, visual sinks, text sinks
-        for layer, per_sample in memo.get("counts", {}).items():
-            if not isinstance(per_sample, int):  # 0: the layer was never edited
-                counts[layer] = per_sample.tolist()
-                sinks[layer] = memo["masks"][layer].sum(1).tolist()
+        for layer, notes in memo.get("notes", {}).items():
+            selected, mass, rows = (note.sum((1, 2, 3)) for note in notes)  # over heads
+            rows = rows + memo.get("new", 0) * notes[2].shape[1]
+            counts[layer] = [
+                list(row) for row in zip(selected.tolist(), rows.tolist(), (self.p * mass).tolist(), strict=True)
+            ]
+            sinks[layer] = memo["masks"][layer].sum(1).tolist()
         samples = []
         for b in range(len(next(iter(counts.values()), ()))):
             layers = {}

@@ -86,8 +86,8 @@ class VCD(Intervention):
 
     @property
     def traits(self) -> Traits:
-        """The second stream needs the whole prompt at once."""
-        return Traits(whole_prompt=True)
+        """The second stream needs the whole prompt at once; penalties come after the contrast (code)."""
+        return Traits(whole_prompt=True, before_penalties=True)
 
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Prepare the second stream; it starts when the first token is chosen."""
@@ -118,7 +118,7 @@ class VCD(Intervention):
 
         if "blurred" not in step.memo:
             return scores
-        out = contrasted(scores, step.memo["blurred"].logits, self.alpha, self.beta)
+        out = contrasted(scores, step.memo["blurred"].logits, self.alpha, self.beta, step.as_logits)
         return out.where(step.memo["seen"][:, None], scores)
 
     def controls(self) -> tuple[Intervention, ...]:

@@ -111,7 +111,7 @@ class VHR(Intervention):
     @property
     def traits(self) -> Traits:
         """The choice of heads needs the end of the prompt, and head outputs without the picture."""
-        return Traits(whole_prompt=True, captures=("heads",))
+        return Traits(whole_prompt=True, by_plan=True, captures=("heads",))
 
     def __post_init__(self) -> None:
         """Warn where captions are known to degrade."""

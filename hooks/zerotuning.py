@@ -60,7 +60,7 @@ class ZeroTuning(Intervention):
     @property
     def traits(self) -> Traits:
         """One key is scaled, whatever comes after it."""
-        return Traits(shares_pictures=True)
+        return Traits(shares_pictures=True, by_plan=True)
 
     def __post_init__(self) -> None:
         """Nothing to edit is a mistake, not a setting."""
@@ -100,13 +100,14 @@ class ZeroTuning(Intervention):
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_k + log gamma for keys k of the span, in chosen heads."""
-        edit = self._span(site.geometry)[:, None] & site.rows[..., None]  # (B, R, K)
-        bias = s.new_zeros(s.shape[1], 1, 1)
-        bias[self._heads_of(site.layer)] = math.log(self.gamma)
-        has_keys = edit.flatten(1).any(1)
-        acted = site.memo.setdefault("acted_by_layer", {})
-        acted[site.layer] = acted[site.layer] | has_keys if site.layer in acted else has_keys
-        return s + bias * edit[:, None]
+        biases = site.memo.setdefault("biases", {})
+        if site.layer not in biases or site.n_prompt:
+            bias = s.new_zeros(1, s.shape[1], 1, 1)
+            bias[:, self._heads_of(site.layer)] = math.log(self.gamma)
+            site.memo["acted"] = self._span(site.prompt or site.geometry).any(1)
+            biases[site.layer] = bias.expand(len(s), -1, -1, -1)
+        scaled = site.kept("scaled", s, lambda masks: self._span(masks).to(s.dtype)[:, None, None])  # (B, 1, 1, K)
+        return s.addcmul(biases[site.layer], scaled)
 
     def _span(self, geometry: Geometry) -> Tensor:
         """(B, K) keys that are scaled."""
@@ -128,8 +129,7 @@ class ZeroTuning(Intervention):
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`, whether there were keys to scale."""
-        by_layer = [acted.tolist() for acted in memo.get("acted_by_layer", {}).values()]
-        return [{"acted": any(layers)} for layers in zip(*by_layer, strict=True)]
+        return super().effects(memo)
 
     def idle_hint(self) -> str:
         """The first suspect is the prompt."""

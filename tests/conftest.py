@@ -44,6 +44,23 @@ def _as_found():
         pytest.fail(f"the test left torch with {', '.join(left)}; {hint}", pytrace=False)
 
 
+@pytest.fixture(scope="module")
+def organism():
+    """The embedded model and its processor."""
+    import vlmfix
+
+    return vlmfix.load("organism")
+
+
+@pytest.fixture
+def unwrapped(organism):
+    """The embedded model comes out of a test as it came in."""
+    yield
+    import vlmfix
+
+    vlmfix.unwrap(organism[0])
+
+
 def pytest_addoption(parser):
     parser.addoption("--all-models", action="store_true", help="run the contract over every model type")
     parser.addoption("--method", help="run only the tests that are parametrised by this method")

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import vlmfix
 from vlmfix.cli import app
 from vlmfix.eval import api
 from vlmfix.eval.benchmarks import amber_captions
@@ -95,11 +94,6 @@ def pope(folder):
 
 
 LAID_OUT = {"amber": amber, "mme": mme, "hallusionbench": hallusion, "dashb": dash, "yesno": own, "pope": pope}
-
-
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
 
 
 @pytest.mark.parametrize("name", LAID_OUT)

@@ -29,11 +29,11 @@ def naive_attention(
     at = (view.layer, view.n_layers, scores.n_keys, rows, query.device)
     for i, e in view.edits:
         if call.n_prompt and e.acts_at("survey"):
-            e.survey(scores.softmax(s, rows), call.site(i, "all", *at))
+            e.survey(attention.softmax(s, scores.extra, rows), call.site(i, "all", *at))
     sites = [(e, call.site(i, e.rows, *at)) for i, e in view.edits]
     for e, site in sites:
         s = e.scores(s, site)
-    a = scores.softmax(s if hidden is None else s.masked_fill(hidden, torch.finfo(s.dtype).min), rows)
+    a = attention.softmax(s if hidden is None else s.masked_fill(hidden, torch.finfo(s.dtype).min), scores.extra, rows)
     for e, site in sites:
         a = e.weights(a, site)
     out = (attention.by_key_head(a, scores.group) @ value.float()).view(*a.shape[:3], -1)

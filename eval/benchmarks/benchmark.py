@@ -224,7 +224,7 @@ class Benchmark:
         return 0
 
     def misheard(self, group: Group) -> int:
-        """How many answers of a group begin with the other word than they are read as; 0 where pictures are described
+        """How many answers of a group say another word than they are read as; 0 where pictures are described
         and where the first word decides."""
         return 0
 

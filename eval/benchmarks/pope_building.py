@@ -17,7 +17,8 @@ from typing import Literal
 
 from vlmfix.eval.benchmarks.pope_questions import SPLITS
 from vlmfix.eval.scorers.chair import instance_categories
-from vlmfix.eval.scorers.yesno import Label, Question, did_you_mean
+from vlmfix.eval.scorers.yesno import Label, Question
+from vlmfix.method.settings import did_you_mean
 
 
 def ordered_objects(instances: str | os.PathLike[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -76,9 +77,7 @@ def build_questions(
     """
     for split in splits:
         if split not in SPLITS:
-            raise ValueError(
-                f"{split!r} is no split of POPE{did_you_mean(split, SPLITS)}; there are {', '.join(SPLITS)}."
-            )
+            raise ValueError(f"{split!r} is no split of POPE; {did_you_mean(split, SPLITS)}")
     if article not in ("correct", "official"):
         raise ValueError(f"article is {article!r}; expected 'correct' or 'official'.")
     if k < 1:

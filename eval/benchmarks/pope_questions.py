@@ -25,7 +25,6 @@ from vlmfix.eval.scorers.yesno import (
     AnswerScore,
     Question,
     check_ids,
-    did_you_mean,
     id_field,
     label_field,
     mended,
@@ -33,6 +32,7 @@ from vlmfix.eval.scorers.yesno import (
     same_image,
     text_field,
 )
+from vlmfix.method.settings import did_you_mean
 
 _FILES = files("vlmfix.assets") / "pope"
 
@@ -56,7 +56,7 @@ def load(source: str = "coco", split: str = "random") -> list[Question]:
     """
     for name, known, what in ((source, SOURCES, "source"), (split, SPLITS, "split")):
         if name not in known:
-            raise ValueError(f"{name!r} is no {what} of POPE{did_you_mean(name, known)}; there are {', '.join(known)}.")
+            raise ValueError(f"{name!r} is no {what} of POPE; {did_you_mean(name, known)}")
     with as_file(_FILES / source / f"{split}.json.gz") as path:
         return read_questions(path, split=split)
 

@@ -15,6 +15,7 @@ from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
 from vlmfix.eval.scorers.reading import printable
 from vlmfix.eval.scorers.yesno import METRICS, Answer
+from vlmfix.method.settings import did_you_mean
 
 YES_NO_FIGURES: Mapping[str, Figure] = {
     "accuracy": Figure(METRICS["accuracy"], "right answers", "more"),
@@ -49,8 +50,7 @@ class YesNo(Benchmark):
         scoring = scoring or self.parser
         parsers = (*yesno.PARSERS, yesno.MARGIN)
         if scoring not in parsers:
-            near = yesno.did_you_mean(scoring, parsers)
-            raise ValueError(f"{scoring!r} is no parser{near}; there are {', '.join(parsers)}.")
+            raise ValueError(f"{scoring!r} is no parser; {did_you_mean(scoring, parsers)}")
         if scoring == yesno.MARGIN and not self.takes_margins:
             raise ValueError(f"{self.heading} is counted from texts; give a parser, not the margin.")
         if "{question}" not in prompt:
@@ -172,26 +172,36 @@ class YesNo(Benchmark):
         return sum(score.prediction is None for score in group.scores)
 
     def misheard(self, group: Group) -> int:
-        """Answers that begin with yes and are read as no, or the other way round."""
-        return sum(self._is_misheard(score) for score in group.scores)
+        """Answers that say yes and are read as no or the other way round, or say nothing and are read as either."""
+        return sum(self._is_misheard(score) or self._is_guessed(score) for score in group.scores)
 
     def misheard_note(self, groups: Sequence[Group]) -> str:
         """How many there are, with the first of them."""
-        scores = {score.question.id: score for group in groups for score in group.scores}
-        misheard = [score for score in scores.values() if self._is_misheard(score)]
-        if not misheard:
-            return ""
-        first = misheard[0]
-        return (
-            f"{len(misheard)} of {len(scores)} answers begin with the other word than parser {self.scoring} reads, "
-            f"such as {printable(first.answer[:40])!r}, read as {first.prediction}; parser strict takes the first word"
-        )
+        scores = {score.question.id: score for group in groups for score in group.scores}.values()
+        misheard = [score for score in scores if self._is_misheard(score)]
+        guessed = [score for score in scores if self._is_guessed(score)]
+        notes = []
+        if misheard:
+            notes.append(
+                f"{len(misheard)} of {len(scores)} answers say the other word than parser {self.scoring} reads, "
+                f"such as {_read_as(misheard[0])}; parser strict takes the first word"
+            )
+        if guessed:
+            notes.append(
+                f"{len(guessed)} of {len(scores)} answers say neither yes nor no, and parser {self.scoring} reads them "
+                f"all the same, such as {_read_as(guessed[0])}"
+            )
+        return "; ".join(notes)
 
     def _is_misheard(self, score: Any) -> bool:
         if self.scoring in (yesno.MARGIN, "strict") or score.prediction is None:
             return False
-        first_word = yesno.PARSERS["strict"](score.answer, score.question.label)
-        return first_word is not None and first_word != score.prediction
+        return yesno.heard(score.answer) not in (None, score.prediction)
+
+    def _is_guessed(self, score: Any) -> bool:
+        if self.scoring == yesno.MARGIN or score.prediction is None:
+            return False
+        return yesno.says_nothing(score.answer)
 
     def explain(self, score: Any) -> dict[str, Any]:
         """What was asked, answered, read and right."""
@@ -251,7 +261,17 @@ class OriginalQuestions(YesNo):
         raise NotImplementedError
 
 
+def _read_as(score: Any) -> str:
+    return f"{printable(score.answer[:40])!r}, read as {score.prediction}"
+
+
+TOTAL, UNNAMED = "all", "no group"
+"""In tables: the sum of the groups, and questions without a group beside others that have one."""
+
+
 def all_and_groups(scores: Sequence[Any]) -> dict[str, Sequence[Any]]:
-    """All scores together, and each group of them if there are several."""
-    groups = yesno.by_group(scores)
-    return {**({"all": scores} if len(groups) != 1 else {}), **groups}
+    """All scores together, and each group of them if there are several; one without a name is called `UNNAMED`."""
+    groups: dict[str, Sequence[Any]] = {**yesno.by_group(scores)}
+    if len(groups) == 1:
+        return groups
+    return {TOTAL: scores, **{group or UNNAMED: part for group, part in groups.items()}}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlmfix.eval.benchmarks.benchmark import Figure, FileAnswers, FileOptions
-from vlmfix.eval.benchmarks.questions import YES_NO_FIGURES, OriginalQuestions, all_and_groups
+from vlmfix.eval.benchmarks.questions import TOTAL, UNNAMED, YES_NO_FIGURES, OriginalQuestions, all_and_groups
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
 from vlmfix.eval.scorers.reading import about_file, printable
@@ -60,9 +60,12 @@ class OwnQuestions(OriginalQuestions):
 
 
 def _own_questions(path: str | Path) -> list[Question]:
-    """Questions of a file. `ValueError`, with its name, if it is broken, or a group is called like the total."""
+    """Questions of a file. `ValueError`, with its name, if it is broken, or a group is called as tables call others."""
     with about_file(path):
         questions = yesno.read_questions(path)
-        if any(printable(question.group).strip().lower() == "all" for question in questions):
-            raise ValueError("a group is called 'all', as is the sum of the groups; call it something else.")
+        names = {printable(question.group).lower() for question in questions}
+        if TOTAL in names:
+            raise ValueError(f"a group is called {TOTAL!r}, as is the sum of the groups; call it something else.")
+        if UNNAMED in names:
+            raise ValueError(f"a group is called {UNNAMED!r}, as are questions without one; call it something else.")
     return questions

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vlmfix.eval.benchmarks.pope_questions import SOURCES
 from vlmfix.eval.pictures.lists import image_list
 from vlmfix.eval.scorers import chair
 from vlmfix.eval.scorers.chair.coco import check_distinct
+from vlmfix.eval.scorers.reading import about_file
 
 EMBEDDED = {"organism": "organism/test", "calibration": "organism/calibration", "photos": "photos"}
 """Name -> folder of the assets."""
@@ -98,14 +100,15 @@ class Data:
         images = [image for image, _ in chair.instance_categories(path)]
         file_names: dict[int, str] = {}
         for image in images:
-            if not isinstance(image.get("file_name"), str):
+            if not isinstance(image.get("file_name"), str) or not image["file_name"].strip():
                 raise ValueError(f"{path}: image {image['id']} has no file_name; give the name of its picture.")
-            file_names[chair.image_key(image["id"])] = image["file_name"]
+            with about_file(path):
+                file_names[chair.image_key(image["id"])] = image["file_name"]
         if len(file_names) < len(images):
             raise ValueError(
                 f"{path}: {len(images)} image ids hold only {len(file_names)} different numbers; number them."
             )
-        check_distinct(list(file_names.values()), f"{path}: images", "file_name")
+        check_distinct(list(map(os.path.normpath, file_names.values())), f"{path}: images", "file_name")
         keys = _first(self.which, file_names.keys()) or _listed(self.which, file_names.keys())
         return {key: self.picture(file_names[key]) for key in keys[: self.limit]}
 
@@ -126,7 +129,16 @@ class Data:
 
     def truth_for(self, variant: str) -> chair.GroundTruth:
         """The same, with the captions read as a variant of CHAIR reads them."""
-        return _truth(self.folder, variant)
+        return _truth(self.folder, variant, self._files_digest)
+
+    @cached_property
+    def _files_digest(self) -> str:
+        """Hash of the files that ground truth is made of."""
+        digest = hashlib.sha256()
+        for name in ("instances.json", "captions.json", "synonyms.txt"):
+            content = (self.folder / name).read_bytes() if (self.folder / name).is_file() else b""
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def question_file(self, what: str) -> Path:
         """The file of questions: as given, or the only file of JSON in the folder."""
@@ -239,7 +251,8 @@ class Elsewhere(Data):
 
 
 @cache
-def _truth(folder: Path, variant: str) -> chair.GroundTruth:
+def _truth(folder: Path, variant: str, files_digest: str) -> chair.GroundTruth:
+    """The ground truth in a folder, whose files have this content."""
     synonyms, captions = folder / "synonyms.txt", folder / "captions.json"
     vocabulary = chair.Vocabulary.load(synonyms if synonyms.is_file() else None)
     human_captions = captions if captions.exists() else None
@@ -278,7 +291,7 @@ def _find(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-        places = [place for place in _subfolders(folder) if (place / name).is_file()]
+        places = [place for place in _subfolders(folder, _changed(folder)) if (place / name).is_file()]
         if len(places) > 1:
             raise ValueError(
                 f"{name} lies in {len(places)} folders of {folder}, such as {places[0].name} and {places[1].name}; "
@@ -289,6 +302,11 @@ def _find(folder: Path, *names: str) -> Path:
     return folder / names[0]
 
 
+def _changed(folder: Path) -> int:
+    """When something last came into a folder or left it."""
+    return folder.stat().st_mtime_ns if folder.is_dir() else 0
+
+
 @cache
-def _subfolders(folder: Path) -> tuple[Path, ...]:
+def _subfolders(folder: Path, changed: int) -> tuple[Path, ...]:
     return tuple(sorted(path for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()

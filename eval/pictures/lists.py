@@ -31,7 +31,6 @@ SAMPLE = 500
 _FILE = files("vlmfix.assets") / "protocols" / "image_lists.json"
 
 
-@cache
 def image_list(name: str) -> tuple[int, ...]:
     """Image ids of a list, in its order.
 
@@ -43,6 +42,16 @@ def image_list(name: str) -> tuple[int, ...]:
         for part in name.split("+"):
             joined += image_list(part)
         return tuple(dict.fromkeys(joined))
+    return _of_file(Path(name)) if _is_own_file(name) else _named(name)
+
+
+def _is_own_file(name: str) -> bool:
+    """Whether a name is of a file that may change at any time, and of nothing that comes with the package."""
+    return name not in (*_listed(), "first500", "pope500") and Path(name).is_file()
+
+
+@cache
+def _named(name: str) -> tuple[int, ...]:
     listed = _listed()
     if name in listed:
         return listed[name]
@@ -56,8 +65,6 @@ def image_list(name: str) -> tuple[int, ...]:
     file_draw = re.fullmatch(r"coco-seed-(\d{1,9})@(.+)", name)
     if file_draw:
         return _drawn(int(file_draw[1]), [chair.image_key(key) for key in chair.read_coco(file_draw[2]).imgs])
-    if Path(name).is_file():
-        return _of_file(Path(name))
     known = ", ".join(["first500", *listed, "pope500", "sorted-seed-S", "coco-seed-S@captions_val2014.json"])
     raise ValueError(f"{name!r} is no list of images; expected a file, or one of {known}")
 

@@ -156,7 +156,7 @@ class Row:
     unparsed: int = 0
     """Answers that say neither yes nor no to the parser."""
     misheard: int = 0
-    """Answers that begin with the other of yes and no than the parser reads."""
+    """Answers that say the other of yes and no than the parser reads, or neither of them."""
     control: TruncationControl | None = None
     """Captions against the baseline's, cut to the same recall; `None` for the baseline, and for answers."""
 

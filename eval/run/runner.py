@@ -18,9 +18,11 @@ import transformers
 
 import vlmfix
 from vlmfix.asking.asker import Asker
+from vlmfix.asking.batch import quiet
 from vlmfix.asking.identity import model_identity, processor_digest
 from vlmfix.asking.pictures import PictureError
 from vlmfix.asking.record import Record
+from vlmfix.engine.decoding import decoding_of
 from vlmfix.eval.benchmarks.benchmark import Benchmark, Item
 from vlmfix.eval.benchmarks.questions import YesNo
 from vlmfix.eval.pictures.data import Data
@@ -69,6 +71,7 @@ def answer_each(
     command: str | None = None,
     workers: Workers | None = None,
     task: dict[str, Any] | None = None,
+    who: dict[str, Any] | None = None,
 ) -> list[Run]:
     """Answer every question of a benchmark under each of several methods; what is on disk already is not asked again.
 
@@ -80,7 +83,8 @@ def answer_each(
     are asked one by one, each with a seed of its own, so that they depend on nothing but `seed` and the question.
     Methods that leave the pass over a picture as it is (`leaves_pictures`) take turns within each batch of yes/no
     questions and share that pass; the others follow, one after another. Answers are those of each method alone.
-    `task` is what the user asked for (`vlmfix.eval.api.Task`); it is kept with the run and decides nothing.
+    `task` is what the user asked for (`vlmfix.eval.api.Task`); it is kept with the run and decides nothing. `who` is
+    the model's identity, where the caller has just found it: it takes a second a gigabyte.
 
     Raises:
         ValueError: pictures are missing, or the same method has an unfinished run here that was asked otherwise: the
@@ -95,8 +99,9 @@ def answer_each(
         "benchmark": bench.name,
         "protocol": protocol,
         "asking": bench.asking,
-        **model_identity(model),
+        **(who or model_identity(model)),
         "method": [],
+        "method_digest": None,
         "data": data.name,
         "data_digest": data.digest,
         "items_digest": items_digest(items),
@@ -105,13 +110,14 @@ def answer_each(
         "max_new_tokens": _budget(model, items, max_new_tokens or bench.max_new_tokens),
         "template": template,
         "decoding": decoding,
-        "generation": {**_own_generation(model), **decoding_settings},
+        "generation": {},
         "seed": seed,
         "vlmfix": vlmfix.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
     settings = {"max_new_tokens": identity["max_new_tokens"], **decoding_settings}
+    identity["generation"] = json.loads(json.dumps(decoding_of(model, quiet(settings)).settings, default=str))
     plan = _Plan(bench, settings, seed, 1 if settings["do_sample"] else batch_size, workers)
     parent = out / bench.name / Path(str(identity["model"])).name
     folder_of: dict[int, Path] = {}
@@ -221,7 +227,7 @@ class _Course:
     def begin(self, parent: Path, header: dict[str, Any], *, beside: bool, writes: bool) -> Path:
         """Find the run folder, or make it, and see what it holds. The header lacks what is the method's own."""
         refuse_own_pictures([method["facts"] for method in self.asker.methods], self.items)
-        identity = {**header["identity"], "method": self.asker.methods}
+        identity = {**header["identity"], "method": self.asker.methods, "method_digest": self.asker.methods_digest}
         own = {"label": self.label, "fingerprint": folders.fingerprint(identity), "identity": identity}
         folder = folders.begin(parent, {**header, **own}, beside=beside, writes=writes)
         on_disk = folders.answers_in(folder)
@@ -276,12 +282,6 @@ def _generation(model: Any, decoding: str) -> dict[str, Any]:
     config, keys = model.generation_config, (*settings, "temperature", "top_p", "top_k")
     own = {key: getattr(config, key) for key in keys if getattr(config, key, None) is not None}
     return {**own, "do_sample": bool(own.get("do_sample"))}
-
-
-def _own_generation(model: Any) -> dict[str, Any]:
-    """Settings of the model's own configuration of `generate`, which hold where a run says nothing else."""
-    own: dict[str, Any] = model.generation_config.to_diff_dict()
-    return json.loads(json.dumps({key: own[key] for key in own if key != "transformers_version"}, default=str))
 
 
 @contextmanager

@@ -62,16 +62,19 @@ def describe(
         run = Batch.of(model, processor, _questions(batch), {"max_new_tokens": max_new_tokens})
         for item, tokens in zip(batch, run.generate(), strict=True):
             key = chair.image_key(item.id)
-            captions.append(Caption(key, item, tuple(tokens), namings(processor, tokens, data.truth[key])))
+            named = namings(processor, tokens, data.truth[key], data.vocabulary)
+            captions.append(Caption(key, item, tuple(tokens), named))
         tell(len(captions), len(items))
     return captions
 
 
-def namings(processor: Any, tokens: Sequence[int], truth: frozenset[str]) -> tuple[Naming, ...]:
+def namings(
+    processor: Any, tokens: Sequence[int], truth: frozenset[str], vocabulary: chair.Vocabulary
+) -> tuple[Naming, ...]:
     """Objects that a caption's tokens name, each naming once, with the first token of the word."""
     written = Written.by(processor, tokens)
     named = []
-    for mention in chair.mentions(written.text):
+    for mention in chair.mentions(written.text, vocabulary):
         first_token = written.tokens_of(mention.start, mention.end)[0]
         named.append(Naming(mention.node, first_token, mention.node in truth))
     return tuple(named)
@@ -115,9 +118,7 @@ class Annotations:
 
     @cached_property
     def _nodes(self) -> dict[int, str]:
-        vocabulary = chair.Vocabulary.load()
-        names = {key: category["name"] for key, category in self._coco.cats.items()}
-        return {key: vocabulary.node_of.get(name, name) for key, name in names.items()}
+        return {key: self.data.vocabulary.node(category["name"]) for key, category in self._coco.cats.items()}
 
     @cached_property
     def _keys(self) -> dict[int, Any]:

@@ -55,7 +55,7 @@ def read_words(subject: Subject, monitor: Lookback, max_new_tokens: int = 256) -
             ratios = resolved.ratios(*asker.memos())
             for (key, _), record, caption_ratios in zip(batch, records, ratios, strict=True):
                 written = Written.by(subject.processor, record.token_ids)
-                for mention in chair.mentions(record.text):
+                for mention in chair.mentions(record.text, data.vocabulary):
                     steps = written.tokens_of(mention.start, mention.end)
                     v = features(caption_ratios[steps])
                     if not v.isnan().any():
@@ -63,6 +63,6 @@ def read_words(subject: Subject, monitor: Lookback, max_new_tokens: int = 256) -
                         rows.append((key, mention.node in data.truth[key], v.numpy(), score, steps[0]))
     if not rows:
         raise ValueError(
-            f"no caption of the {len(data.images)} pictures of {data.name!r} names an object that CHAIR knows"
+            f"no caption of the {len(data.images)} pictures of {data.name!r} names an object of its vocabulary"
         )
     return Words(*(np.array(column) for column in zip(*rows, strict=True)))

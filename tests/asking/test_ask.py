@@ -9,22 +9,13 @@ from PIL import Image
 from transformers import pipeline
 
 import vlmfix
+from vlmfix.asking.asker import ask_batch
 from vlmfix.asking.pictures import open_picture
 from vlmfix.asking.record import Record
 
 SCENES = Path(__file__).parents[2] / "assets" / "organism" / "test" / "images"
+pytestmark = pytest.mark.usefixtures("unwrapped")
 DESCRIBE = "Please describe this image in detail."
-
-
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
-@pytest.fixture(autouse=True)
-def _unwrapped(organism):
-    yield
-    vlmfix.unwrap(organism[0])
 
 
 def test_record_goes_through_json(organism):
@@ -159,3 +150,21 @@ def test_prompts_without_placeholders_need_a_mask():
         model(inputs_embeds=embeds)
     with pytest.raises(ValueError, match=r"image_mask: expected bool of shape \(1, 6\), got \(1, 4\)"):
         model(inputs_embeds=embeds, image_mask=torch.zeros(1, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["inputs", "inputs_embeds", "input_ids", "pixel_values"])
+def test_inputs_are_made_here(organism, name):
+    model, processor = organism
+    with pytest.raises(ValueError, match=f"^{name}: is made from pictures and prompt here"):
+        vlmfix.ask(model, processor, Image.new("RGB", (30, 30)), "What?", **{name: torch.zeros(1, 3)})
+
+
+@pytest.mark.parametrize("part", ["nothing", "tokenizer"])
+def test_what_is_no_processor_is_refused(organism, part):
+    model, processor = organism
+    with pytest.raises(TypeError, match=r"^processor: expected what AutoProcessor loads"):
+        vlmfix.ask(model, getattr(processor, part, None), Image.new("RGB", (30, 30)), "What?")
+
+
+def test_no_question_has_no_answer(organism):
+    assert ask_batch(*organism, []) == ask_batch(*organism, iter([])) == []

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
 
@@ -26,11 +27,6 @@ INTERVENTIONS = {
     "truncate": (Truncate(words=9), DESCRIBE),
 }
 """Each with a prompt on which it bites."""
-
-
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
 
 
 def plain(record):
@@ -203,3 +199,34 @@ def test_the_record_counts_every_pass(organism):
     with vlmfix.engine.wrap.wrapped(model, None):
         batch = vlmfix.ask_batch(model, processor, [(p, DESCRIBE) for p in PICTURES], max_new_tokens=5)
     assert {(r.passes, r.tokens) for r in batch} == {(passes, tokens)}
+
+
+IDLE = {
+    "carve:variant=vicrop": ("What is this?", "carve did nothing in a whole answer: no part of the pictures was cut"),
+    "truncate:words=99": (DESCRIBE, "truncate did nothing in a whole answer: no answer has more than 99 words"),
+    "chunks:k=2,temperature=0.001": (DESCRIBE, "chunks did nothing in a whole answer: the candidates"),
+    "rerank:verifier=self,hi=0,lo=0,greedy_first=true": (
+        DESCRIBE,
+        "rerank did nothing in a whole answer: the verifier self found no",
+    ),
+}
+"""Settings under which a method of `ask` never acts."""
+
+
+@pytest.mark.parametrize("method", IDLE)
+def test_a_method_that_never_acts_says_so_once(organism, method):
+    prompt, sentence = IDLE[method]
+    asker = vlmfix.Asker(*organism, method)
+    with asker.applied():
+        with pytest.warns(UserWarning, match=sentence):
+            record = asker.ask(PICTURES[0], prompt, max_new_tokens=8)
+        assert not record.effects[0]["acted"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            asker.ask(PICTURES[0], prompt, max_new_tokens=8)
+
+
+def test_every_method_of_ask_has_settings_that_never_act():
+    always = {"beam"}
+    told = {name.partition(":")[0] for name in IDLE}
+    assert told == set(INTERVENTIONS) - always

@@ -2,13 +2,14 @@
 
 import base64
 import io
+import struct
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import vlmfix
 from vlmfix.asking.asker import ask_batch
@@ -38,12 +39,14 @@ def ways_in(content, folder):
         "path": path,
         "text": str(path),
         "object": Image.open(io.BytesIO(content)),
+        "object opened by path": Image.open(path),
         "bytes": content,
         "bytearray": bytearray(content),
         "file": io.BytesIO(content),
         "base64": text,
         "base64 in lines": base64.encodebytes(content).decode(),
         "base64 for URLs, unpadded": base64.urlsafe_b64encode(content).decode().rstrip("="),
+        "data URL behind a blank": f" data:image/png;charset=x;base64,{text}",
         "data URL": f"data:image/png;base64,{text}",
         "data URL, quoted": "data:image/png," + "".join(f"%{byte:02x}" for byte in content),
     }
@@ -118,6 +121,76 @@ def test_a_brighter_value_never_becomes_darker(values):
     order = np.argsort(values.ravel())
     assert (np.diff(shown[order].astype(int)) >= 0).all()
     assert values.max() - values.min() < 512 or shown.max() > shown.min()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=arrays.arrays(np.uint8, st.tuples(st.integers(2, 6), st.integers(2, 6))),
+    below=st.floats(0, 0.2),
+    above=st.floats(0, 0.2),
+    white=st.sampled_from([1.0, 255.0, 65535.0]),
+)
+def test_a_filter_that_shoots_beyond_the_range_changes_little(values, below, above, white):
+    values[0, 0], values[0, 1] = 0, 255
+    fractions = values / 255
+    fractions[0, 0], fractions[0, 1] = -below, 1 + above
+    shown = pixels((fractions * white).astype(np.float32))[:, :, 0].astype(float)
+    assert np.abs(shown - values).max() <= 255 * (below + above) + 2
+    assert shown[0, 0] == 0 and shown[0, 1] == 255
+
+
+def test_negative_numbers_are_scaled_by_what_they_hold():
+    values = np.linspace(-1, 1, 256).reshape(16, 16)
+    assert np.array_equal(pixels(values)[:, :, 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0])
+def test_alpha_has_a_range_of_its_own(white):
+    colours = np.full((3, 3, 4), 100 / 255 * white)
+    colours[0, 0, :3], colours[:, :, 3] = white, 1.0
+    assert pixels(colours)[1, 1].tolist() == [100] * 3
+    assert pixels(colours[:, :, [0, 3]])[1, 1].tolist() == [100] * 3
+
+
+def tiff(values, photometric, sign):
+    """A gray TIFF as Pillow does not write it."""
+    height, width = values.shape
+    content = values.tobytes()
+    entries = [(256, 4, width), (257, 4, height), (258, 3, values.itemsize * 8), (259, 3, 1), (262, 3, photometric)]
+    entries += [(273, 4, 8 + 2 + 10 * 12 + 4), (277, 3, 1), (278, 4, height), (279, 4, len(content)), (339, 3, sign)]
+    order = ">" if values.dtype.str[0] == ">" else "<"
+    file = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    for tag, kind, value in entries:
+        file += struct.pack(f"{order}HHI", tag, kind, 1)
+        file += struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value)
+    return file + struct.pack(f"{order}I", 0) + content
+
+
+@ONE_FOLDER
+@given(
+    values=arrays.arrays(np.uint8, st.tuples(st.integers(2, 9), st.integers(2, 9))),
+    order=st.sampled_from("<>"),
+    kind=st.sampled_from(["u1", "u2", "u4", "i4", "f4"]),
+    white_is_0=st.booleans(),
+)
+def test_every_kind_of_gray_tiff(tmp_path, values, order, kind, white_is_0):
+    values[0, 0], values[0, 1] = 0, 255
+    scale = {"u1": 1, "u2": 257, "u4": 16843009, "i4": 8421504, "f4": 1 / 255}[kind]
+    stored = (values * np.float64(scale)).astype(order + kind)
+    content = tiff(stored, 0 if white_is_0 else 1, {"u": 1, "i": 2, "f": 3}[kind[0]])
+    try:
+        Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        assume(False)  # Pillow reads most of them, not all
+    expected = (255 - values if white_is_0 else values).astype(int)
+    for way, form in ways_in(content, tmp_path).items():
+        assert np.abs(pixels(form)[:, :, 0] - expected).max() <= 1, way
+
+
+@pytest.mark.parametrize("ending", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("entry", [b"Exif\0\0garbage", b"Exif\0\0II*\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
+def test_a_damaged_exif_entry_costs_no_picture(ending, entry):
+    assert pixels(saved(Image.new("RGB", (8, 6), (200, 30, 30)), ending, exif=entry)).shape == (6, 8, 3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -209,6 +282,8 @@ def test_a_picture_that_would_fill_the_memory_is_refused_by_name(tmp_path):
         (np.zeros((2, 2, 5)), "expected height x width"),
         (np.full((2, 2), np.nan), "no numbers"),
         (np.array([["a"]]), "expected whole numbers"),
+        (np.ma.masked_array([[1, 2]], [[True, False]]), "masked"),
+        ("", "^the empty path is no image"),
         (Image.new("RGB", (0, 3)), "it has no pixels"),
     ],
 )
@@ -229,6 +304,27 @@ def test_content_is_never_in_a_name():
     for form in (text * 9, f"data:image/png;base64,{text}", PNG, np.zeros((2, 2)), io.BytesIO(PNG)):
         assert len(picture_name(form)) < 260
     assert read_questions([(text, "What?")])[0].pictures[0].name == "30x10"
+
+
+def test_an_unreadable_base64_text_is_never_printed():
+    broken = base64.b64encode(PNG[:-40]).decode()
+    with pytest.raises(ValueError, match=r"^the base64 text of \d+ characters \(.{,40}\) is no image") as caught:
+        open_picture(broken)
+    assert broken[:60] not in str(caught.value)
+
+
+@pytest.mark.parametrize("lazy", [iter, lambda pairs: (pair for pair in pairs)])
+def test_pictures_that_are_made_on_the_way_are_never_mistaken(lazy):
+    read = read_questions(lazy((np.full((4, 4), n, np.uint8), f"{n}?") for n in range(100)))
+    assert [np.asarray(question.images[0])[0, 0, 0] for question in read] == list(range(100))
+
+
+@pytest.mark.parametrize(
+    "questions", [None, "ab", [("x",)], ["xy"], [{"image": 1, "prompt": 2}], [("a", "b", "c")], [3]]
+)
+def test_what_is_no_pair_is_refused_in_a_sentence(questions):
+    with pytest.raises(TypeError, match=r"^questions: expected \(image, prompt\) pairs, got"):
+        read_questions(questions)
 
 
 def test_an_open_file_stays_as_it_is():

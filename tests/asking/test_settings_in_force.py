@@ -13,11 +13,6 @@ PICTURE = Path(__file__).parents[2] / "assets" / "organism" / "test" / "images" 
 QUESTIONS = [(PICTURE, "Is there a person in the image?"), (PICTURE, "Is there a cake in the image?")]
 
 
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
 @pytest.fixture(autouse=True)
 def _own_settings(organism):
     """The model's own configuration may be changed by a test."""

@@ -75,3 +75,14 @@ def test_commands_on_streams_that_are_not_utf_8(tmp_path, command, encoding):
 def test_errors_are_short(image, prompt):
     done = CliRunner().invoke(app, ["ask", image, *prompt])
     assert done.exit_code == 1 and len(done.stderr) < 500 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["vlmfix methods > /dev/full", "vlmfix methods >&-", "vlmfix methods var >&- 2>&-"])
+def test_an_output_that_takes_nothing_is_no_traceback(command):
+    if not Path("/dev/full").exists():
+        pytest.skip("no such device here")
+    shell = command.replace("vlmfix", f"{sys.executable} -m vlmfix", 1)
+    done = subprocess.run(["sh", "-c", shell], check=False, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    if "full" in command:
+        assert done.returncode == 1 and done.stderr.startswith("vlmfix: the output cannot be written: ")

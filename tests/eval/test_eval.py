@@ -39,11 +39,6 @@ COMMAND = [sys.executable, "-m", "vlmfix"]
 
 
 @pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
-@pytest.fixture(scope="module")
 def runs(organism, tmp_path_factory):
     """CHAIR and POPE on a few scenes, untouched and with VHR."""
     out, data = tmp_path_factory.mktemp("runs"), Data.load(limit=24)

@@ -479,7 +479,7 @@ def here(tmp_path, monkeypatch):
     ("args", "message"),
     [
         ("c.jsonl --benchmark chiar", "unknown benchmark 'chiar'; did you mean 'chair'?"),
-        ("c.jsonl --benchmark chair --variant rorbach", "'rorbach' is no variant of CHAIR: did you mean 'rohrbach'?"),
+        ("c.jsonl --benchmark chair --variant rorbach", "'rorbach' is no variant of CHAIR; did you mean 'rohrbach'?"),
         ("c.jsonl --benchmark chair --caption-key said", "c.jsonl, line 1 has only 'image_id, caption'; expected a text under"),
         ("c.jsonl --benchmark chair --parser pope", "parser is for pope, amber, mme, hallusionbench, dashb, yesno; chair takes only variant"),
         ("c.jsonl --benchmark chair --truth none.json", "cannot read none.json: No such file or directory"),

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vlmfix
 from vlmfix.eval.api import Task, prepare
 from vlmfix.eval.benchmarks.benchmark import FileOptions, benchmark, benchmark_for_files
 from vlmfix.eval.pictures.data import Data
+from vlmfix.eval.scorers import yesno
 from vlmfix.eval.scorers.chair import Vocabulary, instance_categories, mentions
+from vlmfix.eval.scorers.naming import namings
 
 IN_FOLDER = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CATEGORIES = ["person", "dog", "cake", "bench", "car", "cat", "chair", "cup"]
@@ -204,3 +207,112 @@ def test_ground_truth_is_checked_before_a_model_is_loaded(tmp_path):
     annotations(tmp_path / "instances.json", [["dog", "wombat"]], categories=["dog", "wombat"])
     with pytest.raises(ValueError, match="'wombat' is neither an object nor a synonym"):
         prepare(Task(benchmarks="chair", data=str(tmp_path), methods="none"))
+
+
+PLURALS = {
+    "glasses": ["a glass", "glasses"],
+    "wine glasses": ["a wine glass", "two wine glasses"],
+    "wine_glass": ["a wine glass", "wine glasses"],
+    "fire hydrants": ["a fire hydrant", "fire hydrants"],
+    "Fire_Hydrants": ["a fire hydrant", "fire hydrants"],
+    "baseball gloves": ["a baseball glove", "baseball gloves"],
+    "buses": ["a bus", "two buses"],
+    "mattresses": ["a mattress", "mattresses"],
+    "knives": ["a knife", "knives"],
+    "children": ["a child", "children"],
+    "steel drums": ["a steel drum", "steel drums"],
+    "cafe\u0301s": ["two caf\u00e9s", "a caf\u00e9"],
+}
+
+
+@IN_FOLDER
+@given(
+    entry=st.sampled_from(sorted(PLURALS)),
+    synonyms=st.lists(st.sampled_from(["hydrants", "gloves", "drum", "thing", "glove"]), max_size=2, unique=True),
+    first=st.booleans(),
+)
+def test_plurals_and_underscores_are_found_in_every_number(tmp_path, entry, synonyms, first):
+    """Beside other words of the same object, and also where COCO's own pairs would take the words together."""
+    words = [entry, *synonyms] if first else ["okapi", entry, *synonyms]
+    (tmp_path / "synonyms.txt").write_text(", ".join(words), "utf-8")
+    vocabulary = Vocabulary.load(tmp_path / "synonyms.txt")
+    for caption in PLURALS[entry]:
+        named = mentions(f"Here is {caption} to be seen.", vocabulary)
+        assert [mention.node for mention in named] == [vocabulary.node(entry)], caption
+
+
+@pytest.mark.parametrize("entry", ["# comment", "& co", "- dog"])
+def test_signs_are_no_words(tmp_path, entry):
+    (tmp_path / "synonyms.txt").write_text(f"{entry}\ndog\n")
+    with pytest.raises(ValueError, match="could never be found in a caption"):
+        Vocabulary.load(tmp_path / "synonyms.txt")
+
+
+@pytest.mark.parametrize("name", [5, None, "", "  ", ["cup"], {"a": 1}])
+def test_a_category_without_a_name_is_refused(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    annotations(tmp_path / "instances.json", [["cup"]])
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["categories"][0]["name"] = name
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances\.json: the name of category 1 is .*; expected text"):
+        prepare(Task(data=str(tmp_path), benchmarks="chair", methods="none"))
+
+
+@pytest.mark.parametrize("number", [10**18, 10**20, "a", -1, 1.5])
+def test_ids_that_name_no_image_are_refused_with_their_file(tmp_path, number):
+    content = {"images": [{"id": number, "file_name": "a.png"}], "categories": [{"id": 1, "name": "cup"}]}
+    content["annotations"] = [{"id": 1, "image_id": number, "category_id": 1}]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances\.json: .* names no image"):
+        _ = Data.load(str(tmp_path)).images
+
+
+def test_one_file_under_two_names_is_refused(tmp_path):
+    annotations(tmp_path / "instances.json", [["cup"], ["cup"]], ["a.png", "./a.png"])
+    with pytest.raises(ValueError, match="share 1 of their file_names"):
+        _ = Data.load(str(tmp_path)).images
+
+
+@IN_FOLDER
+@given(groups=st.lists(st.sampled_from(["", " ", None, "rare", "rare ", "often", 1, "1"]), min_size=1, max_size=6))
+def test_every_row_has_a_name_and_every_question_its_row(tmp_path, groups):
+    rows = []
+    for n, group in enumerate(groups):
+        rows.append({"id": n, "image": "a.png", "question": f"Is it {n}?", "label": "yes", "group": group})
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    bench = benchmark("yesno")
+    scored = bench.score(Data.load(str(tmp_path), asked=path), {str(n): "yes" for n in range(len(rows))})
+    sizes = {group.name: len(group.scores) for group in scored}
+    assert len(sizes) == len(scored) and sizes.pop("all", len(rows)) == len(rows)
+    assert sum(sizes.values()) == len(rows) and (len(scored) == 1 or all(name.strip() for name in sizes))
+
+
+@IN_FOLDER
+@given(
+    folders=st.lists(st.sampled_from(["x", "y", "x/z", "y/z"]), min_size=2, max_size=4, unique=True),
+    root=st.sampled_from(["", "/data/", "C:\\data\\", "./"]),
+    shift=st.integers(0, 3),
+    bare=st.booleans(),
+)
+def test_answers_about_a_namesake_in_another_folder_are_refused(tmp_path, folders, root, shift, bare):
+    asked = [yesno.Question(n, f"{folder}/a.png", "Is it?", "", "yes") for n, folder in enumerate(folders)]
+    shown = [folders[(n + shift) % len(folders)] for n in range(len(folders))]
+    names = ["a.png" if bare else f"{root}{folder}/a.png" for folder in shown]
+    answers = [yesno.Answer(n, "yes", image=name) for n, name in enumerate(names)]
+    if bare or shown == folders:
+        assert len(yesno.score_answers(asked, answers)) == len(folders)
+    else:
+        with pytest.raises(ValueError, match="answers are about another image"):
+            yesno.score_answers(asked, answers)
+
+
+def test_head_tools_know_the_words_of_own_data(tmp_path):
+    (tmp_path / "synonyms.txt").write_text("okapi, forest giraffe\n")
+    _, processor = vlmfix.load("organism")
+    tokens = processor.tokenizer("a cup and a dog", add_special_tokens=False)["input_ids"]
+    for words, expected in [("mug, cup", ["mug"]), ("okapi, zebu", [])]:
+        (tmp_path / "synonyms.txt").write_text(words)
+        named = namings(processor, tokens, frozenset({"mug"}), Vocabulary.load(tmp_path / "synonyms.txt"))
+        assert [naming.object for naming in named] == expected

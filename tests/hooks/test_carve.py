@@ -556,11 +556,6 @@ def test_looks_read_what_eager_attention_shows(family, monkeypatch):
 # ---- the whole, on the embedded model and photos ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
 def said(record):
     return record.text, record.token_ids, record.effects
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from tests.contract.test_contract import answer, build, logits
 from tests.models import ARCHITECTURES, IMAGE, picture_prompt
@@ -212,7 +213,8 @@ def test_m3id_weights():
 
     memo = {"blind": Stream(), "seen": torch.ones(1, dtype=torch.bool)}
     for variant in ("m3id", "ritual"):
-        with mock.patch("vlmfix.hooks.contrast.contrasted", side_effect=lambda s, o, w, b: weights.append(w) or s):
+        rule = lambda s, o, w, b, as_logits: weights.append(w) or s  # noqa: E731
+        with mock.patch("vlmfix.hooks.contrast.contrasted", side_effect=rule):
             for step in (0, 49, 5000):
                 Contrast(variant=variant).logits(torch.zeros(1, 4), Step(step, memo))
     assert (
@@ -287,3 +289,57 @@ def test_a_second_turn_goes_on_in_both_streams():
 def test_mistakes(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+PENALISED = {
+    "repetition_penalty": (
+        {"repetition_penalty": 1.6},
+        lambda ids, start: RepetitionPenaltyLogitsProcessor(1.6),
+    ),
+    "sequence_bias": (
+        {"sequence_bias": {(5,): 1.5, (9,): -2.0}},
+        lambda ids, start: SequenceBiasLogitsProcessor({(5,): 1.5, (9,): -2.0}),
+    ),
+}
+FIRST = [VCD(t=999, beta=0.05), Contrast(lam=0.3, variant="m3id", beta=0.05)]
+"""Methods whose releases contrast first and penalise then."""
+
+
+@pytest.mark.parametrize("penalty", PENALISED)
+@pytest.mark.parametrize("one", [*FIRST, Contrast(gamma=1.8, beta=0.05)], ids=["vcd", "m3id", "pai"])
+def test_penalties_come_in_the_order_of_the_release(one, penalty):
+    """VCD's loop and the ports of M3ID combine logits and then call the processors; PAI's guidance is one of them."""
+    settings, make = PENALISED[penalty]
+    model = build("llava")
+    prompt = picture_prompt(model, seed=3)
+    start = prompt["input_ids"].shape[1]
+    out = scores(model, prompt, one, max_new_tokens=6, suppress_tokens=None, **settings)
+    pixels = prompt["pixel_values"]
+    share = kept(999)
+    noised = pixels * share**0.5 + noise_like(pixels, prompt, 55, 1) * (1 - share) ** 0.5
+    penalise, n_changed = make(out.sequences, start), 0
+    for step, got in enumerate(out.scores):
+        ids = out.sequences[:, : start + step]
+        said = ids[:, start:]
+        main = full_pass(model, prompt, said)[None]
+        if isinstance(one, VCD):
+            other, weight = full_pass(model, {**prompt, "pixel_values": noised}, said)[None], 1.0
+        else:
+            other = full_pass(model, without_image(prompt), said)[None]
+            weight = 0.8 if one.variant == "pai" else math.exp(0.3 * (step + 1)) - 1
+        if one in FIRST:
+            combined = (1 + weight) * main - weight * other
+            cutoff = main.max(-1, keepdim=True).values + math.log(0.05)
+            want = penalise(ids, combined.masked_fill(main < cutoff, -math.inf))
+            n_changed += int(not torch.equal(want.argmax(-1), combined.argmax(-1)))
+        else:
+            want = contrasted(penalise(ids, main.clone()), other, weight, 0.05)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-3)
+
+
+def test_beams_get_log_probabilities_also_before_penalties():
+    model = build("llava")
+    prompt = picture_prompt(model, seed=3)
+    for one in FIRST:
+        out = scores(model, prompt, one, num_beams=2, repetition_penalty=1.0001, max_new_tokens=2)
+        torch.testing.assert_close(out.scores[0].logsumexp(-1), torch.zeros(2), rtol=0, atol=2e-3)

@@ -27,11 +27,6 @@ DESCRIBE = "Please describe this image in detail."
 
 
 @pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
-@pytest.fixture(scope="module")
 def detector(organism, tmp_path_factory):
     """A detector with arbitrary weights."""
     path, g = tmp_path_factory.mktemp("detector") / "lookback.json", torch.Generator().manual_seed(0)

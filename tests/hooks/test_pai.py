@@ -10,7 +10,8 @@ from vlmfix.model.geometry import Geometry
 
 def edited(alpha, s, image, rows):
     ones = torch.ones_like(image)
-    return PAI(alpha=alpha).scores(s, Site(2, 4, Geometry(image, ones, ones), rows, 0, 0, {}))
+    site = Site(2, 4, Geometry(image, ones, ones), rows, 0, 0, {}, n_prompt=s.shape[2])
+    return site.admit(PAI(alpha=alpha).scores(s, site), s)
 
 
 def test_worked_row():

@@ -63,7 +63,8 @@ def test_one_attention_layer(name):
         s = s.masked_fill(torch.arange(m) > torch.arange(n)[:, None] + start, torch.finfo(s.dtype).min)
         rows = torch.zeros(1, n, dtype=torch.bool)
         rows[:, row] = True
-        return paint.scores(s, Site(2, 4, geometry.fitted(m), rows, start, 0, memo)).softmax(-1)
+        site = Site(2, 4, geometry.fitted(m), rows, start, 0, memo, n_prompt=0 if start else n)
+        return site.admit(paint.scores(s, site), s).softmax(-1)
 
     a = weights(v["q"], v["k"], -1, 0)
     torch.testing.assert_close(a, v["attn_on"], rtol=0, atol=1e-6)

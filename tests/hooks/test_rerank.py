@@ -23,19 +23,9 @@ from vlmfix.hooks.parts.verifiers import says_yes
 
 SCENES = Path(__file__).parents[2] / "assets" / "organism" / "test" / "images"
 PICTURES = [str(SCENES / f"test_{n:04d}.webp") for n in (1, 58, 77)]
+pytestmark = pytest.mark.usefixtures("unwrapped")
 DESCRIBE = "Please describe this image in detail."
 HERE = "tests.hooks.test_rerank"
-
-
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
-@pytest.fixture(autouse=True)
-def _unwrapped(organism):
-    yield
-    vlmfix.unwrap(organism[0])
 
 
 def present(images, prompt, context, sentence, objects):

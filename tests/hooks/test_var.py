@@ -25,8 +25,9 @@ def run_layer(var, x, a, image, rows, valid=None, layer=2, n_layers=4, memo=None
         geometry = Geometry(image[:, :n] & known, known, known)
         var.layer_input(x, Site(layer, n_layers, geometry, None, 0, 0, memo))
         memo["geometry"] = geometry
-    site = Site(layer, n_layers, memo["geometry"].fitted(n_keys), rows, 0, 0, memo)
-    return var.weights(a.float(), site), memo
+    n_prompt = a.shape[2] if prefill else 0
+    site = Site(layer, n_layers, memo["geometry"].fitted(n_keys), rows, 0, 0, memo, n_prompt)
+    return site.admit(var.weights(a.float(), site), a.float()), memo
 
 
 def case_of(arrays, name):
@@ -59,7 +60,7 @@ def test_one_layer(name):
     out, memo = run_layer(settings(case), v["X"], v["A"], v["image"], v["query_rows"], v.get("valid"))
     n = v["X"].shape[1]
     assert torch.equal(memo["sinks"][2], v["sink"][:, :n])
-    assert memo["counts"][2][:, 0].sum() == v["selected"].sum()
+    assert memo["notes"][2][0].sum() == v["selected"].sum()
     tolerance = 1e-3 if name == "fp16" else 1e-6
     torch.testing.assert_close(out, v["A_out"].float(), rtol=0, atol=tolerance)
     if case["p"] > 0 and name != "fp16":
@@ -69,7 +70,7 @@ def test_one_layer(name):
         literal, memo = run_layer(
             settings(case, require_visual_sink=False), v["X"], v["A"], v["image"], v["query_rows"]
         )
-        assert memo["counts"][2][:, 0].sum() == v["selected_literal"].sum() > 0
+        assert memo["notes"][2][0].sum() == v["selected_literal"].sum() > 0
         torch.testing.assert_close(literal, v["A_out_literal"], rtol=0, atol=1e-6)
 
 

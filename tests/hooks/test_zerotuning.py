@@ -27,7 +27,9 @@ def edited(one, s, valid=None, image=None, memo=None):
     valid = torch.ones(len(s), n, dtype=torch.bool) if valid is None else valid
     image = torch.zeros_like(valid) if image is None else image
     rows = valid[:, n - s.shape[2] :]
-    return one.scores(s, Site(2, 4, Geometry(image, valid, valid), rows, 0, 0, {} if memo is None else memo))
+    memo = {} if memo is None else memo
+    site = Site(2, 4, Geometry(image, valid, valid), rows, 0, 0, memo, n_prompt=s.shape[2])
+    return site.admit(one.scores(s, site), s)
 
 
 def test_worked_row():
@@ -98,7 +100,8 @@ def test_a_window_without_the_first_key():
     window = Geometry(whole.image & False, whole.prompt, whole.valid).last_keys(5)
     assert window.order.tolist() == [[7, 8, 9, 10, 11]] and window.system.all()
     s = scores(batch=1, n=5)
-    out = ZeroTuning(gamma=3.0, **ALL).scores(s, Site(2, 4, window, torch.ones(1, 5, dtype=torch.bool), 11, 7, {}))
+    site = Site(2, 4, window, torch.ones(1, 5, dtype=torch.bool), 11, 7, {}, prompt=whole)
+    out = ZeroTuning(gamma=3.0, **ALL).scores(s, site)
     assert torch.equal(out, s)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, model_inputs, quiet
-from vlmfix.asking.identity import model_identity, processor_digest
+from vlmfix.asking.identity import methods_digest, model_identity, processor_digest
 from vlmfix.asking.look import Look
 from vlmfix.asking.meter import Meter
 from vlmfix.asking.pictures import Picture, Question, naming_pictures, read_questions
@@ -24,6 +25,7 @@ from vlmfix.engine.refusals import check_decoding
 from vlmfix.engine.wrap import in_force
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.registry import Interventions, as_interventions
+from vlmfix.method.stages import ASK_STAGES
 
 Asked = tuple[Picture | Sequence[Picture], str]
 """A question as users give it: a picture, or several, and a prompt."""
@@ -71,11 +73,19 @@ class Asker:
         return [] if self._attachment is None else [describe(entry) for entry in self._attachment.entries]
 
     @property
+    def methods_digest(self) -> str | None:
+        """A hash of the code of the methods, and of the files that their settings name; `None` without a method."""
+        return methods_digest(
+            [] if self._attachment is None else [entry.requested for entry in self._attachment.entries]
+        )
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Who answers, JSON-ready: all about model, processor and methods that could change an answer."""
         template = getattr(self.processor, "chat_template", None)
         processor = {"processor_digest": processor_digest(self.processor), "template": template}
-        return {**model_identity(self.model), **processor, "method": self.methods}
+        methods = {"method": self.methods, "method_digest": self.methods_digest}
+        return {**model_identity(self.model), **processor, **methods}
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
@@ -193,6 +203,8 @@ class Asker:
             torch.manual_seed(seed)
         first = FirstWords(first_token or {})
         listening = {"logits_processor": [*(settings.get("logits_processor") or ()), first]} if first_token else {}
+        if not questions:
+            return []
         n, attachment = len(questions), self._attachment
         with naming_pictures(questions), self.applied():
             began = time.perf_counter()
@@ -209,6 +221,7 @@ class Asker:
         if prefixed is not None and prefixed.prefix is not None and prefixed.prefix_inputs is not None:
             ids = prefixed.prefix_inputs["input_ids"]  # each method bears the common pass in full
             seconds, passes, tokens = seconds + prefixed.prefix.seconds, passes + len(ids), tokens + ids.numel()
+        self._warn_of_idle(effects)
         resolved = dict(batch.decoding.settings)
         if seed is not None:
             resolved["seed"] = seed
@@ -235,7 +248,10 @@ class Asker:
         ]
 
     def _refuse(self, settings: dict[str, Any]) -> None:
-        """`ValueError` for settings that leave no room for one answer to each question."""
+        """`ValueError` for settings that leave no room for one answer to each question, or for the question."""
+        made_here = [name for name in settings if name in ("inputs", "inputs_embeds", "input_ids", "pixel_values")]
+        if made_here:
+            raise ValueError(f"{', '.join(made_here)}: is made from pictures and prompt here; call generate for others")
         n_answers = decoding_of(self.model, quiet(settings)).config.num_return_sequences or 1
         if n_answers > 1:
             raise ValueError(
@@ -270,6 +286,18 @@ class Asker:
                 own_facts[i] = {**own_facts.get(i, {}), **further}
             return answers
         return batch.generate()
+
+    def _warn_of_idle(self, effects: list[list[dict[str, Any]]]) -> None:
+        """Say once of methods that act in `ask` that they did nothing to any question; `generate` says it of others."""
+        attachment = self._attachment
+        for stage in ASK_STAGES:
+            for i, intervention in self._active(stage):
+                if attachment is None or i in attachment.wrapper.warned or any(each[i]["acted"] for each in effects):
+                    continue
+                attachment.wrapper.warned.add(i)
+                warnings.warn(
+                    f"{intervention.name} did nothing in a whole answer: {intervention.idle_hint()}", stacklevel=5
+                )
 
     def _effects_on(self, batch: Batch, answers: list[list[int]], facts: Facts) -> list[list[dict[str, Any]]]:
         """What each intervention did to each answer, without the detail per layer."""

@@ -34,6 +34,11 @@ def chat(processor: Any, prompt: str, n_images: int) -> str:
 def model_inputs(model: Any, processor: Any, questions: Sequence[tuple[list[Image.Image], str]]) -> dict[str, Any]:
     """The processor's output for questions (RGB pictures and prompt of each), padded on the left, on the model's
     device. `ProcessorError` for a question that the processor cannot take."""
+    if not callable(processor) or (not hasattr(processor, "image_processor") and hasattr(processor, "vocab_size")):
+        raise TypeError(
+            f"processor: expected what AutoProcessor loads for the model, got {type(processor).__name__}, which makes "
+            f"nothing of pictures"
+        )
     texts = [chat(processor, prompt, len(images)) for images, prompt in questions]
     tokenizer = getattr(processor, "tokenizer", None)
     if len(texts) > 1 and tokenizer is not None and tokenizer.pad_token_id is None:

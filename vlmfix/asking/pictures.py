@@ -12,7 +12,7 @@ import io
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +29,7 @@ Picture = str | Path | Image.Image | np.ndarray | bytes
 _LONGEST_NAME = 200
 """Characters of a path or prompt in a message."""
 _KINDS = (str, os.PathLike, Image.Image, np.ndarray, bytes, bytearray, memoryview, io.IOBase)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{64,}={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{16,}={0,2}\s*")
 """No picture is shorter than this many characters."""
 
 
@@ -79,10 +79,12 @@ def picture_name(picture: object) -> str:
     if isinstance(picture, (bytes, bytearray, memoryview)):
         return f"the picture given as {len(picture)} bytes"
     if isinstance(picture, (str, os.PathLike)):
-        text = os.fsdecode(picture)
+        text = os.fsdecode(picture).strip()
         if text[:5].lower() == "data:":
             return f"the data URL of {len(text)} characters ({_shortened(text, 40)})"
-        return _shortened(text)
+        if isinstance(picture, str) and _is_base64_picture(picture):
+            return f"the base64 text of {len(text)} characters ({_shortened(text, 40)})"
+        return _shortened(text) or "the empty path"
     return f"the picture given as {type(picture).__name__}"
 
 
@@ -126,12 +128,12 @@ def _content(file: Any) -> bytes:
 
 def _decoded(text: str) -> bytes | None:
     """The bytes in a data URL or in base64; `None` for a path."""
-    if text[:5].lower() == "data:":
+    if text.lstrip()[:5].lower() == "data:":
         header, comma, payload = text.partition(",")
         if not comma:
             raise ValueError("it has no comma, behind which the picture stands")
         content = urllib.parse.unquote_to_bytes(payload)
-        is_base64 = header.lower().endswith(";base64")
+        is_base64 = header.lower().rstrip().endswith(";base64")
         return _from_base64(content.decode("ascii", "replace")) if is_base64 else content
     if re.match(r"(?i)https?://", text):
         raise ValueError("nothing is downloaded; save it to a file first")
@@ -147,6 +149,13 @@ def _is_picture(content: bytes) -> bool:
         with Image.open(io.BytesIO(content)):
             return True
     except UnidentifiedImageError:
+        return False
+
+
+def _is_base64_picture(text: str) -> bool:
+    try:
+        return _decoded(text) is not None
+    except ValueError:
         return False
 
 
@@ -170,10 +179,16 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ValueError("expected height x width, or height x width x channels (1 to 4)")
     if not array.size:
         raise ValueError("it has no pixels")
-    eight_bits = _to_eight_bits(array)
-    if eight_bits.ndim == 3 and eight_bits.shape[2] == 1:
-        eight_bits = eight_bits[:, :, 0]
-    return Image.fromarray(np.ascontiguousarray(eight_bits))
+    if np.ma.is_masked(array):
+        raise ValueError("some of its values are masked; fill them first")
+    values = np.asarray(array)
+    if values.ndim == 2:
+        return Image.fromarray(np.ascontiguousarray(_to_eight_bits(values)))
+    n_colours = values.shape[2] - (values.shape[2] in (2, 4))
+    # Alpha from 0 to 1 may stand beside colours from 0 to 255.
+    parts = [_to_eight_bits(part) for part in (values[:, :, :n_colours], values[:, :, n_colours:]) if part.size]
+    eight_bits = np.ascontiguousarray(np.concatenate(parts, axis=2))
+    return Image.fromarray(eight_bits[:, :, 0] if values.shape[2] == 1 else eight_bits)
 
 
 # ---- depth and transparency ---------------------------------------------------------------------------------------
@@ -182,14 +197,18 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _as_rgb(picture: Image.Image) -> Image.Image:
     """Upright, eight bits a channel, over white where it is transparent."""
     deep_png = picture.mode == "I" and picture.format == "PNG"  # 16 bits, which older versions of Pillow open like this
-    picture.load()  # TIFF is turned upright by that, and must not be turned again
-    upright = ImageOps.exif_transpose(picture)
+    _load(picture)  # TIFF is turned upright by that, and must not be turned again
+    upright = _upright(picture)
     if not upright.width or not upright.height:
         raise ValueError("it has no pixels")
     if upright.mode.startswith("I;16") or deep_png:
-        return _deep_as_rgb(upright, np.asarray(upright).astype(np.uint16))
+        return _deep_as_rgb(upright, np.asarray(upright).astype(np.uint16), _tiff_tag(picture, _PHOTOMETRIC))
     if upright.mode in ("I", "F"):
-        return _deep_as_rgb(upright, np.asarray(upright))
+        values = np.asarray(upright)
+        is_unsigned = _tiff_tag(picture, _BITS) == (32,) and _tiff_tag(picture, _SIGN) in (None, (1,))
+        if upright.mode == "I" and is_unsigned:  # Pillow has no mode for that, and reads the upper half as negative
+            values = values.view(np.uint32)
+        return _deep_as_rgb(upright, values, _tiff_tag(picture, _PHOTOMETRIC))
     if upright.mode not in ("PA", "LA", "La", "RGBA", "RGBa") and "transparency" not in upright.info:
         return upright.convert("RGB")
     if upright.mode == "La":  # gray, multiplied by its alpha already
@@ -199,8 +218,40 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, layers).convert("RGB")
 
 
-def _deep_as_rgb(picture: Image.Image, values: np.ndarray) -> Image.Image:
+def _load(picture: Image.Image) -> None:
+    """Decode a picture that may have been opened by its path, which Pillow would map into memory, see `_file`."""
+    path = getattr(picture, "filename", "")
+    if not path or picture.format != "TIFF":
+        picture.load()
+        return
+    try:
+        picture.filename = ""  # type: ignore[attr-defined]
+        picture.load()
+    finally:
+        picture.filename = path  # type: ignore[attr-defined]
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF entry says; where that is damaged, as the pixels lie."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # struct.error, SyntaxError, ...: of what stands beside the pixels, not of these
+        return picture
+
+
+_PHOTOMETRIC, _BITS, _SIGN = 262, 258, 339
+"""Tags of TIFF: what black is, bits of a value, and whether it has a sign or is a fraction."""
+
+
+def _tiff_tag(picture: Image.Image, tag: int) -> Any:
+    tags = getattr(picture, "tag_v2", None)
+    return None if tags is None else tags.get(tag)
+
+
+def _deep_as_rgb(picture: Image.Image, values: np.ndarray, photometric: int | None) -> Image.Image:
     gray = _to_eight_bits(values)
+    if photometric == 0:  # 0 is white: Pillow turns this round for eight bits only
+        gray = np.uint8(255) - gray
     see_through = picture.info.get("transparency")
     if isinstance(see_through, int):  # of a gray PNG: the value that shows what lies behind
         gray = np.where(values == see_through, np.uint8(255), gray)
@@ -211,7 +262,8 @@ def _to_eight_bits(values: np.ndarray) -> np.ndarray:
     """Values as bytes: those of a known depth keep their high byte, others are scaled by the range that holds them.
 
     A type that does not tell a range is taken for 0 to 1 (fractions only), 0 to 255 or 0 to 65535, the first of these
-    that holds all values; else black is the smallest value and white the largest. Nothing is clipped.
+    that holds all values, give or take what resizing and filters add at edges. Where values lie outside, black is the
+    smallest value or white the largest: nothing is clipped.
     """
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
@@ -225,14 +277,14 @@ def _to_eight_bits(values: np.ndarray) -> np.ndarray:
         raise ValueError("it holds values that are no numbers, or infinite")
     numbers = values.astype(np.float64)
     smallest, largest = float(numbers.min()), float(numbers.max())
-    if smallest >= 0 and largest <= 1 and values.dtype.kind == "f":
-        return np.rint(numbers * 255).astype(np.uint8)
-    if smallest >= 0 and largest <= 255:
-        return np.rint(numbers).astype(np.uint8)
-    if smallest >= 0 and largest <= 65535:
+    whites = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    white = next((white for white in whites if largest <= white * 3 / 2), None)
+    if white is not None and smallest < -white / 2:
+        white = None
+    if white == 65535 and smallest >= 0 and largest <= white:
         return (numbers.astype(np.uint16) >> 8).astype(np.uint8)
-    span = (largest - smallest) or 1.0
-    return np.rint((numbers - smallest) / span * 255).astype(np.uint8)
+    darkest, brightest = (smallest, largest) if white is None else (min(smallest, 0.0), max(largest, white))
+    return np.rint((numbers - darkest) / ((brightest - darkest) or 1.0) * 255).astype(np.uint8)
 
 
 # ---- questions ----------------------------------------------------------------------------------------------------
@@ -285,7 +337,7 @@ def read_questions(questions: Sequence[tuple[Picture | Sequence[Picture], str]])
         return opened[key]
 
     checked = []
-    for image, prompt in questions:
+    for image, prompt in _pairs(questions):
         images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images or images[0] is None:
             raise ValueError(
@@ -296,6 +348,19 @@ def read_questions(questions: Sequence[tuple[Picture | Sequence[Picture], str]])
             raise ValueError(f"prompt: expected some text, got {prompt!r}")
         checked.append(Question([read(each, prompt) for each in images], prompt))
     return checked
+
+
+def _pairs(questions: Any) -> list[tuple[Any, Any]]:
+    """The questions, all of which live until the last one is read: else one's `id` could become another's."""
+    if isinstance(questions, (str, bytes, Image.Image, np.ndarray)) or not isinstance(questions, Iterable):
+        raise TypeError(f"questions: expected (image, prompt) pairs, got {type(questions).__name__}")
+    listed = list(questions)
+    for question in listed:
+        if not isinstance(question, (list, tuple)) or len(question) != 2:
+            kind = type(question).__name__
+            size = f" of {len(question)}" if isinstance(question, (list, tuple)) else ""
+            raise TypeError(f"questions: expected (image, prompt) pairs, got a {kind}{size} among them")
+    return listed
 
 
 @contextmanager

@@ -3,6 +3,7 @@ torch."""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 from vlmfix.cli.ask import ask
 from vlmfix.cli.bench import bench
 from vlmfix.cli.calibrate import calibrate_act, calibrate_lookback, calibrate_zerotuning
-from vlmfix.cli.console import out, print_in_any_encoding
+from vlmfix.cli.console import fail, out, print_in_any_encoding
 from vlmfix.cli.demo import demo
 from vlmfix.cli.evaluate import evaluate
 from vlmfix.cli.heads import heads
@@ -85,4 +86,11 @@ app.add_typer(calibrate, name="calibrate")
 def main() -> None:
     """Entry point."""
     print_in_any_encoding()
-    app(prog_name="vlmfix")
+    try:
+        app(prog_name="vlmfix")
+    except OSError as error:
+        if error.filename is not None:  # somebody's file: a fault of ours, to be seen whole
+            raise
+        fail(f"the output cannot be written: {error.strerror or error}")
+        sys.stdout = io.StringIO()  # the interpreter would try again
+        sys.exit(1)

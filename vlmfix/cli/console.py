@@ -42,6 +42,8 @@ def print_in_any_encoding() -> None:
     """Let standard output and error print every text, whatever their encoding: signs that it lacks become plain ones,
     other characters escapes as in JSON. Without this, a minus ends a command on a stream that is not UTF-8."""
     codecs.register_error("vlmfix.signs", _plain_signs)
+    sys.stdout = sys.stdout or io.StringIO()  # closed by whoever started us
+    sys.stderr = sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="vlmfix.signs")

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmfix.engine import hooks
-from vlmfix.engine.forward import ForwardDoor, doors
+from vlmfix.engine.door import other_doors
+from vlmfix.engine.forward import ForwardDoor, PartDoor, doors
 from vlmfix.engine.generate import Generate
+from vlmfix.engine.plan import Placed
 from vlmfix.engine.refusals import check_company, check_model
-from vlmfix.engine.running import Placed, Running
+from vlmfix.engine.running import Running
 from vlmfix.engine.state import Generation
 from vlmfix.method.intervention import Idle, Intervention
 from vlmfix.model.anatomy import Anatomy, anatomy, core_of
@@ -104,9 +106,13 @@ class Attachment:
     def _attach(self) -> None:
         torch.compiler.reset()  # compiled code does not see that hooks came, only that they went
         for module in doors(self.model, self.anatomy):
-            door = ForwardDoor(self.running, self.anatomy, self.model, module)
+            kind = ForwardDoor if module is self.model else PartDoor
+            door = kind(self.running, self.anatomy, self.model, module)
             door.put_on()
             self._handles.append(door)
+        for other in other_doors(self.running, self.model, self.anatomy.generator):
+            other.put_on()
+            self._handles.append(other)
         for handle in hooks.put_on(self.running, self.anatomy):
             self._handles.append(handle)
         self.wrapper.put_on()
@@ -142,7 +148,7 @@ class Attachment:
         for own in self.entries:
             place = next(i for i, entry in enumerate(entries) if entry is own)
             memos.append(generation.memos[place])
-        begun = replace(generation, memos=memos, force=self.running.force())
+        begun = replace(generation, memos=memos, force=self.running.force(), plan=None, laid=False)
         self.running.remember(cache, begun.branched(index))
 
     def effects(self, last: Generation | None = None) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from vlmfix.engine.passes import Pass
-from vlmfix.engine.running import Placed
+from vlmfix.engine.plan import Edits, Placed
 from vlmfix.engine.streams import JointCache
 from vlmfix.method.site import Rows, Site
 
@@ -27,7 +27,8 @@ FLOATS = {"cpu": 2**19}
 MOST_FLOATS = 2**24
 """The same elsewhere, where few large steps are better."""
 between_compiled_pieces: Any = torch.compiler.disable(
-    reason="edits run between the compiled pieces of a model, so a wrapped model cannot be compiled with fullgraph=True"
+    reason="a method that does not act by plan runs between the compiled pieces of a model, so a model wrapped with it "
+    "cannot be compiled with fullgraph=True"
 )
 """Keeps a function out of what torch.compile makes."""
 
@@ -89,31 +90,77 @@ def attach(module: nn.Module, view: AttentionView) -> ConfigHandle:
     return handle
 
 
-@between_compiled_pieces
 def edited_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Stock attention, then the edited rows of its output overwritten. query (B, H, Q, d), key and value (B, Hk, K, d).
+    """Stock attention with edits. query (B, H, Q, d), key and value (B, Hk, K, d).
 
     The weights returned beside the output, where the kernel gives any, are edited in the same rows. Where second
     streams go along, their queries follow the first stream's, and each attends to its own keys by the kernel alone.
     """
     view: AttentionView = module.config.vlmfix_view  # type: ignore[union-attr, assignment]
-    this_pass, kernel = view.current(), partial(view.kernel(), view.original)
-    if this_pass is None or not isinstance(this_pass.cache, JointCache):
-        return _edited(view, this_pass, kernel, query, key, value, attention_mask, kwargs)
+    this_pass = view.current()
+    if this_pass is None:
+        return view.kernel()(view.original, query, key, value, attention_mask, **kwargs)
+    if not isinstance(this_pass.cache, JointCache):
+        return _attended(view, this_pass, query, key, value, attention_mask, kwargs)
     mask = None if attention_mask is None else this_pass.own(attention_mask)
-    own, _ = _edited(view, this_pass, kernel, this_pass.own(query), key, value, mask, kwargs)
+    own, _ = _attended(view, this_pass, this_pass.own(query), key, value, mask, kwargs)
+    kernel = partial(view.kernel(), view.original)
     return torch.cat([own, *this_pass.cache.attend(kernel, query, **kwargs)]), None
 
 
+def _attended(
+    view: AttentionView, this_pass: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """By plan where the pass has one, else the general way."""
+    plan = this_pass.plan
+    if plan is None or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+        return _edited(view, this_pass, query, key, value, mask, kwargs)
+    scores, weights = plan.at("scores", view.layer), plan.at("weights", view.layer)
+    if not scores and not weights:
+        return view.kernel()(view.original, query, key, value, mask, **kwargs)
+    out, a = _by_plan(scores, weights, query, key, value, mask, kwargs)
+    return out, a.to(query.dtype) if view.original.config._attn_implementation == "eager" else None
+
+
+def _by_plan(
+    scores: Edits, weights: Edits, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The attention of one new token: its row of scores, the edits, its sums. Nothing is done twice, and no kernel
+    runs. Output (B, 1, H, d) and weights (B, H, 1, K)."""
+    n_keys, group = key.shape[2], query.shape[1] // key.shape[1]
+    q = query.float() * (extra.get("scaling") or query.shape[-1] ** -0.5)
+    s = products(by_key_head(q, group), key).view(*query.shape[:3], n_keys)
+    s = _capped_and_biased(s, extra, slice(None))
+    hidden = None
+    if mask is not None:
+        mask = mask[..., :n_keys]
+        hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+        s = s if mask.dtype == torch.bool else s + mask.float()
+    elif extra.get("sliding_window") is not None and extra["sliding_window"] < n_keys:
+        hidden = torch.arange(n_keys, device=s.device) < n_keys - extra["sliding_window"]
+    least = torch.finfo(s.dtype).min
+    if hidden is not None:
+        s = s.masked_fill(hidden, least)
+    for one, site in scores:
+        s = one.scores(s, site)
+    if hidden is not None and scores:
+        s = s.masked_fill(hidden, least)
+    a = softmax(s, extra, slice(None))
+    for one, site in weights:
+        a = one.weights(a, site)
+    out = (by_key_head(a, group).to(value.dtype) @ value).view(*query.shape[:3], value.shape[-1])
+    return out.transpose(1, 2).to(query.dtype), a
+
+
+@between_compiled_pieces
 def _edited(
-    view: AttentionView, this_pass: Pass | None, kernel: Any, query: Tensor, key: Tensor, value: Tensor,
-    attention_mask: Any, kwargs: dict[str, Any],
+    view: AttentionView, this_pass: Pass, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    stock = cache(partial(kernel, query, key, value, attention_mask, **kwargs))
-    if this_pass is None:
-        return stock()
+    """The general way: the kernel's output, with the edited rows overwritten."""
+    stock = cache(partial(view.kernel(), view.original, query, key, value, attention_mask, **kwargs))
     if this_pass.n_prompt and _as_cached(view, this_pass, key, value, kwargs):
         this_pass.generation.joinable.add(view.layer)
     if not view.edits:
@@ -160,48 +207,14 @@ class Scores:
         """(B, H, R, K) scores as the kernel sees them, and where a row may not look; `None`: nowhere."""
         q = self.query[:, :, picked].float()
         q = q * (self.extra.get("scaling") or q.shape[-1] ** -0.5)
-        s = self._products(by_key_head(q, self.group)).view(*q.shape[:3], self.n_keys)
-        cap, bias = self.extra.get("softcap"), self.extra.get("position_bias")
-        if cap is not None:
-            s = cap * (s / cap).tanh()
-        if bias is not None:
-            s = s + bias[:, :, picked, : self.n_keys].float()
+        s = products(by_key_head(q, self.group), self.key).view(*q.shape[:3], self.n_keys)
+        s = _capped_and_biased(s, self.extra, picked)
         hidden = self._hidden(picked, s.device)
         if hidden is None:
             return s, None
         if isinstance(self.mask, Tensor) and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
             s = s + self.mask[:, :, picked, : self.n_keys].float()
         return s.masked_fill_(hidden, torch.finfo(s.dtype).min), hidden
-
-    def _products(self, q: Tensor) -> Tensor:
-        """(B, Hk, R, K) of queries (B, Hk, R, d) with all keys."""
-        key = self.key
-        if key.requires_grad:  # pieces in one room could not be found again on the way back
-            key = key.to(q.dtype)
-        if key.dtype == q.dtype:
-            return q @ key.transpose(-1, -2)
-        b, n_key_heads, n_keys, d = key.shape
-        most = FLOATS.get(key.device.type, MOST_FLOATS)
-        piece_size = min(max(most // (b * n_key_heads * d), 1), n_keys)
-        # One room for all pieces: fresh memory would cost more than the maths.
-        room = q.new_empty(b, n_key_heads, piece_size, d)
-        products = []
-        for piece in key.split(piece_size, dim=2):
-            floats = room[:, :, : piece.shape[2]].copy_(piece)
-            products.append(q @ floats.transpose(-1, -2))
-        return products[0] if piece_size == n_keys else torch.cat(products, dim=-1)
-
-    def softmax(self, s: Tensor, picked: Any) -> Tensor:
-        """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
-        per_head, per_row = self.extra.get("s_aux"), self.extra.get("sinks")
-        if per_head is not None:
-            sink = per_head.view(1, -1, 1, 1)
-        elif per_row is not None:
-            sink = per_row[:, :, picked]
-        else:
-            return s.softmax(-1)
-        with_sink = torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1)
-        return with_sink.softmax(-1)[..., :-1]
 
     def _hidden(self, picked: Any, device: torch.device) -> Tensor | None:
         """True where a row may not look, broadcastable to (B, H, R, K); `None` if every row sees every key."""
@@ -230,6 +243,47 @@ class Scores:
         if window is not None:
             hidden = _either(hidden, key <= position - window)
         return hidden
+
+
+def products(q: Tensor, key: Tensor) -> Tensor:
+    """(B, Hk, R, K) of queries (B, Hk, R, d) with all keys (B, Hk, K, d)."""
+    if key.requires_grad:  # pieces in one room could not be found again on the way back
+        key = key.to(q.dtype)
+    if key.dtype == q.dtype:
+        return q @ key.transpose(-1, -2)
+    b, n_key_heads, n_keys, d = key.shape
+    most = FLOATS.get(key.device.type, MOST_FLOATS)
+    piece_size = min(max(most // (b * n_key_heads * d), 1), n_keys)
+    # One room for all pieces: fresh memory would cost more than the maths.
+    room = q.new_empty(b, n_key_heads, piece_size, d)
+    pieces = []
+    for piece in key.split(piece_size, dim=2):
+        floats = room[:, :, : piece.shape[2]].copy_(piece)
+        pieces.append(q @ floats.transpose(-1, -2))
+    return pieces[0] if piece_size == n_keys else torch.cat(pieces, dim=-1)
+
+
+def _capped_and_biased(s: Tensor, extra: dict[str, Any], picked: Any) -> Tensor:
+    """Scores as a model's cap and its bias by position leave them."""
+    cap, bias = extra.get("softcap"), extra.get("position_bias")
+    if cap is not None:
+        s = cap * (s / cap).tanh()
+    if bias is not None:
+        s = s + bias[:, :, picked, : s.shape[-1]].float()
+    return s
+
+
+def softmax(s: Tensor, extra: dict[str, Any], picked: Any) -> Tensor:
+    """Weights of scores. Sinks that are parameters take their share: rows then sum to less than 1."""
+    per_head, per_row = extra.get("s_aux"), extra.get("sinks")
+    if per_head is not None:
+        sink = per_head.view(1, -1, 1, 1)
+    elif per_row is not None:
+        sink = per_row[:, :, picked]
+    else:
+        return s.softmax(-1)
+    with_sink = torch.cat([s, sink.to(s).expand(*s.shape[:3], 1)], dim=-1)
+    return with_sink.softmax(-1)[..., :-1]
 
 
 def _either(hidden: Tensor | None, limit: Tensor) -> Tensor:
@@ -270,7 +324,7 @@ def edit_rows(
 
     if surveys:
         for piece in torch.arange(scores.n_queries, device=device).split(PIECE):
-            a = scores.softmax(scores.rows(piece)[0], piece)
+            a = softmax(scores.rows(piece)[0], scores.extra, piece)
             for i, one in surveys:
                 one.survey(a, site(i, "all", piece))
     edited: tuple[Tensor, Tensor | None] | None = None
@@ -309,16 +363,16 @@ def _writable(out: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | Non
 def _edited_weights(edits: list[Placed], sites: dict[int, Site], scores: Scores, picked: Any) -> tuple[Tensor, Tensor]:
     """Attention weights (B, H, R, K) of some rows after all edits, and before them: the same tensor if none was."""
     s, hidden = scores.rows(picked)
-    a = plain = scores.softmax(s, picked)
+    a = plain = softmax(s, scores.extra, picked)
     edited = s
     for i, one in edits:
         if one.acts_at("scores"):
-            edited = one.scores(edited, sites[i])
+            edited = sites[i].admit(one.scores(edited, sites[i]), edited)
     if edited is not s:
-        a = scores.softmax(edited if hidden is None else s.where(hidden, edited), picked)
+        a = softmax(edited if hidden is None else s.where(hidden, edited), scores.extra, picked)
     for i, one in edits:
         if one.acts_at("weights"):
-            a = one.weights(a, sites[i])
+            a = sites[i].admit(one.weights(a, sites[i]), a)
     return a, plain
 
 

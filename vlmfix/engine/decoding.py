@@ -20,6 +20,8 @@ GREEDY = {"temperature": None, "top_p": None, "top_k": None}
 """Settings that a model's own configuration may hold and greedy decoding has no use for."""
 NO_SETTINGS = {*inspect.signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"} - {"kwargs"}
 """Arguments of `generate` that `GenerationConfig` does not take."""
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
+"""Ways to decode whose code transformers has itself."""
 BESIDES = {"transformers_version", "bos_token_id", "pad_token_id"}
 """Entries of a configuration that decide no answer of a prompt that begins with its own tokens."""
 
@@ -39,10 +41,24 @@ class Decoding:
         return self.config.num_beams or 1
 
     @property
+    def mode(self) -> str:
+        """As transformers names it."""
+        return str(self.config.get_generation_mode(self.arguments.get("assistant_model")).value)
+
+    @property
+    def from_elsewhere(self) -> str | None:
+        """The way to decode, in words, where transformers loads its code from the hub; `None` where it has it."""
+        custom = self.arguments.get("custom_generate")
+        if isinstance(custom, str):
+            return f"custom_generate={custom!r}"
+        if custom is not None or self.mode in MODES:
+            return None
+        return self.mode.replace("_", " ")
+
+    @property
     def assisted(self) -> bool:
         """Whether something else proposes tokens, which the model then accepts or takes back."""
-        mode = self.config.get_generation_mode(self.arguments.get("assistant_model"))
-        return mode == "assisted_generation"
+        return self.mode == "assisted_generation"
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

@@ -6,35 +6,33 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from transformers import Cache
 
 from vlmfix.engine import prefill
 from vlmfix.engine.attention import between_compiled_pieces
+from vlmfix.engine.door import Door
 from vlmfix.engine.passes import Pass, Seen, answer_begins, image_columns, image_tokens, valid_columns, which_pass
+from vlmfix.engine.plan import Plan, lay
 from vlmfix.engine.refusals import check_pass, check_pieces, check_scoring
-from vlmfix.engine.running import Running
+from vlmfix.engine.running import Running, names_of
 from vlmfix.engine.state import Generation, Scope
 from vlmfix.engine.streams import JointCache, join
 from vlmfix.model.anatomy import PICTURE_ARGUMENTS, Anatomy
 
 
-class ForwardDoor:
+class ForwardDoor(Door):
     """Stands in the place of a module's `forward`: whoever calls it, by the module or directly as PEFT does, comes
     through here. The module is the model, its part without the head, or the language model that makes the answers."""
 
     def __init__(self, running: Running, parts: Anatomy, model: nn.Module, module: nn.Module):
-        self.running, self.parts, self.model, self.module = running, parts, model, module
-        self.is_model = module is model
-        self.is_on = False
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """What stood here before. It is looked up anew, since copies and pickles have modules of their own."""
-        return MethodType(type(self.module).forward, self.module) if self.own is None else self.own
+        super().__init__(running, module, "forward")
+        self.parts, self.model = parts, model
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -43,36 +41,54 @@ class ForwardDoor:
 
     def put_on(self) -> None:
         """In the place of the module's own."""
-        self.own = self.module.__dict__.get("forward")
+        super().put_on()
         self.parameters = list(inspect.signature(self.original).parameters)
-        self.module.__dict__["forward"] = self
-        self.is_on = True
 
-    def remove(self) -> None:
-        """As it was found; where somebody has put a function around this one since, it lets everything pass."""
-        self.is_on = False
-        if self.module.__dict__.get("forward") is self:
-            del self.module.__dict__["forward"]
-            if self.own is not None:
-                self.module.__dict__["forward"] = self.own
-
+    @skip  # what is found out here stays outside of what torch.compile makes; the original is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass, as the pass that it is."""
+        run, args, kwargs = self.before(args, kwargs)
         thread = self.running.thread
-        is_part = not self.is_model and thread.current is not None  # of a pass that is known already
-        if not self.is_on or is_part:
-            return self.original(*args, **kwargs)
-        args, kwargs = self.before(args, kwargs)
+        thread.inside = True
         try:
-            output = self.original(*args, **kwargs)
+            output = run(*args, **kwargs)
         except BaseException:
             thread.current = None
             raise
+        finally:
+            thread.inside = False
         self.after(output)
         return output
 
+    # `torch.compile(model.forward)` would see an object without a frame, and break its graph there. These two names, by
+    # which it finds its way through wrappers, lead it to a function. A torch that knows them no more breaks once.
+    @property
+    def _torchdynamo_orig_callable(self) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        forward.__signature__ = self.__signature__  # type: ignore[attr-defined]
+        return skip(forward)
+
+    @property
+    def _torchdynamo_wrapper_id(self) -> int:
+        return id(self)
+
     @between_compiled_pieces
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+        """Make ready for a pass: what to run, and with which arguments."""
+        if not self.is_on:
+            return self.original, args, kwargs
+        args, kwargs = self._begun(args, kwargs)
+        this_pass = self.running.thread.current
+        if this_pass is None or not self.running.plans(this_pass.generation.force):
+            return self.original, args, kwargs
+        if this_pass.plan is not None and this_pass.plan.begun:
+            return self.original, args, kwargs
+        # A plan is being laid, over the prompt and the first new token: by Python that is not to be compiled.
+        return partial(_run_uncompiled, torch.compiler.disable(self.original)), args, kwargs
+
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Find out what this forward pass is, and start a generation if it is a prefill."""
         thread = self.running.thread
         thread.current = None
@@ -87,9 +103,11 @@ class ForwardDoor:
             raise ValueError("the forward pass got neither input_ids nor inputs_embeds")
         if thread.scope is None:
             self._warn_of_guides()
-            prompt_end = self._told_end(prompt_end, named)
+            prompt_end = self._told_end(prompt_end, named, rows.shape[1])
+            self._warn_of_loops(named, prompt_end)
         this_pass = self._this_pass(named.get("past_key_values"), rows, prompt_end)
         self._learn_prompt(this_pass, named, rows, image_mask)
+        this_pass.plan = self._plan(this_pass)
         if this_pass.begins:
             self._begin(this_pass, self.module, {**named, "labels": None})
         if thread.scope is not None:
@@ -106,6 +124,8 @@ class ForwardDoor:
         this_pass, thread.current = thread.current, None
         if this_pass is None:
             return
+        if this_pass.plan is not None:
+            this_pass.plan.begun = True
         if isinstance(this_pass.cache, JointCache):
             this_pass.cache.part(output)
         self.running.ended(this_pass.generation, _cache_of(output))
@@ -125,24 +145,62 @@ class ForwardDoor:
         )
         this_pass = which_pass(seen, begun=lambda: self.running.begun(rows.shape[0], rows.device))
         this_pass.cache = cache
+        self._check_columns(this_pass, rows)
         return this_pass
 
-    def _told_end(self, prompt_end: int | None, named: dict[str, Any]) -> int | None:
+    def _plan(self, this_pass: Pass) -> Plan | None:
+        """The generation's plan, for a pass over one new token; laid down before the first of them."""
+        generation = this_pass.generation
+        one_new = this_pass.n_rows == 1 and this_pass.n_prompt == 0 and this_pass.cache is not None
+        if not one_new or torch.is_grad_enabled():
+            return None
+        if not generation.laid:
+            generation.laid = True
+            if self.running.plans(generation.force):
+                edits, n_layers = self.running.in_force(), len(self.parts.layers)
+                windows = windows_of(this_pass.cache, self.parts)
+                generation.plan = lay(edits, generation.geometry, generation.memos, n_layers, windows)
+        if generation.plan is not None:
+            generation.plan.advance(this_pass.start)
+        return generation.plan
+
+    def _check_columns(self, this_pass: Pass, rows: Tensor) -> None:
+        """Raise a `ValueError` where a pass has other rows or columns than its generation knows."""
+        scope, known = self.running.thread.scope, len(this_pass.generation.geometry.image)
+        if known != rows.shape[0]:
+            raise ValueError(
+                f"the cache holds {known} sequences, and this pass has {rows.shape[0]}; {self.running.names()} could "
+                f"not tell which goes on from which"
+            )
+        if scope is None or not this_pass.begins or scope.columns is None or scope.prompt_end is None:
+            return
+        if rows.dim() == 2:  # ids; those of an assistant's proposals may come with the prompt
+            return
+        if this_pass.start + this_pass.n_rows > max(scope.columns, scope.prompt_end):
+            raise ValueError(
+                f"the pass over the prompt has {this_pass.n_rows} columns, and generate was given {scope.columns}: "
+                f"virtual tokens come before it, as in prompt tuning, so {self.running.names()} could not tell where "
+                f"the image is; unwrap the model, or give image_mask and prompt_end with these tokens counted"
+            )
+
+    def _told_end(self, prompt_end: int | None, named: dict[str, Any], n_rows: int) -> int | None:
         """The number of columns that are prompt, as the caller of a forward pass says it, or else its labels: what has
         a label is answer. `None` where nothing is said. Raises `ValueError` for an end that cannot be one, and for
         methods that cannot act on an answer in one pass."""
         labels = named.get("labels")
         if prompt_end is None and labels is None:
             return None
-        check_scoring(self.running.in_force())
         cache = named.get("past_key_values")
         start = 0 if cache is None else _cached(cache, None)
         if prompt_end is None:
+            check_scoring(self.running.in_force())
             prompt_end = start + answer_begins(cast(Tensor, labels))
         elif isinstance(prompt_end, bool) or not isinstance(prompt_end, int) or prompt_end < 1:
             raise ValueError(
                 f"prompt_end: expected the number of columns that are prompt, 1 or more, got {prompt_end!r}"
             )
+        elif prompt_end < start + n_rows and n_rows > 1:
+            check_scoring(self.running.in_force())
         ids = named.get("input_ids")
         answer = None if ids is None else ids[:, max(prompt_end - start, 0) :]
         image = image_tokens(self.parts, {}, answer)
@@ -155,13 +213,36 @@ class ForwardDoor:
 
     def _warn_of_guides(self) -> None:
         """Say once of methods that act on the choice of tokens that a forward pass alone does not show them."""
-        guides = [one.name or type(one).__name__ for _, one in self.running.in_force() if one.acts_at("logits")]
+        guides = [one for one in self.running.in_force() if one[1].acts_at("logits")]
         if guides and not self.running.warned_of_guides:
             self.running.warned_of_guides = True
             warnings.warn(
-                f"{' and '.join(guides)} acts where generate chooses a token; the logits of a forward pass by itself "
-                f"are without it",
+                f"{names_of(guides)} acts where generate chooses a token; the logits of a forward pass by itself are "
+                f"without it",
                 stacklevel=4,
+            )
+
+    def _warn_of_loops(self, named: dict[str, Any], prompt_end: int | None) -> None:
+        """Say once of a loop by hand that it does not tell where its prompt ends, where that cannot be seen: without a
+        cache, where nothing ties its passes together but that each has the tokens of the last one and one more; and
+        where several tokens go on from a cache, a further turn or a further piece of the prompt."""
+        thread, ids, cache = self.running.thread, named.get("input_ids"), named.get("past_key_values")
+        before, thread.last_ids = thread.last_ids, None
+        if not isinstance(ids, Tensor) or prompt_end is not None or self.running.warned_of_loops:
+            return
+        if cache is None:
+            thread.last_ids = ids
+            repeats = before is not None and ids.shape[1] == before.shape[1] + 1 and torch.equal(ids[:, :-1], before)
+            reading = "reads this pass, the tokens of the last one and one more without a cache, as a new prompt"
+        else:
+            repeats = ids.shape[1] > 1 and _cached(cache, None) > 0
+            reading = "reads this pass, several tokens on a cache, as a further turn, whose last token ends a prompt"
+        if repeats:
+            self.running.warned_of_loops = True
+            warnings.warn(
+                f"{self.running.names()} {reading}; where it is none, give prompt_end, the number of columns that are "
+                f"prompt, those in the cache counted",
+                stacklevel=5,
             )
 
     def _learn_prompt(self, this_pass: Pass, named: dict[str, Any], rows: Tensor, image_mask: Tensor | None) -> None:
@@ -179,10 +260,6 @@ class ForwardDoor:
             if image_mask is None:
                 image_mask = image_tokens(self.parts, scope.inputs, scope.inputs.get("input_ids"))
         image = image_columns(self.parts, named, rows, start, this_pass.n_known, image_mask)
-        if len(generation.geometry.image) != len(rows):
-            raise ValueError(
-                f"the cache holds {len(generation.geometry.image)} sequences, the new prompt has {len(rows)}"
-            )
         valid = valid_columns(mask, image, start)
         generation.geometry = generation.geometry.extended(start, image, valid)
 
@@ -213,6 +290,42 @@ class ForwardDoor:
         if len(generation.joinable) < len(self.parts.layers):
             return False
         return not any(one.acts_at("tokens") for _, one in self.running.in_force())
+
+
+@skip
+def _run_uncompiled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A pass out of reach of torch.compile; but with fullgraph=True that wants to find something in every call."""
+    _something(torch.zeros(()))
+    return original(*args, **kwargs)
+
+
+def _something(x: Tensor) -> Tensor:
+    return x + 1
+
+
+class PartDoor(ForwardDoor):
+    """Of a part of the model: within a pass of the model it lets everything through."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by itself, it is a pass of its own."""
+        if not self.running.thread.inside:
+            return super().__call__(*args, **kwargs)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def windows_of(cache: Any, parts: Anatomy) -> dict[int, int]:
+    """Layer -> number of keys that a cache keeps of it, for layers of which it keeps a window only."""
+    windows = {}
+    for number, layer in enumerate(parts.layers):
+        index = number if layer.cache_index is None else layer.cache_index
+        kept = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
+        if getattr(kept, "is_sliding", False):
+            windows[number] = getattr(kept, "max_cache_len", -1)
+            if windows[number] < 0:
+                windows[number] = kept.sliding_window
+    return windows
 
 
 def doors(model: nn.Module, parts: Anatomy) -> list[nn.Module]:

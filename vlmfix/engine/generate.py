@@ -14,9 +14,8 @@ from vlmfix.engine.decoding import Decoding, resolve
 from vlmfix.engine.hooks import LogitsStage
 from vlmfix.engine.passes import image_tokens
 from vlmfix.engine.refusals import check_decoding
-from vlmfix.engine.running import Running
+from vlmfix.engine.running import Running, names_of
 from vlmfix.engine.state import Generation, Scope
-from vlmfix.method.stages import ASK_STAGES
 from vlmfix.model.anatomy import Anatomy
 
 LOSES_PROCESSORS = ("janus",)
@@ -39,6 +38,8 @@ class Generate:
 
     def remove(self) -> None:
         """As it was found."""
+        if self.model.__dict__.get("generate") != self.generate:
+            return
         del self.model.__dict__["generate"]
         if self.own is not None:
             self.model.__dict__["generate"] = self.own
@@ -52,11 +53,11 @@ class Generate:
         if isinstance(named.get("inputs"), Tensor):
             named["input_ids"] = named.pop("inputs")
         check_decoding(self.running.in_force(), decoding)
-        self._warn_of_ask()
+        self.running.warn_of_ask(stacklevel=4)
         run = self.original
-        guides = [(i, one) for i, one in self.running.in_force() if one.acts_at("logits")]
-        if guides:
-            processors = self._with_logits_stage(named.get("logits_processor"), guides)
+        stages = self._logits_stages()
+        if stages:
+            processors = with_stages(named.get("logits_processor"), stages)
             args, kwargs = (), {**decoding.arguments, "logits_processor": processors}
             if self.parts.model_type in LOSES_PROCESSORS and kwargs.pop("generation_mode", "text") == "text":
                 run = partial(GenerationMixin.generate, self.model)
@@ -70,6 +71,7 @@ class Generate:
             output = run(*args, **kwargs)
             if thread.scope.position >= (end or 0):
                 self._warn_of_idle(thread.scope.generation)
+                self._warn_of_processors(stages, thread.scope.generation)
             return output
         finally:
             thread.scope, thread.current = outer, None
@@ -78,20 +80,28 @@ class Generate:
         """What the model's own `generate` will do with these arguments."""
         return resolve(self.parts.generator, self.original, args, kwargs)
 
-    def _with_logits_stage(self, others: Any, guides: list[Any]) -> LogitsProcessorList:
-        """Logits processors with the `logits` stage after those of the caller, before those that only listen."""
-        processors = [*(others or []), LogitsStage(self.running, self.parts, guides)]
-        return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "listens", False)))
+    def _logits_stages(self) -> list[LogitsStage]:
+        """The `logits` stage of the interventions in force: first of those that come before the penalties."""
+        guides = [(i, one) for i, one in self.running.in_force() if one.acts_at("logits")]
+        stages = []
+        for before in (True, False):
+            own = [(i, one) for i, one in guides if one.traits.before_penalties == before]
+            if own:
+                stages.append(LogitsStage(self.running, self.parts, own, before))
+        return stages
 
-    def _warn_of_ask(self) -> None:
-        """Say of methods that act in `ask` that this is no `ask`."""
-        thread = self.running.thread
-        for i, one in self.running.active:
-            left_out = thread.only is not None and i not in thread.only
-            if thread.asking or left_out or i in self.warned or not any(map(one.acts_at, ASK_STAGES)):
-                continue
-            self.warned.add(i)
-            warnings.warn(f"{one.name} acts in vlmfix.ask only, not in a plain generate", stacklevel=4)
+    def _warn_of_processors(self, stages: list[LogitsStage], generation: Generation | None) -> None:
+        """Say of methods that act on the choice of tokens that nobody asked them."""
+        unheard = []
+        for stage in stages if generation is not None else ():
+            unheard += [(i, one) for i, one in stage.edits if stage.start is None and i not in self.warned]
+        if unheard:
+            self.warned.update(i for i, _ in unheard)
+            warnings.warn(
+                f"{names_of(unheard)} did not act on the choice of tokens: the way to decode called no logits "
+                f"processors",
+                stacklevel=4,
+            )
 
     def _warn_of_idle(self, generation: Generation | None) -> None:
         """Say of methods that they never acted."""
@@ -102,6 +112,12 @@ class Generate:
             if samples and not any(sample["acted"] for sample in samples):
                 self.warned.add(i)
                 warnings.warn(f"{one.name} did nothing in a whole generation: {one.idle_hint()}", stacklevel=4)
+
+
+def with_stages(others: Any, stages: Sequence[LogitsStage]) -> LogitsProcessorList:
+    """Logits processors with the `logits` stages after those of the caller, before those that only listen."""
+    processors = [*(others or []), *stages]
+    return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "listens", False)))
 
 
 def _prompt_end(named: dict[str, Any]) -> int | None:

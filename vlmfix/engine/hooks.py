@@ -16,10 +16,11 @@ from transformers import LogitsProcessor, cache_utils
 from vlmfix.engine import attention
 from vlmfix.engine.attention import between_compiled_pieces
 from vlmfix.engine.passes import Pass
-from vlmfix.engine.running import Placed, Running
+from vlmfix.engine.plan import Placed
+from vlmfix.engine.running import Running
 from vlmfix.method.prompt import Readable
 from vlmfix.method.site import Step
-from vlmfix.method.stages import ATTENTION_STAGES
+from vlmfix.method.stages import ASK_STAGES, ATTENTION_STAGES
 from vlmfix.model.anatomy import Anatomy, DecoderLayer
 
 
@@ -50,8 +51,14 @@ class StageHook:
 
     def capture(self, x: Tensor) -> None:
         """Note what a reading pass asks for of (B, Q, ...)."""
+        if self.running.thread.capture is not None and self.reads:
+            self.note(x)
+
+    @between_compiled_pieces
+    def note(self, x: Tensor) -> None:
+        """For whoever reads."""
         capture = self.running.thread.capture
-        if capture is not None and self.reads and capture.reading == self.reading:
+        if capture is not None and capture.reading == self.reading:
             capture.note(self.layer, x)
 
     def edited(self, value: Any, this_pass: Pass, device: Any, n_keys: int | None = None) -> Any:
@@ -69,8 +76,18 @@ class StageHook:
         if this_pass is None or not self.edits:
             return x
         own = this_pass.own(x)
-        new = self.edited(own, this_pass, x.device)
+        if this_pass.plan is None:
+            new = self.edited_in_general(own, this_pass)
+        else:
+            new = own
+            for one, site in this_pass.plan.at(self.stage, self.layer):
+                new = self.act(one, new, site)
         return x if new is own else this_pass.rejoin(new, x)
+
+    @between_compiled_pieces
+    def edited_in_general(self, x: Tensor, this_pass: Pass) -> Tensor:
+        """Where a pass has no plan."""
+        return self.edited(x, this_pass, x.device)
 
     def act(self, one: Any, value: Any, site: Any) -> Any:
         """One intervention's edit."""
@@ -86,13 +103,17 @@ class InputHook(StageHook):
         """Before the layer."""
         return module.register_forward_pre_hook(self, with_kwargs=True)
 
-    @between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: the interventions see `hidden_states` (B, Q, D)."""
         this_pass = self.current
-        if this_pass is None or this_pass.n_prompt == 0:
+        if this_pass is not None and this_pass.plan is None:
+            self.show(args[0] if args else kwargs["hidden_states"], this_pass)
+
+    @between_compiled_pieces
+    def show(self, x: Tensor, this_pass: Pass) -> None:
+        """To the interventions in force."""
+        if this_pass.n_prompt == 0:
             return
-        x = args[0] if args else kwargs["hidden_states"]
         for i, one in self.edits:
             if i in this_pass.generation.force:
                 site = this_pass.prompt_site(i, self.layer, len(self.layers), x.device)
@@ -163,7 +184,6 @@ class HeadsHook(StageHook):
         """Before the projection."""
         return module.register_forward_pre_hook(self)
 
-    @between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook: the projection gets the heads (B, Q, H, d) that come back, joined."""
         joined, parts = args[0], self.layers[self.layer]
@@ -243,7 +263,6 @@ class MlpHook(StageHook):
         """After the MLP."""
         return module.register_forward_hook(self)
 
-    @between_compiled_pieces
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: the (B, Q, D) that come back go on in the place of the MLP's output."""
         this_pass, capture = self.current, self.running.thread.capture
@@ -290,8 +309,11 @@ class OutputHook(StageHook):
 class LogitsStage(LogitsProcessor):
     """What `generate` calls with the scores of the next token."""
 
-    def __init__(self, running: Running, parts: Anatomy, edits: list[Placed]):
-        self.running, self.edits = running, edits
+    penalties_follow = False
+    """Whether penalties of the model's own come after it, here and now."""
+
+    def __init__(self, running: Running, parts: Anatomy, edits: list[Placed], before_penalties: bool = False):
+        self.running, self.edits, self.before_penalties = running, edits, before_penalties
         self.image_token_ids = parts.image_token_ids
         n_layers = len(parts.layers)
         self.hidden_layers = {i: tuple(one.hidden_layers(n_layers)) for i, one in edits}
@@ -308,8 +330,22 @@ class LogitsStage(LogitsProcessor):
         generation.follow(input_ids, scope.n_beams, self.image_token_ids)
         for i, one in self.edits:
             states = {layer: generation.hidden[layer] for layer in self.hidden_layers[i]}
-            scores = one.logits(scores, Step(index, generation.memos[i], states))
+            as_logits = self.penalties_follow and scope.n_beams == 1
+            scores = one.logits(scores, Step(index, generation.memos[i], states, as_logits))
         return scores
+
+
+class AskHook:
+    """Says once, whoever runs the decoder, that methods of `ask` do nothing outside of it."""
+
+    def __init__(self, running: Running):
+        self.running = running
+
+    @between_compiled_pieces
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the first layer."""
+        if self.running.thread.capture is None:
+            self.running.warn_of_ask()
 
 
 HOOKS: tuple[type[StageHook], ...] = (InputHook, TokensHook, HeadsHook, CacheHook, MlpHook)
@@ -323,6 +359,8 @@ def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
     at_layers = {i: set(one.at_layers(n_layers)) for i, one in running.active}
     hidden_layers = {i: set(one.hidden_layers(n_layers)) for i, one in guides}
     may_join = bool(guides) and "attention" not in parts.lacks
+    if any(any(map(one.acts_at, ASK_STAGES)) for _, one in running.active):
+        yield parts.layers[0].module.register_forward_pre_hook(AskHook(running))
     for number, layer in enumerate(parts.layers):
         here = [(i, one) for i, one in running.active if number in at_layers[i]]
         readings: set[str] = set()
@@ -336,7 +374,7 @@ def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
         edits = [(i, one) for i, one in here if any(map(one.acts_at, ATTENTION_STAGES))]
         if layer.attention is not None and (edits or may_join):
             view = attention.AttentionView(
-                layer.attention, number, n_layers, edits, partial(running.pass_to_edit, edits)
+                layer.attention, number, n_layers, edits, partial(running.pass_to_edit, [*edits, *guides])
             )
             yield attention.attach(layer.attention, view)
         if number == n_layers - 1:  # before the layer's output is read

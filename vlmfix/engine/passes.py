@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfix.engine.plan import Plan
 from vlmfix.engine.state import Generation
 from vlmfix.engine.streams import JointCache
 from vlmfix.method.site import Rows, Site
@@ -58,6 +59,8 @@ class Pass:
     whole prompt and sends it in pieces. Which rows are edited depends on the whole."""
     cache: Any = None
     """Keys and values so far; a `JointCache` in a pass that takes second streams along."""
+    plan: Plan | None = None
+    """What each layer does; `None`: the general way."""
     _geometries: dict[Any, Geometry] = field(default_factory=dict)
     _rows: dict[Any, Any] = field(default_factory=dict)
 
@@ -190,7 +193,7 @@ def _continued(seen: Seen) -> Generation | None:
     if generation is None:
         raise ValueError(
             f"the cache holds {seen.cached} tokens that were computed without these interventions, so their geometry "
-            f"is not known; start from an empty cache, or unwrap the model"
+            f"is not known; start from an empty cache (in prefix tuning there is none), or unwrap the model"
         )
     return generation
 

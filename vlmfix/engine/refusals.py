@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vlmfix.engine.decoding import Decoding
-from vlmfix.engine.running import Placed
+from vlmfix.engine.plan import Placed
+from vlmfix.engine.running import CHECKPOINTED, names_of
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.stages import EVERY_TOKEN_STAGES, READINGS, TABLE
 from vlmfix.model.anatomy import Anatomy
@@ -53,7 +54,13 @@ def check_decoding(in_force: Sequence[Placed], decoding: Decoding) -> None:
     """Raise a `ValueError` if an intervention cannot follow an answer in the way that it is decoded."""
     if not in_force:
         return
-    config, names = decoding.config, " and ".join(one.name or type(one).__name__ for _, one in in_force)
+    config, names = decoding.config, names_of(in_force)
+    elsewhere = decoding.from_elsewhere
+    if elsewhere is not None:
+        raise ValueError(
+            f"{names} cannot act in {elsewhere}, whose code transformers loads from the hub; leave it out, give a "
+            f"function as custom_generate, or unwrap the model"
+        )
     if config.cache_implementation == "paged":
         raise ValueError(
             f"{names} cannot act in continuous batching, which packs prompts into one row; leave out "
@@ -78,17 +85,14 @@ PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "block_table")
 
 def check_pass(in_force: Sequence[Placed], parts: Anatomy, kwargs: dict[str, Any]) -> None:
     """Raise a `ValueError` for a forward pass in which interventions could not edit what they should."""
-    names = " and ".join(one.name or type(one).__name__ for _, one in in_force)
+    names = names_of(in_force)
     if any(kwargs.get(name) is not None for name in PACKED):
         raise ValueError(
             f"{names} cannot act where several prompts are packed into one row (continuous batching, padding-free "
             f"batches); use generate or padded batches, or unwrap the model"
         )
     if torch.is_grad_enabled() and any(_checkpoints(layer.module) for layer in parts.layers):
-        raise ValueError(
-            f"{names} cannot act under gradient checkpointing, which computes the layers once more when the pass is "
-            f"over; call model.gradient_checkpointing_disable() or model.eval(), or unwrap the model"
-        )
+        raise ValueError(f"{names} {CHECKPOINTED}")
 
 
 def _checkpoints(layer: Any) -> bool:
@@ -102,6 +106,11 @@ def check_scoring(in_force: Sequence[Placed]) -> None:
             raise ValueError(
                 f"{one.name} acts where generate chooses a token, so an answer cannot be scored with it in one forward "
                 f"pass; use generate(output_scores=True)"
+            )
+        if one.acts_at("cache"):
+            raise ValueError(
+                f"{one.name} edits the cache between one token and the next, so an answer cannot be scored with it in "
+                f"one forward pass; use generate(output_scores=True), or a loop with a cache"
             )
 
 

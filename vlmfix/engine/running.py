@@ -11,13 +11,22 @@ from typing import Any
 import torch
 
 from vlmfix.engine.passes import Pass
+from vlmfix.engine.plan import Placed, can_plan
 from vlmfix.engine.state import Capture, Generation, Scope
 from vlmfix.engine.ticket import Ticket, stamp, ticket_of
-from vlmfix.method.intervention import Intervention
+from vlmfix.method.stages import ASK_STAGES
 from vlmfix.model.geometry import Geometry
 
-Placed = tuple[int, Intervention]
-"""An intervention and its place among those that the model is wrapped with, which is also that of its memo."""
+CHECKPOINTED = (
+    "cannot act under gradient checkpointing, which computes the layers once more when the pass is over; switch it off "
+    "(model.gradient_checkpointing_disable(), or model.eval()), or unwrap the model"
+)
+"""How the sentence goes on."""
+
+
+def names_of(placed: Sequence[Placed]) -> str:
+    """Interventions in a sentence."""
+    return " and ".join(one.name or type(one).__name__ for _, one in placed)
 
 
 class _Thread(threading.local):
@@ -27,10 +36,14 @@ class _Thread(threading.local):
     """The call of `generate` that it is in."""
     current: Pass | None = None
     """The forward pass that it is in. `None`: the model runs untouched."""
+    inside: bool = False
+    """Whether a pass through one of the model's doors is under way, edited or not."""
     capture: Capture | None = None
     last: Generation | None = None
     only: frozenset[int] | None = None
     """Interventions that alone are in force."""
+    last_ids: torch.Tensor | None = None
+    """Token ids of the last pass outside of `generate`, where it had no cache and nothing told the prompt's end."""
     asking: bool = False
     """Whether `ask` is at work and sees to the stages that are its own."""
 
@@ -41,6 +54,8 @@ class Running:
 
     def __init__(self, active: Sequence[Placed], n_memos: int):
         self.active, self.n_memos = list(active), n_memos
+        self.warned_of_ask: set[int] = set()
+        """Interventions of which it was said that they act in `ask` only."""
         self.forget()
 
     def forget(self) -> None:
@@ -48,14 +63,16 @@ class Running:
         self.thread = _Thread()
         self.owner = object()
         """Told by the caches that are filled from now on."""
-        self.warned_of_parts = self.warned_of_guides = False
+        self.warned_of_parts = self.warned_of_guides = self.warned_of_loops = False
         self._last: Generation | None = None
+        self._plans: dict[frozenset[int], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"active": self.active, "n_memos": self.n_memos}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.warned_of_ask = set()
         self.forget()
 
     def current(self) -> Pass | None:
@@ -64,19 +81,30 @@ class Running:
 
     def pass_to_edit(self, edits: Sequence[Placed]) -> Pass | None:
         """The pass that this thread is in, where these interventions have something to edit; a warning says once that
-        they are not in force where a part of the model was called by itself."""
+        they are not in force where a part of the model was called by itself. Raises `ValueError` where layers are
+        computed again on the way back of gradients."""
         thread = self.thread
-        if thread.current is None and thread.capture is None and not self.warned_of_parts:
-            force = self.force()
-            names = [one.name or type(one).__name__ for i, one in edits if i in force]
-            if names:
-                self.warned_of_parts = True
-                warnings.warn(
-                    f"{' and '.join(names)} is not in force in this pass: a part of the model was called by itself, "
-                    f"and nothing tells it where the image is; call the model",
-                    stacklevel=3,
-                )
+        if thread.current is None and not thread.inside and thread.capture is None:
+            self._look_at_part(edits)
         return thread.current
+
+    @torch.compiler.disable(reason="a warning is given, once")  # type: ignore[untyped-decorator]
+    def _look_at_part(self, edits: Sequence[Placed]) -> None:
+        """Say, of a part of the model that no door knows of, that interventions are not in force in it."""
+        backward = torch._C._current_graph_task_id() != -1
+        if self.warned_of_parts and not backward:
+            return
+        force = self.force()
+        left_out = [(i, one) for i, one in edits if i in force]
+        if left_out and backward:
+            raise ValueError(f"{names_of(left_out)} {CHECKPOINTED}")
+        if left_out:
+            self.warned_of_parts = True
+            warnings.warn(
+                f"{names_of(left_out)} is not in force in this pass: a part of the model was called by itself, and "
+                f"nothing tells it where the image is; call the model",
+                stacklevel=4,
+            )
 
     def force(self) -> frozenset[int]:
         """Interventions in force in this thread: those told by `only`, else all but those that look beforehand."""
@@ -84,10 +112,33 @@ class Running:
             return self.thread.only
         return frozenset(i for i, one in self.active if not one.acts_at("refine"))
 
+    def plans(self, force: frozenset[int]) -> bool:
+        """Whether passes over one new token go by plan, with these interventions in force."""
+        if force not in self._plans:
+            self._plans[force] = can_plan([(i, one) for i, one in self.active if i in force])
+        return self._plans[force]
+
     def in_force(self) -> list[Placed]:
         """Those of `force`, in their order."""
         force = self.force()
         return [(i, one) for i, one in self.active if i in force]
+
+    def names(self) -> str:
+        """Those of `force`, in a sentence; where all of them look beforehand, these."""
+        return names_of(self.in_force() or self.active)
+
+    def warn_of_ask(self, stacklevel: int = 3) -> None:
+        """Say once of methods that act in `ask` that this is no `ask`."""
+        thread = self.thread
+        for i, one in self.active:
+            left_out = thread.only is not None and i not in thread.only
+            if thread.asking or left_out or i in self.warned_of_ask or not any(map(one.acts_at, ASK_STAGES)):
+                continue
+            self.warned_of_ask.add(i)
+            warnings.warn(
+                f"{one.name or type(one).__name__} acts in vlmfix.ask only, not in a plain generate or forward pass",
+                stacklevel=stacklevel,
+            )
 
     def begun(self, batch: int, device: torch.device) -> Generation:
         """A new generation, before its first key."""

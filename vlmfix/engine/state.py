@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfix.engine.plan import Plan
 from vlmfix.engine.streams import Stream
 from vlmfix.method.prompt import Readable
 from vlmfix.model.geometry import Geometry
@@ -32,6 +33,10 @@ class Generation:
     """Whether the streams have got the newest token already, in a pass of the first one."""
     joinable: set[int] = field(default_factory=set)
     """Layers whose kernel gets keys and values as the cache gives them."""
+    plan: Plan | None = None
+    """Of its passes over one new token, if they go by plan."""
+    laid: bool = False
+    """Whether it is known if they do."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """Layer -> (B, D) output in the last row of the newest pass, for `step.hidden`."""
 

@@ -25,7 +25,10 @@ class Ticket:
         # One copy of everything together: a stream stands in the memos and among the streams, and must be one again.
         memos, streams, hidden = copy.deepcopy((old.memos, old.streams, old.hidden), memo)
         joinable = set(old.joinable)
-        return Ticket(self.owner, replace(old, memos=memos, streams=streams, hidden=hidden, joinable=joinable))
+        return Ticket(
+            self.owner,
+            replace(old, memos=memos, streams=streams, hidden=hidden, joinable=joinable, plan=None, laid=False),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A stored cache says nothing of how it was filled: whoever loads it may have other weights."""

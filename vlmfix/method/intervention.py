@@ -40,10 +40,16 @@ class Traits:
     shares_pictures: bool = False
     """What is done to a prompt's row depends on nothing after it, and tensors in the memo begin with the axis of
     samples. Questions about one picture may then share the pass over it."""
+    by_plan: bool = False
+    """While answering, its stages inside the layers are functions of tensors alone: what they need beside `x` and its
+    masks (`site.kept`) lies in the memo since the prompt, and what they note is added to tensors there. They read
+    neither positions nor geometry of a new token, so that one `Site` serves a whole answer, compiled or not."""
     sequential: bool = False
     """What it remembers belongs to one answer's tokens in their order, so beams and assisted generation are refused."""
     accelerator: bool = False
     """Made for speed, not against hallucination; put in force beside methods, never ranked among them."""
+    before_penalties: bool = False
+    """Its `logits` stage comes before the model's repetition and length penalties, as in its release, not after."""
     captures: tuple[Readable, ...] = ()
     """What `begin` reads by `prompt.capture`, in the layers `at_layers`."""
     uses_answers: bool = False
@@ -189,7 +195,7 @@ class Intervention:
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:
         """Edit the scores of the next token: logits, or log-probabilities in beam search; after the model's own
-        repetition and length rules, before temperature and the like."""
+        repetition and length rules (see `Traits.before_penalties`), before temperature and the like."""
         return scores
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ def read_settings(text: str) -> dict[str, str]:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known ones, or all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(str(word), known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
 
 

@@ -86,12 +86,16 @@ class Anatomy:
         return lacks
 
     def must_be_as_found(self) -> None:
-        """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace projections."""
+        """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace parts."""
         for layer in self.layers:
-            if layer.attention is not None and layer.out_proj not in layer.attention._modules.values():
+            as_found = _mlp(layer.module) is layer.mlp
+            if layer.attention is not None:
+                as_found = as_found and _child(layer.module, ATTENTION_NAMES) is layer.attention
+                as_found = as_found and layer.out_proj in layer.attention._modules.values()
+            if not as_found:
                 raise ValueError(
-                    "the model's projections were replaced after it was wrapped, by an adapter perhaps; unwrap it and "
-                    "wrap it again"
+                    "the model's projections were replaced after it was wrapped, by an adapter perhaps (or they were "
+                    "put back by its removal); unwrap it and wrap it again"
                 )
 
     @property

@@ -31,7 +31,7 @@ def image_key(image: int | str | os.PathLike[str]) -> int:
     elif not isinstance(image, bool):
         with contextlib.suppress(TypeError):
             key = operator.index(image)  # also the whole numbers of numpy
-            if key >= 0:
+            if 0 <= key < 10**18:
                 return key
     raise ValueError(
         f"{image!r} names no image; expected a number of up to 18 digits, or a file name that ends in one."
@@ -87,7 +87,10 @@ def instance_categories(path: str | os.PathLike[str]) -> list[tuple[dict[str, An
     images = []
     try:
         name_of = {key: category["name"] for key, category in coco.cats.items()}
-        folded_names = [" ".join(str(name).lower().split()) for name in name_of.values()]
+        for key, name in name_of.items():
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"{path}: the name of category {key!r} is {name!r}; expected text.")
+        folded_names = [" ".join(name.lower().split()) for name in name_of.values()]
         check_distinct(folded_names, f"{path}: categories", "name")
         for key, image in coco.imgs.items():
             names = [name_of[annotation["category_id"]] for annotation in coco.imgToAnns.get(key, ())]

@@ -17,7 +17,6 @@ its objects by itself.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 
 from vlmfix.eval.scorers.chair.singular import singularize
 from vlmfix.eval.scorers.chair.tokens import Token, lower, tokenize
+from vlmfix.method.settings import did_you_mean
 
 
 def rohrbach(caption: str) -> list[Token]:
@@ -176,9 +176,7 @@ VARIANTS = (*NORMALISERS, "strict")
 def check_variant(name: str) -> None:
     """ValueError, with the nearest name, for anything but the name of a variant."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(str(name), VARIANTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(VARIANTS)}."
-        raise ValueError(f"{name!r} is no variant of CHAIR: {hint}")
+        raise ValueError(f"{name!r} is no variant of CHAIR; {did_you_mean(str(name), VARIANTS)}")
 
 
 def version(variant: str) -> str:

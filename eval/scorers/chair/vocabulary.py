@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -47,9 +48,10 @@ class Vocabulary:
         """Read a synonyms file: one object a line, entries separated by commas, the first is the node.
 
         Without a path, the list of Rohrbach et al. for COCO. Their pairs of words ("hot dog", "train track") hold for
-        every file; a file's own entries of two words are added to them. Captions are lower-cased and made singular
-        before they are looked up, and so are the entries of a file: "Cup" is "cup", and "scissors" is found by what
-        captions are read as, "scissor".
+        every file, where they do not take a file's own entries apart; a file's own entries of two words are added to
+        them. Captions are lower-cased and made singular before they are looked up, and so are the entries of a file:
+        "Cup" is "cup", "fire_hydrants" is "fire hydrants", and both that and "scissors" are found by what captions are
+        read as, "fire hydrant" and "scissor".
 
         Raises:
             ValueError: the file is no UTF-8, holds no entry, a word stands for two objects, or an entry could never be
@@ -63,7 +65,7 @@ class Vocabulary:
             raise ValueError(f"{path} cannot be read as text ({error}); expected UTF-8.") from error
         if _plain_lines(text) == _plain_lines(_coco_text()):  # a copy of that list, with what is never found in it
             return coco_vocabulary()
-        return _parse_vocabulary(_folded_lines(text, str(path)), str(path))
+        return _parse_vocabulary(_folded_lines(text, str(path)), str(path), own=True)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -83,7 +85,7 @@ class Vocabulary:
 @cache
 def coco_vocabulary() -> Vocabulary:
     """The 80 objects of COCO with the synonyms of Rohrbach et al., read once."""
-    return _parse_vocabulary(_plain_lines(_coco_text()), "synonyms.txt")
+    return _parse_vocabulary(_plain_lines(_coco_text()), "synonyms.txt", own=False)
 
 
 def _coco_text() -> str:
@@ -96,8 +98,9 @@ def _plain_lines(text: str) -> list[list[str]]:
 
 
 def folded_name(name: str) -> str:
-    """The name of an object or a synonym as captions are read: in lower case, with single blanks."""
-    return " ".join(name.lower().split())
+    """The name of an object or a synonym as captions are read: in lower case, with single blanks, also in the place of
+    underscores, and letters with their accents in one character."""
+    return " ".join(unicodedata.normalize("NFC", name).lower().replace("_", " ").split())
 
 
 def _folded_lines(text: str, source: str) -> list[list[str]]:
@@ -123,18 +126,28 @@ def _read_forms(entries: list[str], source: str) -> list[str]:
         if entry in kept:
             continue
         words = [token.text for token in tokenize(entry)]
-        if " ".join(words) != entry or len(words) > 2:
+        is_words = all(any(map(str.isalnum, word)) for word in words)
+        if " ".join(words) != entry or len(words) > 2 or not is_words:
             raise ValueError(
                 f"{source}: {entry!r} could never be found in a caption, which is read as words and pairs of words; "
                 f"give one word or two, without signs between them."
             )
-        form = singularize(words[0])
-        if len(words) == 1 and form not in entries:
-            forms.append(form)
+        if len(words) == 1:
+            forms += [form for form in _singular_forms(entry) if form not in entries]
     return forms
 
 
-def _parse_vocabulary(lines: Sequence[Sequence[str]], source: str) -> Vocabulary:
+def _singular_forms(entry: str) -> Iterator[str]:
+    """What captions are read as where they name an entry of one word or two: its singular, and what the rules for
+    plurals make of that: "glasses", "a glass" and "the glass" are "glass", "glas" and "glas"."""
+    singular = " ".join(map(singularize, entry.split()))
+    yield singular
+    yield " ".join(map(singularize, singular.split()))
+
+
+def _parse_vocabulary(lines: Sequence[Sequence[str]], source: str, *, own: bool) -> Vocabulary:
+    """Words of each line. Of somebody's `own` file, entries of two words are found in every form; of COCO's list in
+    those that the published program finds."""
     node_of: dict[str, str] = {}
     for entries in lines:
         node = entries[0]
@@ -148,9 +161,13 @@ def _parse_vocabulary(lines: Sequence[Sequence[str]], source: str) -> Vocabulary
     double_words = json.loads((_TABLES / "double_words.json").read_text("utf-8"))
     for entry, node in node_of.items():
         first, _, second = entry.partition(" ")
-        is_pair = first and second and " " not in second
+        if not first or not second or " " in second:
+            continue
         # A pair whose second word names the same object ("dining table") counts the same without being joined.
-        if is_pair and entry not in double_words and node_of.get(second) != node:
-            double_words[entry] = entry
-            double_words[f"{singularize(first)} {singularize(second)}"] = entry
+        needs_joining = node_of.get(second) != node
+        singular, of_singular = _singular_forms(entry)
+        for form in (entry, singular, of_singular) if own else (entry, singular):
+            published = double_words.get(form)  # COCO's pair may be read as a word that this file does not have
+            if (published is None and needs_joining) or (published is not None and published not in node_of):
+                double_words[form] = entry
     return Vocabulary(node_of, double_words)

@@ -21,7 +21,7 @@ from vlmfix.eval.scorers.yesno.figures import (
     labelled_no,
 )
 from vlmfix.eval.scorers.yesno.margins import auroc, average_precision, ranking
-from vlmfix.eval.scorers.yesno.parsers import MARGIN, PARSERS, Parser, did_you_mean, rule
+from vlmfix.eval.scorers.yesno.parsers import MARGIN, PARSERS, Parser, heard, rule, says_nothing
 from vlmfix.eval.scorers.yesno.questions import (
     ANSWER_KEYS,
     Answer,
@@ -56,7 +56,7 @@ __all__ = [
     "check_ids",
     "clusters",
     "counts",
-    "did_you_mean",
+    "heard",
     "id_field",
     "label_field",
     "labelled_no",
@@ -67,6 +67,7 @@ __all__ = [
     "read_records",
     "rule",
     "same_image",
+    "says_nothing",
     "score_answers",
     "score_margins",
     "text_field",

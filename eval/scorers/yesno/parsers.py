@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,6 +116,17 @@ def _sentence(answer: str, label: Label) -> Label | None:
     return _either("yes" in words, negated)
 
 
+def heard(answer: str) -> Label | None:
+    """What a reader hears: the first word, else a yes or a negation; `None` where it is neither."""
+    return _strict(answer, "no") or _sentence(answer, "no")
+
+
+def says_nothing(answer: str) -> bool:
+    """Whether an answer holds no Latin letter, or says that it does not know: nothing that could be read as yes."""
+    is_hedge = any(hedge in " ".join(answer.lower().split()) for hedge in _HEDGES)
+    return heard(answer) is None and (is_hedge or re.search("[a-zA-Z]", answer) is None)
+
+
 PARSERS: dict[str, Parser] = {
     "pope": Parser(
         _pope,
@@ -153,9 +163,3 @@ def rule(parser: str) -> str:
         return "the first token's margin, log p(yes) - log p(no): yes above 0"
     consequence = {"never": "", "wrong": "; unparsed answers are wrong", "dropped": "; unparsed answers are left out"}
     return PARSERS[parser].rule + consequence[PARSERS[parser].unparsed]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Part of an error message: " (did you mean 'strict'?)", or nothing if no known name is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,11 +95,11 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     questions = [
         Question(
             id=id_field(record, where, "id"),
-            image=text_field(record, where, "image"),
-            text=text_field(record, where, "question"),
+            image=_image_field(record, where),
+            text=_question_field(record, where),
             object="",
             label=label_field(record, where, "label"),
-            group="" if record.get("group") is None else str(id_field(record, where, "group")),
+            group="" if record.get("group") is None else str(id_field(record, where, "group")).strip(),
             pair=None if record.get("pair") is None else id_field(record, where, "pair"),
         )
         for where, record in read_records(path)
@@ -110,6 +111,19 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         fault = listed(incomplete, "pairs have one question only; leave pair out there", "pairs")
         raise ValueError(f"{path}: {fault}.")
     return questions
+
+
+def _question_field(record: Mapping[str, Any], where: str) -> str:
+    question = text_field(record, where, "question")
+    if not question.strip():
+        raise ValueError(f"{where} has no text under 'question'; expected what was asked.")
+    return question
+
+
+def _image_field(record: Mapping[str, Any], where: str) -> str:
+    """The name of a picture, by which questions are known to be about the same: "./a.png" is "a.png"."""
+    image = text_field(record, where, "image")
+    return posixpath.normpath(image) if image else ""
 
 
 def read_answers(path: str | os.PathLike[str], *, key: str | None = None, id_keys: Sequence[str] = ()) -> list[Answer]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import PureWindowsPath
 from typing import Any
 
-from vlmfix.eval.scorers.yesno.parsers import PARSERS, Parser, did_you_mean
+from vlmfix.eval.scorers.yesno.parsers import PARSERS, Parser
 from vlmfix.eval.scorers.yesno.questions import Answer, Answers, Label, Question, check_ids, doubled, is_number, listed
+from vlmfix.method.settings import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def score_answers(questions: Iterable[Question], answers: Answers, parser: str |
     """
     if isinstance(parser, str):
         if parser not in PARSERS:
-            raise ValueError(f"{parser!r} is no parser{did_you_mean(parser, PARSERS)}; there are {', '.join(PARSERS)}.")
+            raise ValueError(f"{parser!r} is no parser; {did_you_mean(parser, PARSERS)}")
         parser = PARSERS[parser]
     joined = _join(questions, _as_answers(answers, "text"))
     without_text = [answer.id for _, answer in joined if not isinstance(answer.text, str)]
@@ -105,8 +107,11 @@ def _join(questions: Iterable[Question], answers: Sequence[Answer]) -> list[tupl
         "answers belong to no question; give the questions' ids",
     )
     joined = [(question, answer_of[question.id]) for question in questions]
+    images_named: dict[str, set[str]] = {}
+    for question in questions:
+        images_named.setdefault(PureWindowsPath(question.image).name, set()).add(question.image)
     _refuse(
-        [question.id for question, answer in joined if not same_image(question.image, answer.image)],
+        [question.id for question, answer in joined if not _is_shown(question.image, answer.image, images_named)],
         "answers are about another image than the question with their id; give both from one edition and split",
     )
     _refuse(
@@ -131,6 +136,21 @@ def same_image(one: str, other: str) -> bool:
         return True
     either_is_bare = re.fullmatch("[0-9]+", first.stem) or re.fullmatch("[0-9]+", second.stem)
     return bool(either_is_bare) and _number_of(first) == _number_of(second)
+
+
+def _is_shown(image: str, shown: str, images_named: Mapping[str, Collection[str]]) -> bool:
+    """Whether an answer is about a question's image: their names may be of one, and where several images of the
+    questions bear that name in different folders, none of them fits what was shown better."""
+    if not same_image(image, shown):
+        return False
+    namesakes = images_named[PureWindowsPath(image).name]
+    return _common_end(image, shown) == max(_common_end(other, shown) for other in namesakes)
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many parts two paths share at their ends."""
+    pairs = zip(reversed(PureWindowsPath(one).parts), reversed(PureWindowsPath(other).parts), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _number_of(name: PureWindowsPath) -> str | None:

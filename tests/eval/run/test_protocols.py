@@ -30,11 +30,6 @@ SYSTEM = (
 HUMAN = SYSTEM.replace("curious user", "curious human").replace("the user's", "the human's")
 
 
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
 def run(*args):
     return CliRunner().invoke(app, [str(a) for a in args])
 

@@ -195,7 +195,7 @@ def test_same_image():
 def test_a_parser_may_be_given_itself():
     never = yesno.Parser(lambda answer, label: None, "dropped", "nothing")
     assert summed(yesno.score_answers(ask("yes"), {0: "yes"}, never))["dropped"] == 1
-    with pytest.raises(ValueError, match=r"'srict' is no parser \(did you mean 'strict'"):
+    with pytest.raises(ValueError, match=r"'srict' is no parser; did you mean 'strict'"):
         yesno.score_answers(ask("yes"), {0: "yes"}, "srict")
 
 

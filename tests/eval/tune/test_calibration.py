@@ -27,11 +27,6 @@ METHOD = ACT(alpha=2.0, beta=0.0, layers=(3,))
 
 
 @pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
-@pytest.fixture(scope="module")
 def listed(organism):
     return calibrate_act(*organism, METHOD, DATA, batch_size=16)
 

@@ -56,11 +56,6 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def organism():
-    return vlmfix.load("organism")
-
-
 @pytest.fixture(autouse=True)
 def few_questions(monkeypatch):
     """Nine of POPE's questions are enough."""
