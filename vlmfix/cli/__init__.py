@@ -36,9 +36,9 @@ calibrate = typer.Typer(
 
 BEGIN = """\
 vlmfix: vision-language models that say what is in the picture; no training.
-  vlmfix eval                           what methods do, on an embedded model
-  vlmfix ask PICTURE "What is there?"   one question, untouched and with a method
-  vlmfix demo                           the same side by side, in a browser
+  vlmfix eval                          what methods do, on an embedded model
+  vlmfix ask PICTURE "What is there?"  one question, untouched and with a method
+  vlmfix demo                          the same side by side, in a browser
 All commands: vlmfix --help. All methods: vlmfix methods.
 """
 """What is printed where nothing is asked for."""

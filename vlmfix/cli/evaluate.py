@@ -137,7 +137,7 @@ def evaluate(
 
         task = Task(
             model=model,
-            methods=method or "none,var,vhr",
+            methods=method or Task().methods,
             benchmarks=benchmark or (),
             protocol=protocol,
             speed=speed,

@@ -121,7 +121,12 @@ def protocols(
         rows = [{**asdict(p), "published": [asdict(one) for one in published(p.name)]} for p in chosen]
         sys.stdout.write(json.dumps(rows) + "\n")
     elif name is None:
-        _print_lines([(p.name, p.benchmark, f"{p.max_new_tokens} tokens", p.decoding, p.source) for p in chosen])
+        _print_lines(
+            [
+                (p.name, p.benchmark, f"{p.max_new_tokens} tokens", p.decoding, p.source.partition(";")[0])
+                for p in chosen
+            ]
+        )
         out().print("\nAll about one: vlmfix protocols NAME", markup=False)
     else:
         for p in chosen:

@@ -7,7 +7,9 @@ from vlmfix.method.registry import parse, spec_of
 
 
 def test_two_processes_answer_as_one(tmp_path):
-    task = Task(methods="none,var,vhr", benchmarks="chair,pope", data="organism", limit=4, output=str(tmp_path / "two"))
+    task = Task(
+        methods="none,var,vhr", benchmarks="chair,pope", data="organism", limit=14, output=str(tmp_path / "two")
+    )
     told = []
     runs = answer_in_processes([prepare(task)], 2, lambda *facts: told.append(facts), "vlmfix eval")
     alone = evaluate(Task(**{**task.to_json(), "output": str(tmp_path / "one")}))
@@ -19,7 +21,7 @@ def test_two_processes_answer_as_one(tmp_path):
 
 
 def test_the_main_job_is_cut_into_units_that_share_pictures():
-    setups = [prepare(task) for task in tour(limit=3)]
+    setups = [prepare(task) for task in tour(limit=14)]
     units = units_of(setups)
     places = sorted(place for unit in units for place in unit.places)
     assert places == list(range(12 + 6))
