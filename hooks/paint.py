@@ -53,7 +53,7 @@ class PAINT(Intervention):
     class token: LLaVA-1.5."""
 
     name: ClassVar[str] = "paint"
-    summary: ClassVar[str] = "raises the attention scores of the image tokens that the vision tower looks at"
+    summary: ClassVar[str] = "raises scores of image tokens that the vision tower looks at"
     paper: ClassVar[str] = "Arif et al., arXiv 2501.12206"
     cost: ClassVar[str] = (
         "the vision tower once more; attention of one row per token again in float32. With gamma: a second stream "
