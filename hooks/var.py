@@ -166,9 +166,9 @@ class VAR(Intervention):
         columns = site.kept(("columns", layer), a, lambda _: self._columns(memo["masks"][layer]), dim=1)  # (B, K, 4)
         gets = site.kept(("gets", layer), a, lambda _: memo["masks"][layer][:, None, None, :, 0])  # (B, 1, 1, K)
         gives = site.kept(("gives", layer), a, lambda _: -memo["masks"][layer][:, None, None, :, 1:].sum(-1))
-        sums = (a.flatten(1, 2) @ columns).view(*a.shape[:3], 4)
-        n, sigma = sums[..., :1], sums[..., 3:]  # (B, H, R, 1)
-        qualifies = (sums[..., :3] >= memo["least"][layer]).all(-1, keepdim=True)
+        sums, sigma = torch.bmm(a.flatten(1, 2), columns).view(*a.shape[:3], 4).split((3, 1), -1)
+        n = sums[..., :1]  # (B, H, R, 1)
+        qualifies = (sums >= memo["least"][layer]).all(-1, keepdim=True)
         if site.n_prompt:
             qualifies = qualifies & site.rows[:, None, :, None]
         self._note(qualifies, sigma, site)
@@ -190,7 +190,7 @@ class VAR(Intervention):
             site.memo.setdefault("counting", site.layer)
             notes[site.layer] = [sigma.new_zeros(*sigma.shape[:2], 1, 1) for _ in range(3)]
         selected, mass, rows = notes[site.layer]
-        sigma = sigma.detach()
+        sigma = sigma.detach() if sigma.requires_grad else sigma
         if site.n_prompt or sigma.shape[2] > 1:
             selected.add_(qualifies.sum(2, keepdim=True))
             mass.add_((qualifies * sigma).sum(2, keepdim=True))

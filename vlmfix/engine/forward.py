@@ -25,7 +25,6 @@ from vlmfix.engine.state import Generation, Scope
 from vlmfix.engine.streams import JointCache, join
 from vlmfix.model.anatomy import PICTURE_ARGUMENTS, Anatomy
 
-
 BESIDE = frozenset({"image_mask", "prompt_end", "labels", *PACKED})
 """Arguments of a forward pass that say more than `generate` does of a new token."""
 
