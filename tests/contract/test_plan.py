@@ -254,3 +254,28 @@ def test_what_does_not_act_by_plan_still_acts_and_says_why_it_does_not_compile(c
         with pytest.raises(torch._dynamo.exc.Unsupported, match="does not act by plan"):
             answer(model, inputs, **STATIC, compile_config=compiled())
     assert not torch.equal(logits(model, inputs), want[1][0])
+
+
+POINTWISE = [name for name, one in EVERY.items() if one.overrides("score_mod")]
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+@pytest.mark.parametrize("model_type", ["llava", "gemma3", "mistral3"])
+def test_pointwise_edits_inside_flex_attention(model_type, name, monkeypatch):
+    """Prompt and answer, full and grouped heads, windows: as with sdpa, and no row of scores is done again."""
+    if name == "paint" and model_type != "llava":
+        pytest.skip("paint takes towers with a class token")
+    model = zoo.tiny(model_type)
+    inputs = zoo.prompt(model, ["tttIttt", "ttItttIttt"])
+    with wrapped(model, EVERY[name]):
+        want = answer(model, inputs, 4)
+    plain = answer(model, inputs, 4)
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with torch.compiler.set_stance("force_eager"):  # no compiled flex on every CPU
+        with wrapped(model, EVERY[name]), monkeypatch.context() as patch:
+            patch.setattr("vlmfix.engine.attention.Scores", None)
+            found = answer(model, inputs, 4)
+            assert all(sample["acted"] for sample in attached(model).effects()[0]["samples"])
+        same(answer(model, inputs, 4)[1], plain[1], 1e-3)
+    same(found[1], want[1], 1e-3)
+    assert not torch.allclose(found[1], plain[1], atol=1e-2)

@@ -146,9 +146,11 @@ def show_dispatch(specs: list[str], rounds: int, as_json: bool) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     with progress_bar() as show:
         for way in dispatch.LAYERS:
-            rows[way] = dispatch.measure(
-                specs, way, rounds, lambda label, done, total, way=way: show(f"{way} {label}", done, total, "")
-            )
+
+            def progress(label: str, done: int, total: int, way: str = way) -> None:
+                show(f"{way} {label}", done, total, "")
+
+            rows[way] = dispatch.measure(specs, way, rounds, progress)
     facts = {"cpu": timing.cpu_name(), "torch": torch.__version__, "rounds": rounds}
     if as_json:
         sys.stdout.write(json.dumps({**facts, "rows": rows, "command": shlex.join(["vlmfix", *sys.argv[1:]])}) + "\n")

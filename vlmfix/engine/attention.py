@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from vlmfix.engine import flex
 from vlmfix.engine.passes import Pass
 from vlmfix.engine.plan import Edits, Placed
 from vlmfix.engine.streams import JointCache
@@ -165,6 +166,10 @@ def _edited(
         this_pass.generation.joinable.add(view.layer)
     if not view.edits:
         return stock()
+    in_force = [(i, one) for i, one in view.edits if i in this_pass.generation.force]
+    if flex.takes(in_force, view.original.config._attn_implementation, kwargs):
+        place = view.layer, view.n_layers
+        return flex.attend(in_force, this_pass, *place, query, key, value, attention_mask, kwargs), None
     scores = Scores(view, this_pass, query, key, attention_mask, kwargs)
     if not this_pass.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
         # The kernel runs only where a row stays as it is.
