@@ -57,4 +57,4 @@ def attend(
         kernel_options=extra.get("kernel_options"),
         training=False,
     )
-    return out.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+    return out.transpose(1, 2).contiguous()
