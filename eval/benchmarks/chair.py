@@ -104,8 +104,8 @@ class Chair(Benchmark):
         if not any(score.truth for score in captions):
             return None
         if isinstance(data, Elsewhere):
-            return Against(captions, self.file_truth, self.file_vocabulary, self.scoring)
-        return Against(captions, data.truth_for(self.scoring), data.vocabulary, self.scoring)
+            return Against(captions, self.file_vocabulary, self.scoring)
+        return Against(captions, data.vocabulary, self.scoring)
 
     def prepare_files(self, options: FileOptions) -> None:
         """Find the ground truth, and read the synonyms."""

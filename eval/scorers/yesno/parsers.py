@@ -22,7 +22,9 @@ class Parser:
     """What it reads, in words, and whose code does so."""
 
     def __call__(self, answer: str, label: Label) -> Label | None:
-        """Read one answer."""
+        """Read one answer. An empty one says neither yes nor no, whatever a rule would make of it."""
+        if not answer.strip():
+            return None
         return self.read(answer, label)
 
 
