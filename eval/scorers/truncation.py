@@ -208,6 +208,8 @@ class Against:
 
     def control(self, method: Sequence[CaptionScore], *, resamples: int = RESAMPLES) -> TruncationControl | None:
         """A method's control; None where there is nothing to compare recall by."""
+        if len(clusters(method)) < len(method):
+            return None  # several captions an image
         common = frozenset(clusters(self.base)) & frozenset(clusters(method))
         if not any(score.truth for score in self.base if score.image_id in common):
             return None

@@ -75,8 +75,8 @@ def punkt_sentences(text: str) -> Iterator[tuple[int, int]]:
         while next_start < len(text) and text[next_start].isspace():
             next_start += 1
         if closed := _CLOSED.match(text, next_start):
-            end = next_start = closed.end()
-        yield start, end
+            next_start = closed.end()
+        yield start, next_start if closed else end
         start = next_start
     yield start, len(text)
 

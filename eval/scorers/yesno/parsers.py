@@ -22,9 +22,7 @@ class Parser:
     """What it reads, in words, and whose code does so."""
 
     def __call__(self, answer: str, label: Label) -> Label | None:
-        """Read one answer. An empty one says neither yes nor no, whatever a rule would make of it."""
-        if not answer.strip():
-            return None
+        """Read one answer."""
         return self.read(answer, label)
 
 
@@ -141,7 +139,11 @@ PARSERS: dict[str, Parser] = {
     "vcd": Parser(_vcd, "never", "right if the label's letters occur anywhere, so it knows the label: VCD, cd_rethink"),
     "vaf": Parser(_vcd, "never", "as vcd, for VAF's 'no or not' are the letters no: VAF"),
     "repope": Parser(_repope, "dropped", "the letters yes, else the letters no ('snow' is no): RePOPE"),
-    "lmms_eval": Parser(_lmms_eval, "wrong", "exactly yes or no, so 'Yes.' is wrong: lmms-eval 0.7.3"),
+    "lmms_eval": Parser(
+        _lmms_eval,
+        "wrong",
+        "exactly yes or no, so 'Yes.' is wrong: lmms-eval 0.7.3",
+    ),
     "vlmevalkit": Parser(_vlmevalkit, "wrong", "the word yes or the word no, not both: VLMEvalKit without a judge"),
     "icd": Parser(_icd, "dropped", "as pope, but yes needs Yes or yes: ICD"),
     "dashb": Parser(_repope, "wrong", "as repope, but an answer that is neither is wrong: DASH-B"),
