@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models contract lint readme in-force figures organism clean
+.PHONY: quickstart test test-models contract lint readme hero in-force figures organism clean
 
-quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched, with VAR and with VHR
+quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
 
 test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
@@ -24,14 +24,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p vlmfix
 
-readme: $(VENV)/.installed  ## the table of methods in the README
-	$(BIN)/python tools/readme.py
+readme: $(VENV)/.installed  ## figures and tables of the README and docs, from the kept answers of the main job
+	$(BIN)/python -m tools.readme
+
+hero: $(VENV)/.installed  ## the picture at the head of the README, light and dark; needs Chromium
+	$(BIN)/python -m tools.hero
 
 in-force: $(VENV)/.dev  ## the table of ways to call a wrapped model, docs/in-force.md; a few minutes
 	$(BIN)/python tools/in_force.py
 
 figures: $(VENV)/.dev  ## the pictures of the README
-	$(BIN)/python assets/figures/effect.py
 	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots
 	cp build/demo/compare-1400-light.png assets/figures/demo.png
 

@@ -15,14 +15,14 @@ from markupsafe import Markup, escape
 from vlmfix.eval.benchmarks.benchmark import Figure, benchmark_class
 from vlmfix.eval.report.html import environment
 from vlmfix.eval.report.tables import Cell
-from vlmfix.eval.report.verdicts import Verdict, judge
+from vlmfix.eval.report.verdicts import RULE, Verdict, judge
 from vlmfix.eval.run.controls import control_labels
 from vlmfix.eval.scorers.stats import Difference, Estimate
 
 NOTE = (
     "95 % intervals from a bootstrap over pictures; differences to the untouched model are paired. Coloured: a real "
-    "difference, for better or worse: its interval excludes 0 and its p, adjusted for the number of methods (Holm), is "
-    "below .05. Controls make the same push without the method's choice of heads or tokens, or turn it round; a method "
+    f"difference, for better or worse. {RULE} "
+    "Controls make the same push without the method's choice of heads or tokens, or turn it round; a method "
     "that does no better than these does not owe its gain to its choice. These are figures of a tiny model: they say "
     "nothing about a 7B model."
 )

@@ -182,7 +182,7 @@ class Setup:
         from vlmfix.eval.run.workers import Workers
 
         task = self.task
-        model, processor = loaded or _load(task)
+        model, processor = loaded or load(task)
         who = model_identity(model)
         runs: list[Run] = []
         for bench in self.benches:
@@ -244,10 +244,11 @@ def _data(task: Task) -> Data:
     return Data.load(name, task.limit, task.which, task.images, task.questions)
 
 
-def _load(task: Task) -> tuple[Any, Any]:
-    from vlmfix.model.loading import load, load_options
+def load(task: Task) -> tuple[Any, Any]:
+    """The model and processor of a task."""
+    from vlmfix.model import loading
 
-    return load(task.model, **load_options(task.dtype, task.device_map, task.quantize))
+    return loading.load(task.model, **loading.load_options(task.dtype, task.device_map, task.quantize))
 
 
 def _template(task: Task, processor: Any) -> str:

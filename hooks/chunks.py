@@ -24,7 +24,7 @@ class Chunks(Lookback):
     """Lookback-guided chunks. Decodes in its own way, with the score of `Lookback`, whose settings it has."""
 
     name: ClassVar[str] = "chunks"
-    summary: ClassVar[str] = "samples several next chunks, keeps the one that looks at the image most"
+    summary: ClassVar[str] = "samples several next chunks, keeps what looks at the image most"
     paper: ClassVar[str] = "Chuang et al., EMNLP 2024, arXiv 2407.07071; on images: ours"
     cost: ClassVar[str] = "k times the decoding and a prefill per chunk"
     expect: ClassVar[str] = "captions: a little better than sampling, and worse than greedy: longer, more inventions"

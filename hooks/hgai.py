@@ -27,7 +27,7 @@ class HGAI(Intervention):
     """Heads guided attention intervention. Acts on attention scores of the last prompt row and of every new token."""
 
     name: ClassVar[str] = "hgai"
-    summary: ClassVar[str] = "raises the attention scores of image tokens by what all heads agree on, in middle layers"
+    summary: ClassVar[str] = "raises scores of image tokens by what all heads agree on"
     paper: ClassVar[str] = "Jiang et al., CVPR 2025, arXiv 2411.16724"
     cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
     expect: ClassVar[str] = (

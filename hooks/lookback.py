@@ -47,7 +47,7 @@ class Lookback(Intervention):
     put it first to read them before any edit."""
 
     name: ClassVar[str] = "lookback"
-    summary: ClassVar[str] = "monitor: scores how much each answer token looks at the image; changes nothing"
+    summary: ClassVar[str] = "monitor: how much each token looks at the image; changes nothing"
     paper: ClassVar[str] = "Chuang et al., EMNLP 2024, arXiv 2407.07071; on images: ours"
     cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32"
     expect: ClassVar[str] = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
-from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.intervention import Intervention, ScoreMod, Traits
 from vlmfix.method.kinds import Range
 from vlmfix.method.site import Rows, Site, Step
 
@@ -79,10 +79,18 @@ class PAI(Intervention):
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_j + alpha |s_j| for image keys j."""
+        return s.addcmul(s.abs(), self._raise_by(s, site))
+
+    def score_mod(self, s: Tensor, site: Site) -> ScoreMod:
+        """The same, entry by entry."""
+        raise_by = self._raise_by(s, site)
+        return lambda s, b, h, q, k: s + raise_by[b, 0, 0, k] * s.abs()
+
+    def _raise_by(self, s: Tensor, site: Site) -> Tensor:
+        """(B, 1, 1, K) alpha on image keys."""
         if "acted" not in site.memo:
             site.memo["acted"] = site.has_image
-        raise_by = site.kept("raise_by", s, lambda masks: self.alpha * masks.image[:, None, None])  # (B, 1, 1, K)
-        return s.addcmul(s.abs(), raise_by)
+        return site.kept("raise_by", s, lambda masks: self.alpha * masks.image[:, None, None])
 
     def controls(self) -> tuple[Intervention, ...]:
         """Image tokens pushed down instead."""

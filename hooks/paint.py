@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.contrast import Contrast
 from vlmfix.hooks.parts.tower import class_attention, tower
-from vlmfix.method.intervention import LATER, Intervention, Traits
+from vlmfix.method.intervention import LATER, Intervention, ScoreMod, Traits
 from vlmfix.method.kinds import Layers, Range
 from vlmfix.method.site import Site, Step
 
@@ -53,7 +53,7 @@ class PAINT(Intervention):
     class token: LLaVA-1.5."""
 
     name: ClassVar[str] = "paint"
-    summary: ClassVar[str] = "raises the attention scores of the image tokens that the vision tower looks at"
+    summary: ClassVar[str] = "raises scores of image tokens that the vision tower looks at"
     paper: ClassVar[str] = "Arif et al., arXiv 2501.12206"
     cost: ClassVar[str] = (
         "the vision tower once more; attention of one row per token again in float32. With gamma: a second stream "
@@ -175,6 +175,13 @@ class PAINT(Intervention):
         if site.layer not in site.memo["shares"]:  # once, at the prompt
             site.memo["shares"][site.layer] = self._shares(s, out, site)
         return out
+
+    def score_mod(self, s: Tensor, site: Site) -> ScoreMod:
+        """The same, entry by entry; shares of attention are not told then."""
+        if "boost" not in site.memo:
+            return lambda s, b, h, q, k: s
+        boost = site.kept("boost", s, lambda masks: site.memo["boost"][:, None, None])
+        return lambda s, b, h, q, k: s + boost[b, 0, 0, k] * s.abs()
 
     @staticmethod
     def _shares(before: Tensor, after: Tensor, site: Site) -> Tensor:

@@ -39,7 +39,7 @@ class Rerank(Lookback):
     """
 
     name: ClassVar[str] = "rerank"
-    summary: ClassVar[str] = "samples several next sentences, keeps one whose objects a verifier finds in the picture"
+    summary: ClassVar[str] = "samples next sentences, keeps one whose objects a verifier finds"
     paper: ClassVar[str] = "Peng et al., ICCV 2025, arXiv 2507.12455, appendix A.2; verifiers self and lookback: ours"
     cost: ClassVar[str] = "n times the decoding, a prefill per sentence, and with self one per new object"
     expect: ClassVar[str] = (

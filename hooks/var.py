@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from vlmfix.model.anatomy import Anatomy
 
+FIGURES = ("selected", "mass", "rows")
+"""What is added up: head rows that were edited, attention that sinks had in them, and rows in all."""
 LEAST = 1e-20
 """Less attention than this on visual non-sinks counts as none."""
 
@@ -166,9 +168,9 @@ class VAR(Intervention):
         columns = site.kept(("columns", layer), a, lambda _: self._columns(memo["masks"][layer]), dim=1)  # (B, K, 4)
         gets = site.kept(("gets", layer), a, lambda _: memo["masks"][layer][:, None, None, :, 0])  # (B, 1, 1, K)
         gives = site.kept(("gives", layer), a, lambda _: -memo["masks"][layer][:, None, None, :, 1:].sum(-1))
-        sums = (a.flatten(1, 2) @ columns).view(*a.shape[:3], 4)
-        n, sigma = sums[..., :1], sums[..., 3:]  # (B, H, R, 1)
-        qualifies = (sums[..., :3] >= memo["least"][layer]).all(-1, keepdim=True)
+        sums, sigma = torch.bmm(a.flatten(1, 2), columns).view(*a.shape[:3], 4).split((3, 1), -1)
+        n = sums[..., :1]  # (B, H, R, 1)
+        qualifies = (sums >= memo["least"][layer]).all(-1, keepdim=True)
         if site.n_prompt:
             qualifies = qualifies & site.rows[:, None, :, None]
         self._note(qualifies, sigma, site)
@@ -188,9 +190,9 @@ class VAR(Intervention):
         notes = site.memo.setdefault("notes", {})
         if site.layer not in notes:
             site.memo.setdefault("counting", site.layer)
-            notes[site.layer] = [sigma.new_zeros(*sigma.shape[:2], 1, 1) for _ in range(3)]
-        selected, mass, rows = notes[site.layer]
-        sigma = sigma.detach()
+            notes[site.layer] = {figure: sigma.new_zeros(*sigma.shape[:2], 1, 1) for figure in FIGURES}
+        selected, mass, rows = (notes[site.layer][figure] for figure in FIGURES)
+        sigma = sigma.detach() if sigma.requires_grad else sigma
         if site.n_prompt or sigma.shape[2] > 1:
             selected.add_(qualifies.sum(2, keepdim=True))
             mass.add_((qualifies * sigma).sum(2, keepdim=True))
@@ -199,7 +201,7 @@ class VAR(Intervention):
         selected.add_(qualifies)
         mass.addcmul_(qualifies, sigma)
         if site.layer == site.memo["counting"]:  # a new token is one row more in every layer
-            site.memo.setdefault("new", sigma.new_zeros(())).add_(1)
+            site.memo.setdefault("new", sigma.new_zeros(len(sigma))).add_(1)
 
     def effects(self, memo: dict[str, Any]) -> list[dict[str, Any]]:
         """Per sample: `acted`; `selected`, share of head rows edited; `mass_moved`, mean attention mass moved per
@@ -208,8 +210,8 @@ class VAR(Intervention):
         counts: dict[int, list[list[float]]] = {}  # layer -> per sample: rows selected, rows in all, mass moved
         sinks: dict[int, list[list[float]]] = {}  # layer -> per sample: non-sinks, visual sinks, text sinks
         for layer, notes in memo.get("notes", {}).items():
-            selected, mass, rows = (note.sum((1, 2, 3)) for note in notes)  # over heads
-            rows = rows + memo.get("new", 0) * notes[2].shape[1]
+            selected, mass, rows = (notes[figure].sum((1, 2, 3)) for figure in FIGURES)  # over heads
+            rows = rows + memo.get("new", 0) * notes["rows"].shape[1]
             counts[layer] = [
                 list(row) for row in zip(selected.tolist(), rows.tolist(), (self.p * mass).tolist(), strict=True)
             ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.parts.listed import heads_by_layer, listed_heads
 from vlmfix.method.heads import head_names
-from vlmfix.method.intervention import Intervention, Traits
+from vlmfix.method.intervention import Intervention, ScoreMod, Traits
 from vlmfix.method.kinds import Heads, Layers, Range
 from vlmfix.method.site import Rows, Site
 
@@ -100,14 +100,23 @@ class ZeroTuning(Intervention):
 
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """s_k + log gamma for keys k of the span, in chosen heads."""
+        return s.addcmul(*self._bias_and_span(s, site))
+
+    def score_mod(self, s: Tensor, site: Site) -> ScoreMod:
+        """The same, entry by entry."""
+        bias, span = self._bias_and_span(s, site)
+        return lambda s, b, h, q, k: s + bias[b, h, 0, 0] * span[b, 0, 0, k]
+
+    def _bias_and_span(self, s: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+        """(B, H, 1, 1) log gamma in chosen heads, and (B, 1, 1, K) which keys get it."""
         biases = site.memo.setdefault("biases", {})
         if site.layer not in biases or site.n_prompt:
             bias = s.new_zeros(1, s.shape[1], 1, 1)
             bias[:, self._heads_of(site.layer)] = math.log(self.gamma)
             site.memo["acted"] = self._span(site.prompt or site.geometry).any(1)
             biases[site.layer] = bias.expand(len(s), -1, -1, -1)
-        scaled = site.kept("scaled", s, lambda masks: self._span(masks).to(s.dtype)[:, None, None])  # (B, 1, 1, K)
-        return s.addcmul(biases[site.layer], scaled)
+        span = site.kept("span", s, lambda masks: self._span(masks).to(s.dtype)[:, None, None])
+        return biases[site.layer], span
 
     def _span(self, geometry: Geometry) -> Tensor:
         """(B, K) keys that are scaled."""

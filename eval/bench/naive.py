@@ -32,10 +32,10 @@ def naive_attention(
             e.survey(attention.softmax(s, scores.extra, rows), call.site(i, "all", *at))
     sites = [(e, call.site(i, e.rows, *at)) for i, e in view.edits]
     for e, site in sites:
-        s = e.scores(s, site)
+        s = site.admit(e.scores(s, site), s)
     a = attention.softmax(s if hidden is None else s.masked_fill(hidden, torch.finfo(s.dtype).min), scores.extra, rows)
     for e, site in sites:
-        a = e.weights(a, site)
+        a = site.admit(e.weights(a, site), a)
     out = (attention.by_key_head(a, scores.group) @ value.float()).view(*a.shape[:3], -1)
     return out.transpose(1, 2).to(query.dtype), None
 

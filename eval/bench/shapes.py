@@ -42,6 +42,7 @@ SHAPES = {
     "qwen2.5-vl-7b": Shape("qwen2_5_vl", {**_text("qwen2_5_vl_text", 3584, 18944, 28, 28, 4, 152064), **_MROPE}, 1024),
     "internvl3-8b": Shape("internvl", _text("qwen2", 3584, 18944, 28, 28, 4, 151674), 1792),
     "tiny": Shape("llava", _text("llama", 64, 128, 4, 4, 2, 256), 64),
+    "narrow": Shape("llava", _text("llama", 64, 128, 32, 8, 8, 256), 16),
 }
 """By name; the number of image tokens is a common one."""
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -139,6 +139,8 @@ class Benchmark:
     name: ClassVar[str]
     figures: ClassVar[Mapping[str, Figure]]
     """Name -> figure, in the order of the tables. The first one decides between a method and its controls."""
+    headline: ClassVar[tuple[str, ...]] = ()
+    """Figures of the table that a terminal shows; the first two where none are named. `--full` shows all."""
     max_new_tokens: ClassVar[int]
     """How many tokens an answer may have, where nothing else is said."""
     describes: ClassVar[bool] = False
@@ -176,6 +178,11 @@ class Benchmark:
     def columns(self) -> dict[str, tuple[str, float]]:
         """The figures of the table: name -> unit and factor."""
         return {name: (figure.unit, figure.factor) for name, figure in self.figures.items() if figure.shown}
+
+    @property
+    def headline_figures(self) -> tuple[str, ...]:
+        """The names of `headline`, or of the first two figures."""
+        return self.headline or tuple(self.columns)[:2]
 
     @property
     def metrics(self) -> dict[str, Metric]:

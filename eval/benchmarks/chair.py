@@ -41,6 +41,7 @@ class Chair(Benchmark):
             METRICS["repetition"], "captions that repeat themselves: over a fifth of their 4-grams", "less"
         ),
     }
+    headline = ("CHAIR_S", "recall", "F1", "repetition")
     max_new_tokens = 512
     describes = True
     running = "CHAIR_S"

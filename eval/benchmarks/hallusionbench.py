@@ -197,6 +197,7 @@ class HallusionBench(OriginalQuestions):
         "hard": Figure(METRICS["hard"], "the same on tampered figures", "more"),
         "consistency": Figure(METRICS["consistency"], "right answers to a figure, mean over figures", "more"),
     }
+    headline = ("aAcc", "fAcc", "qAcc")
     max_new_tokens = 64
     running = "aAcc"
     where = "the figures of HallusionBench are linked at https://github.com/tianyi-lab/HallusionBench"

@@ -151,6 +151,7 @@ class Mme(OriginalQuestions):
         "yes_ratio": YES_NO_FIGURES["yes_ratio"],
         "MCC": YES_NO_FIGURES["MCC"],
     }
+    headline = ("score",)
     where = (
         "pictures and questions of MME are given out by its authors: "
         "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation"

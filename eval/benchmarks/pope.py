@@ -81,9 +81,10 @@ class Pope(YesNo):
         n_asked = len({question.image for question in self.questions(data)})
         if isinstance(data, OriginalFolder) or (isinstance(data, PublishedPictures) and data.which is None):
             return []
-        n = len(data.images) if data.which is None else len(image_list(data.which)[: data.limit])
+        published = isinstance(data, PublishedPictures)
+        n = len(data.images) if data.which is None or not published else len(image_list(data.which)[: data.limit])
         fewest = self.asking["positives_per_image"]
-        why = "has published questions" if isinstance(data, PublishedPictures) else f"has {fewest} different objects"
+        why = "has published questions" if published else f"has {fewest} different objects"
         return [f"questions on {n_asked} of {n} pictures: no other one {why}"] if n_asked < n else []
 
     @staticmethod

@@ -33,6 +33,7 @@ class YesNo(Benchmark):
     """Questions with the answer yes or no."""
 
     figures: ClassVar[Mapping[str, Figure]] = YES_NO_FIGURES
+    headline: ClassVar[tuple[str, ...]] = ("accuracy", "yes_ratio")
     heading: ClassVar[str]
     """The benchmark's name in print."""
     parser: ClassVar[str]

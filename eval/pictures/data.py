@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -108,7 +109,7 @@ class Data:
                 f"{path}: {len(images)} image ids hold only {len(file_names)} different numbers; number them."
             )
         check_distinct(list(map(os.path.normpath, file_names.values())), f"{path}: images", "file_name")
-        keys = _listed(self.which, file_names.keys())
+        keys = _first(self.which, file_names.keys()) or _listed(self.which, file_names.keys())
         return {key: self.picture(file_names[key]) for key in keys[: self.limit]}
 
     def picture(self, name: str) -> Path:
@@ -256,6 +257,18 @@ def _truth(folder: Path, variant: str, files_digest: str) -> chair.GroundTruth:
     vocabulary = chair.Vocabulary.load(synonyms if synonyms.is_file() else None)
     human_captions = captions if captions.exists() else None
     return chair.ground_truth(folder / "instances.json", human_captions, vocabulary, variant=variant)
+
+
+def first_pictures(name: str | None) -> int | None:
+    """How many pictures a list of the kind `first-200` holds, the first of any data; `None` for other lists."""
+    match = re.fullmatch(r"first-([1-9]\d{0,8})", name or "")
+    return int(match[1]) if match else None
+
+
+def _first(name: str | None, known: Iterable[int]) -> Sequence[int]:
+    """The ids of a list such as `first-200`; none for other lists."""
+    n = first_pictures(name)
+    return [] if n is None else list(known)[:n]
 
 
 def _listed(name: str | None, known: Iterable[int]) -> Sequence[int]:

@@ -7,6 +7,7 @@
 | `pope500` | those of POPE's questions |
 | `sorted-seed-S` | `random.Random(S).sample(sorted(ids), 500)` |
 | `coco-seed-S@FILE` | drawn like this from the ids in the order of FILE, `captions_val2014.json`: VHR, AD-HH |
+| `first-N` | the first N pictures of the data, of COCO format or embedded (`data.py`) |
 | a file | a JSON list of ids, or lines that each end in one |
 
 Names joined by `+` follow one another, each image once. Recipes that draw from `os.listdir` (PAI, VISTA, ...) depend on

@@ -77,7 +77,8 @@ def _truncation(study: Study) -> dict[str, Any]:
     methods = {}
     for name, control in zip(study.names, study.controls, strict=True):
         if control is not None:
-            methods[name] = {**asdict(control), "below_curve": control.below_curve}
+            verdict = study.cut_verdicts[name, "CHAIR_S"]
+            methods[name] = {**asdict(control), "below_curve": verdict.real and verdict.better is True}
     return {"curve": curve, "methods": methods}
 
 

@@ -10,6 +10,7 @@ from vlmfix.eval.report.tables import (
     Cell,
     ComparisonTable,
     ControlColumn,
+    MethodTable,
     comparison_tables,
     control_columns,
     published_table,
@@ -25,7 +26,7 @@ def to_markdown(studies: Sequence[Study]) -> str:
         notes = "\n".join(f"- {note}" for note in words.notes(study))
         parts += [f"## {words.heading(study)}", *words.summary(study)]
         if study.verdicts:
-            parts += [words.judgement(study), "Bold in the tables: real; at equal recall, the interval alone decides."]
+            parts += [words.judgement(study), "Bold in the tables: real."]
         parts += [tables(study), _control_table(study), notes]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -40,6 +41,15 @@ def tables(study: Study) -> str:
         lines += [f"Published for this protocol, LLaVA-1.5-7B; {words.MARKS}.", ""]
         lines += [*_head(published.head), *map(_row, published.rows), ""]
     return "\n".join(lines)
+
+
+def method_table(table: MethodTable) -> str:
+    """Methods down, controls beneath theirs, figures across."""
+    lines = [f"**{table.title}**", "", *_head(["", *(" ".join(column.head) for column in table.columns)])]
+    for row, name in enumerate(table.names):
+        shown = f"↳ {name}" if table.is_control[row] else f"`{name}`"
+        lines.append(_row([shown, *(_cell(column.cells[row]) for column in table.columns)]))
+    return "\n".join(lines) + "\n"
 
 
 def _comparison_table(study: Study, table: ComparisonTable) -> list[str]:

@@ -17,7 +17,15 @@ from typing import Any
 
 from vlmfix.eval.benchmarks.benchmark import Group
 from vlmfix.eval.pictures.data import Data
-from vlmfix.eval.report.verdicts import Verdict, untouched_run, verdicts_of
+from vlmfix.eval.report.verdicts import (
+    Discordant,
+    Verdict,
+    against_cuts,
+    discordant_pictures,
+    judge,
+    untouched_run,
+    verdicts_of,
+)
 from vlmfix.eval.run.controls import control_labels
 from vlmfix.eval.run.results import HEADER, Comparison, Row, Run
 from vlmfix.eval.scorers import stats
@@ -38,6 +46,12 @@ class Selection:
     metric: str
     difference: Difference
     """Method minus control."""
+    p_holm: float | None
+    """Adjusted for the number of such pairs."""
+    real: bool
+    """Whether it is real, by the rule in `verdicts`."""
+    better: bool | None
+    """Whether the method does better than the control."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,18 @@ class Study:
     @cached_property
     def against_controls(self) -> list[Selection]:
         """Each method against each of its negative controls that was run too. Takes a bootstrap for each."""
-        return _selections(self.comparison, self.names)
+        return _selections(self)
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Runs that are a method and a negative control of it, by their places."""
+        return _pairs([run.label for run in self.comparison.runs])
+
+    @cached_property
+    def cut_verdicts(self) -> dict[tuple[str, str], Verdict]:
+        """Method and figure -> the judgement on its difference to the baseline's captions, cut to the same recall."""
+        verdicts = against_cuts(self.comparison, self.names)
+        return {(verdict.method, verdict.metric): verdict for verdict in verdicts}
 
     @property
     def data(self) -> Data:
@@ -141,6 +166,22 @@ class Study:
     def _judged(self) -> dict[tuple[str, str, str], Verdict]:
         return {(verdict.method, verdict.group, verdict.metric): verdict for verdict in self.verdicts}
 
+    def passes_per_token(self, run: int) -> float | None:
+        """Forward passes of a run over the tokens of its answers; `None` where the records do not tell.
+
+        A batch goes on until its longest answer ends, so that is what its passes are set against: answers of one batch
+        share their seconds to the last digit.
+        """
+        batches: dict[tuple[float, float], int] = {}
+        for record in self.comparison.runs[run].records:
+            passes, tokens = record.get("passes"), record.get("token_ids")
+            if not passes or not tokens:
+                return None
+            key = passes, record.get("seconds", 0.0)
+            batches[key] = max(batches.get(key, 0), len(tokens))
+        n_tokens = sum(batches.values())
+        return sum(passes for passes, _ in batches) / n_tokens if n_tokens else None
+
     def same_answers(self, run: int) -> bool:
         """Whether a run answers word for word as the untouched model does."""
         if self.base is None:
@@ -198,11 +239,9 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
     return [name if runs_with_mark[name] == 1 else f"{name} #{place}" for place, name in enumerate(marked, start=1)]
 
 
-def _selections(comparison: Comparison, names: Sequence[str]) -> list[Selection]:
+def _pairs(labels: Sequence[str]) -> list[tuple[int, int]]:
     """Controls are each other's controls, too: of two such runs the one with the shorter label is the method."""
-    metric = next(iter(comparison.benchmark.columns))
-    labels = [run.label for run in comparison.runs]
-    selections = []
+    pairs = []
     controls: set[int] = set()
     for method in sorted(range(len(labels)), key=lambda run: (len(labels[run]), run)):
         if method in controls:
@@ -211,20 +250,52 @@ def _selections(comparison: Comparison, names: Sequence[str]) -> list[Selection]
         for control, label in enumerate(labels):
             if label in wanted and control not in controls:
                 controls.add(control)
-                selections += [
-                    Selection(names[method], names[control], group, metric, difference)
-                    for group, difference in _differences(comparison, method, control, metric)
-                ]
+                pairs.append((method, control))
+    return pairs
+
+
+def _selections(study: Study) -> list[Selection]:
+    """Every method against its controls in the first figure of the table, judged together."""
+    comparison, names = study.comparison, study.names
+    metric = next(iter(comparison.benchmark.columns))
+    differences: dict[str, dict[str, Difference]] = {}
+    discordant: dict[str, dict[str, Discordant | None]] = {}
+    pair_of: dict[str, tuple[int, int]] = {}
+    for method, control in study.pairs:
+        key = f"{names[method]} {names[control]}"
+        pair_of[key] = method, control
+        for group, difference, pictures in _differences(comparison, method, control, metric):
+            differences.setdefault(group, {})[key] = difference
+            discordant.setdefault(group, {})[key] = pictures
+    selections = []
+    for group, tested in differences.items():
+        pictures_of = discordant[group] if metric == "CHAIR_S" else {}
+        for verdict in judge(group, metric, comparison.benchmark.figures[metric], tested, pictures_of):
+            method, control = pair_of[verdict.method]
+            selections.append(
+                Selection(
+                    method=names[method],
+                    control=names[control],
+                    group=group,
+                    metric=metric,
+                    difference=verdict.difference,
+                    p_holm=verdict.p_holm,
+                    real=verdict.real,
+                    better=verdict.better,
+                )
+            )
     return selections
 
 
-def _differences(comparison: Comparison, method: int, control: int, metric: str) -> Iterator[tuple[str, Difference]]:
+def _differences(
+    comparison: Comparison, method: int, control: int, metric: str
+) -> Iterator[tuple[str, Difference, Discordant | None]]:
     """Of two runs in one figure, for each group of answers that both have."""
     metrics = {metric: comparison.benchmark.metrics[metric]}
-    for one, other in zip(comparison.groups[method], comparison.groups[control], strict=False):
-        if one.name == other.name:
-            found = stats.differences(one.counts, one.images, other.counts, other.images, metrics)
-            yield one.name, found[metric]
+    for own, others in zip(comparison.groups[method], comparison.groups[control], strict=False):
+        if own.name == others.name:
+            differences = stats.differences(own.counts, own.images, others.counts, others.images, metrics)
+            yield own.name, differences[metric], discordant_pictures(own, others)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -9,22 +9,23 @@ No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmfix.eval.benchmarks.benchmark import Figure
-from vlmfix.eval.pictures.data import Elsewhere
+from vlmfix.eval.pictures.data import Elsewhere, first_pictures
 from vlmfix.eval.report import words
 from vlmfix.eval.report.figures import figure, interval, number
 from vlmfix.eval.report.study import Entry, Study
 from vlmfix.eval.report.verdicts import Verdict
+from vlmfix.eval.run.controls import control_name
 from vlmfix.eval.run.results import Comparison
 from vlmfix.eval.scorers.stats import Estimate
 from vlmfix.eval.scorers.truncation import TruncationControl
 
-AGAINST_CUTS = {"CHAIR_S": "chair_s", "F1": "f1"}
-"""Figures at equal recall in the main table -> field of the truncation control."""
+AT_EQUAL_RECALL = ("CHAIR_S", "F1")
+"""Figures at equal recall in the main table."""
+EQUAL_RECALL_UNIT = "% at equal recall"
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,87 @@ class ComparisonTable:
 
 
 @dataclass(frozen=True)
+class Column:
+    """One figure of all methods, with its head in lines."""
+
+    head: tuple[str, ...]
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class MethodTable:
+    """Methods down, each with its negative controls beneath it, and figures across."""
+
+    title: str
+    names: list[str]
+    """As they are shown: controls by what they do otherwise than the method above them."""
+    is_control: list[bool]
+    columns: list[Column]
+
+
+@dataclass(frozen=True)
 class TextTable:
     """A table of texts."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
+
+
+def method_tables(study: Study, full: bool = False) -> list[MethodTable]:
+    """The headline figures of all groups of answers in one table; or, `full`, a table a group with all its figures."""
+    tables = comparison_tables(study)
+    if full:
+        return [_method_table(study, table_title(study, table), [table], full=True) for table in tables]
+    if not tables:
+        return []
+    whole = replace(tables[0], group="", pictures=max(table.pictures for table in tables))
+    return [_method_table(study, table_title(study, whole), tables, full=False)]
+
+
+def _method_table(study: Study, title: str, tables: Sequence[ComparisonTable], full: bool) -> MethodTable:
+    order = _methods_with_controls(study)
+    several = len(tables) > 1
+    columns = []
+    for table in tables:
+        place_of = {name: place for place, name in enumerate(table.methods)}
+        for line in table.lines:
+            if not full and not _is_headline(study, line):
+                continue
+            cells = [Cell() for _ in order]
+            for row, (run, _) in enumerate(order):
+                if study.names[run] in place_of:
+                    cells[row] = line.cells[place_of[study.names[run]]]
+            head = (f"{line.metric} %", *line.unit[2:].rsplit(" ", 1)) if line.unit[1:] else (line.label,)
+            columns.append(Column((*head, table.group) if several else head, cells))
+    passes = [study.passes_per_token(run) for run, _ in order]
+    if any(passes) and study.comparison.benchmark.describes:
+        texts = ["" if ratio is None else f"{ratio:.2f}" for ratio in passes]
+        columns.append(Column(("passes", "per", "token"), [Cell(text=text) for text in texts]))
+    names = []
+    for run, method in order:
+        own = study.names[run]
+        names.append(own if method is None else f"control: {control_name(study.names[method], own)}")
+    return MethodTable(title, names, [method is not None for _, method in order], columns)
+
+
+def _is_headline(study: Study, line: Line) -> bool:
+    benchmark = study.comparison.benchmark
+    if line.unit == EQUAL_RECALL_UNIT:
+        return line.metric == benchmark.headline_figures[0]
+    return line.metric in benchmark.headline_figures or line.metric not in benchmark.figures
+
+
+def _methods_with_controls(study: Study) -> list[tuple[int, int | None]]:
+    """Runs in the order of the table, each with the method that it is a control of, or `None`."""
+    method_of = {control: method for method, control in study.pairs}
+    order: list[tuple[int, int | None]] = []
+    untouched_first = sorted(range(len(study.names)), key=lambda run: not study.comparison.runs[run].untouched)
+    for run in untouched_first:
+        if run not in method_of:
+            order.append((run, None))
+            order += [(control, method) for method, control in study.pairs if method == run]
+    return order
 
 
 def comparison_tables(study: Study) -> list[ComparisonTable]:
@@ -195,19 +271,21 @@ def _in_common(entry: Entry) -> int:
 
 def _lines_at_equal_recall(study: Study, entries: Sequence[Entry]) -> list[Line]:
     """The truncation control: what is left of a difference once the baseline says as little."""
-    controls = [entry.row.control for entry in entries]
-    if not any(controls):
+    if not any(entry.row.control for entry in entries):
         return []
-    lines = []
-    for metric, field in AGAINST_CUTS.items():
-        figure = study.comparison.benchmark.figures[metric]
-        cells = [Cell() if control is None else _beyond_cuts(figure, getattr(control, field)) for control in controls]
-        lines.append(Line(metric, "% at equal recall", cells))
-    return lines
+    return [
+        Line(metric, EQUAL_RECALL_UNIT, [_beyond_cuts(study, entry.method, metric) for entry in entries])
+        for metric in AT_EQUAL_RECALL
+    ]
 
 
-def _beyond_cuts(figure: Figure, difference: Estimate) -> Cell:
-    return Cell(None, difference, figure.factor, difference.clear, figure.is_better(difference.value))
+def _beyond_cuts(study: Study, method: str, metric: str) -> Cell:
+    """The difference to the baseline's captions, cut to the same recall; empty for the baseline itself."""
+    verdict = study.cut_verdicts.get((method, metric))
+    if verdict is None:
+        return Cell()
+    factor = study.comparison.benchmark.figures[metric].factor
+    return Cell(None, verdict.difference, factor, verdict.real, verdict.better, verdict)
 
 
 def _lines_of_unread_answers(entries: Sequence[Entry]) -> list[Line]:
@@ -224,8 +302,15 @@ def table_title(study: Study, table: ComparisonTable) -> str:
     if comparison.model:
         parts.append(f"model {comparison.model}")
     pictures = words.counted(table.pictures, "picture")
-    known = not isinstance(comparison.data, Elsewhere)
-    parts.append(f"{pictures} of {Path(comparison.data.name).name}" if known else pictures)
+    name, first = Path(comparison.data.name).name, first_pictures(comparison.data.which)
+    if isinstance(comparison.data, Elsewhere):
+        parts.append(pictures)
+    elif first is None:
+        parts.append(f"{pictures} of {name}")
+    elif first == table.pictures:
+        parts.append(f"the first {pictures} of {name}")
+    else:
+        parts.append(f"{table.pictures} of the first {first} pictures of {name}")
     return ", ".join(parts) + comparison.testing
 
 
@@ -275,29 +360,28 @@ def control_columns(study: Study) -> list[ControlColumn]:
     columns = []
     for name, control in zip(study.names, study.controls, strict=True):
         if control is not None:
-            columns.append(_control_column(name, control, study.comparison.benchmark.figures))
+            columns.append(_control_column(study, name, control))
     return columns
 
 
-def _control_column(name: str, control: TruncationControl, figures: Mapping[str, Figure]) -> ControlColumn:
+def _control_column(study: Study, name: str, control: TruncationControl) -> ControlColumn:
+    chair_s = _beyond_cuts(study, name, "CHAIR_S")
     return ControlColumn(
         method=name,
         recall=number(control.recall, 100),
         cut_words=number(control.cut_words, 1),
         cut_chair_s=number(control.cut_chair_s, 100),
-        chair_s=_beyond_cuts(figures["CHAIR_S"], control.chair_s),
-        chair_i_unique=_beyond_cuts(figures["CHAIR_I_unique"], control.chair_i_unique),
-        f1=_beyond_cuts(figures["F1"], control.f1),
-        place=_place(control),
+        chair_s=chair_s,
+        chair_i_unique=_beyond_cuts(study, name, "CHAIR_I_unique"),
+        f1=_beyond_cuts(study, name, "F1"),
+        place=_place(control, chair_s),
         remark="recall above the uncut captions'" if control.status == "recall above vanilla" else "",
     )
 
 
-def _place(control: TruncationControl) -> str:
+def _place(control: TruncationControl, chair_s: Cell) -> str:
     if control.status == "outside":
         return "outside: recall below every cut"
-    if control.below_curve:
-        return "below the curve"
-    if control.chair_s.low is not None and control.chair_s.low > 0:
-        return "above the curve"
-    return "on the curve"
+    if not chair_s.real:
+        return "on the curve"
+    return "below the curve" if chair_s.better else "above the curve"

@@ -1,8 +1,7 @@
 """Which differences are real: the one rule, stated and applied here. No torch.
 
-A difference is real if its 95 % interval excludes 0 and its p, adjusted for the number of methods compared (Holm, for
-each figure by itself), is below .05. Stars, bold, colours and words all go by it (`is_real`). Differences to cut
-captions and to negative controls have an interval and no adjusted p; the interval alone decides.
+The rule is `RULE`, computed by `is_real`. Stars, bold, colours and words all go by it, whatever a method is compared
+with: the untouched model, its captions cut to the same recall, or the method's own negative control.
 """
 
 from __future__ import annotations
@@ -18,11 +17,20 @@ from vlmfix.eval.scorers import stats
 from vlmfix.eval.scorers.stats import Difference
 
 LEVEL = 0.05
+RULE = (
+    "A difference is real if its 95 % interval excludes 0 and its p, adjusted for the number of methods compared "
+    "(Holm, each figure by itself), is below .05; of fewer than 6 pictures none is."
+)
+FEWEST = 6
+"""Pictures below which nothing is called real: even if all of them agreed, chance would do as much in one of 16 cases,
+which resampling cannot tell."""
+AGAINST_CUTS = {"CHAIR_S": "chair_s", "CHAIR_I_unique": "chair_i_unique", "F1": "f1"}
+"""Figures at equal recall -> field of the truncation control."""
 
 
 def is_real(difference: Difference, p_adjusted: float | None) -> bool:
     """Whether a difference is more than chance, by the rule above."""
-    return difference.clear and p_adjusted is not None and p_adjusted < LEVEL
+    return difference.n >= FEWEST and difference.clear and p_adjusted is not None and p_adjusted < LEVEL
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Discordant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One figure of one method against the untouched model, and whether the difference is real."""
+    """One figure of one method against what it is compared with, and whether the difference is real."""
 
     method: str
     group: str
@@ -104,6 +112,24 @@ def judge(
     ]
 
 
+def against_cuts(comparison: Comparison, names: Sequence[str]) -> list[Verdict]:
+    """One verdict a method and figure against the baseline's captions, cut to the same recall."""
+    rows = iter(comparison.rows)
+    controls = {}
+    for name, groups in zip(names, comparison.groups, strict=True):
+        for group in groups:
+            control = next(rows).control
+            if control is not None:
+                controls[name, group.name] = control
+    verdicts: list[Verdict] = []
+    for group_name in dict.fromkeys(group_name for _, group_name in controls):
+        of_group = {name: control for (name, its_group), control in controls.items() if its_group == group_name}
+        for metric, field in AGAINST_CUTS.items():
+            tested = {name: control.difference(field) for name, control in of_group.items()}
+            verdicts += judge(group_name, metric, comparison.benchmark.figures[metric], tested)
+    return verdicts
+
+
 def verdicts_of(comparison: Comparison, names: Sequence[str]) -> list[Verdict]:
     """One verdict a method, group and figure; Holm's family is the methods that share group and figure."""
     base = untouched_run(comparison.runs)
@@ -115,7 +141,7 @@ def verdicts_of(comparison: Comparison, names: Sequence[str]) -> list[Verdict]:
             row = next(rows)
             family = tested.setdefault(row.group, [])
             if row.differences is not None:
-                family.append((name, row, _discordant(answers, base_answers.get(answers.name))))
+                family.append((name, row, discordant_pictures(answers, base_answers.get(answers.name))))
     verdicts: list[Verdict] = []
     for group, family in tested.items():
         metrics = list(family[0][1].differences or {}) if family else []
@@ -127,7 +153,8 @@ def verdicts_of(comparison: Comparison, names: Sequence[str]) -> list[Verdict]:
     return verdicts
 
 
-def _discordant(method: Group, base: Group | None) -> Discordant | None:
+def discordant_pictures(method: Group, base: Group | None) -> Discordant | None:
+    """Pictures where only one of two runs invents something; `None` where that is not counted."""
     if base is None or "hallucinated_captions" not in method.counts:
         return None
     invents = _invents(method)

@@ -11,8 +11,8 @@ from typing import Any
 
 from vlmfix.eval.report import figures
 from vlmfix.eval.report.figures import number
-from vlmfix.eval.report.study import Entry, Study
-from vlmfix.eval.report.verdicts import Verdict
+from vlmfix.eval.report.study import Entry, Selection, Study
+from vlmfix.eval.report.verdicts import RULE, Verdict
 from vlmfix.eval.run.results import Comparison
 from vlmfix.eval.scorers.stats import Difference, Estimate
 
@@ -45,13 +45,9 @@ def heading(study: Study) -> str:
 
 MARKS = "marks: paper (its own table), paper:X (in X's), code, issue, measured (from released answers), second-hand"
 INTERVALS = "95 % intervals: bootstrap over pictures."
-DIFFERENCES = (
-    "Second lines: paired difference to {baseline}; {mark} a real one: its interval excludes 0 and its p, adjusted for "
-    "the number of methods (Holm), is below .05."
-)
+DIFFERENCES = "Second figures: paired difference to {baseline}; {mark} a real one. " + RULE
 AT_EQUAL_RECALL = (
-    "At equal recall: difference to the captions of {baseline}, cut after so many words that their recall is the same; "
-    "{mark} an interval that excludes 0."
+    "At equal recall: difference to the captions of {baseline}, cut after so many words that their recall is the same."
 )
 
 
@@ -62,7 +58,7 @@ def legend(study: Study, mark: str = "* marks") -> list[str]:
     if study.verdicts:
         sentences.append(DIFFERENCES.format(baseline=baseline, mark=mark))
     if any(study.controls):
-        sentences.append(AT_EQUAL_RECALL.format(baseline=baseline, mark=mark))
+        sentences.append(AT_EQUAL_RECALL.format(baseline=baseline))
     return sentences
 
 
@@ -74,6 +70,84 @@ def counted(amount: int, what: str) -> str:
 def plain(text: str) -> str:
     """Without the backticks around names."""
     return text.replace("`", "")
+
+
+# In short
+
+VERBS = {"CHAIR_S": ("invents less", "invents more"), "Hal": ("invents less", "invents more")}
+"""What a change for the better and for the worse in a first figure means; `does better` and `does worse` for others."""
+
+
+def in_short(study: Study) -> list[str]:
+    """Which methods do better, whether they see as much, and whether they beat their controls: up to three sentences.
+    A difference that is not real is never said to be none."""
+    metric = study.comparison.benchmark.headline_figures[0]
+    controls = {control for _, control in study.pairs}
+    runs = study.comparison.runs
+    methods = [name for run, name in enumerate(study.names) if run not in controls and not runs[run].untouched]
+    verdicts = [verdict for verdict in study.verdicts if verdict.method in methods and verdict.metric == metric]
+    if not verdicts:
+        return []
+    n_groups = len({verdict.group for verdict in verdicts})
+    better, worse = VERBS.get(metric, ("does better", "does worse"))
+    parts = [
+        _listed(f"{better} than {study.baseline} ({metric})", [v for v in verdicts if v.real and v.better], n_groups),
+        _listed(worse, [v for v in verdicts if v.real and v.better is False], n_groups),
+    ]
+    apart_from = "it" if any(parts) else f"{study.baseline} ({metric})"
+    parts.append(_listed(f"not told apart from {apart_from}", [v for v in verdicts if not v.real], n_groups))
+    sentences = [_sentence(parts)]
+    better_methods = [verdict.method for verdict in verdicts if verdict.real and verdict.better]
+    return [*sentences, *_sees_as_much(study, better_methods), *_beats_controls(study, methods)]
+
+
+def _sees_as_much(study: Study, methods: Sequence[str]) -> Iterator[str]:
+    """Of methods that invent less: whether they name fewer of the objects that are there, and whether that is all."""
+    seen = [verdict for verdict in study.verdicts if verdict.method in methods and verdict.metric == "recall"]
+    cut = [study.cut_verdicts[name, "CHAIR_S"] for name in methods if (name, "CHAIR_S") in study.cut_verdicts]
+    if not seen or not cut:
+        return
+    as_much = [verdict for verdict in seen if not (verdict.real and verdict.better is False)]
+    parts = [
+        _listed("of these, no loss of recall is told for", as_much),
+        _listed("sees less", [verdict for verdict in seen if verdict not in as_much]),
+        _listed("does more than saying less (at equal recall)", [v for v in cut if v.real and v.better]),
+        _listed("is not told apart from saying less", [v for v in cut if not (v.real and v.better)]),
+    ]
+    yield _sentence(parts)
+
+
+def _beats_controls(study: Study, methods: Sequence[str]) -> Iterator[str]:
+    """Whether methods do better than all of their negative controls, in every group of answers."""
+    of_method: dict[str, list[Selection]] = {name: [] for name in methods}
+    for selection in study.against_controls:
+        of_method.get(selection.method, []).append(selection)
+    beats = [name for name, own in of_method.items() if own and all(each.real and each.better for each in own)]
+    fails = [name for name, own in of_method.items() if own and name not in beats]
+    parts = [
+        f"better than its own negative control: {_names(beats)}" if beats else "",
+        f"not told apart from it, or worse: {_names(fails)}" if fails else "",
+    ]
+    if beats or fails:
+        yield _sentence(parts)
+
+
+def _listed(what: str, verdicts: Sequence[Verdict], n_groups: int = 1) -> str:
+    """`invents less: a, b`; groups of answers are named where it holds in some only. Empty without verdicts."""
+    groups: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        groups.setdefault(verdict.method, []).append(verdict.group)
+    names = [f"`{name}`" + (f" ({', '.join(own)})" if len(own) < n_groups else "") for name, own in groups.items()]
+    return f"{what}: {', '.join(names)}" if names else ""
+
+
+def _names(methods: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in methods)
+
+
+def _sentence(parts: Sequence[str]) -> str:
+    text = "; ".join(part for part in parts if part)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 # Summary
@@ -156,9 +230,8 @@ def _against_controls(study: Study, name: str) -> Iterator[str]:
             continue
         metric, difference = selection.metric, selection.difference
         unit, factor = study.columns[metric]
-        improved = study.comparison.benchmark.figures[metric].is_better(difference.value)
-        standing = "better than" if improved else "worse than"
-        if not difference.clear:
+        standing = "better than" if selection.better else "worse than"
+        if not selection.real:
             standing = "not told apart from"
         where = f" in {selection.group}" if selection.group else ""
         text = figures.difference(difference, factor, unit)
@@ -176,10 +249,11 @@ def _against_cut_captions(study: Study, method: int) -> str:
         against = f"captions of {study.baseline} cut to the same recall (about {control.cut_words or 0:.0f} words)"
     else:
         against = f"{study.baseline}'s whole captions, whose recall is lower still"
-    change = figures.difference(control.chair_s, 100, "%")
-    if control.below_curve:
+    verdict = study.cut_verdicts[study.names[method], "CHAIR_S"]
+    change = figures.difference(verdict.difference, 100, "%")
+    if verdict.real and verdict.better:
         return f"Set against {against}, CHAIR_S is lower by more than chance ({change}): it does more than saying less."
-    if control.chair_s.low is not None and control.chair_s.low > 0:
+    if verdict.real:
         return f"Set against {against}, CHAIR_S is higher ({change}): merely saying less would do better."
     return (
         f"Set against {against}, CHAIR_S differs by {change}: no more than saying less would do, as far as can be told."
@@ -192,9 +266,9 @@ def _against_cut_captions(study: Study, method: int) -> str:
 def rule(study: Study) -> str:
     """What "real" means."""
     methods = max((verdict.methods for verdict in study.verdicts), default=0)
-    adjusted = f"adjusted for {methods} methods by Holm" if methods > 1 else "one method, so nothing to adjust for"
+    adjusted = f"adjusted for {methods} methods" if methods > 1 else "one method, so nothing to adjust for"
     exact = "; CHAIR_S by McNemar's exact test" if any(verdict.discordant for verdict in study.verdicts) else ""
-    return f"Real: the 95 % interval excludes 0 and p is below .05 ({adjusted}, each figure by itself{exact})."
+    return f"{RULE} Here it is {adjusted}{exact}."
 
 
 def resolution(study: Study) -> str:
@@ -295,7 +369,7 @@ def _cut_by_the_budget(study: Study) -> Iterator[str]:
     if not study.captions:
         return
     for run, name in zip(study.comparison.runs, study.names, strict=True):
-        cut = sum(record.get("finish") == "length" for record in run.records)
+        cut = run.cut_by_the_budget
         if cut > CUT_SHORT * len(run.records):
             yield f"`{name}`: the token budget cut {cut / len(run.records):.0%} of the captions short."
 

@@ -17,6 +17,20 @@ def controls_of(method: Sequence[Intervention]) -> list[tuple[Intervention, ...]
     return controls
 
 
+def control_name(method: str, control: str) -> str:
+    """What a negative control does otherwise than its method, both given by their labels: `select=random`.
+
+    Returns:
+        The whole label where methods are combined.
+    """
+    name, _, settings = control.partition(":")
+    if "+" in control or name != method.partition(":")[0]:
+        return control
+    of_method = method.partition(":")[2].split(",")
+    changed = [setting for setting in settings.split(",") if setting and setting not in of_method]
+    return ",".join(changed) or control
+
+
 def control_labels(label: str) -> list[str]:
     """Labels of the negative controls of a method that is given by its label.
 

@@ -128,6 +128,13 @@ class Run:
         return self.header.get("environment", {}).get("command", "vlmfix eval")
 
     @property
+    def cut_by_the_budget(self) -> int:
+        """Answers that were cut because they had as many tokens as they may; a method may cut others itself."""
+        budget = self.header["identity"]["max_new_tokens"] or 0
+        cut = [record for record in self.records if record.get("finish") == "length"]
+        return sum(len(record.get("token_ids") or ()) in (0, budget) or not budget for record in cut)
+
+    @property
     def untouched(self) -> bool:
         """Whether this is the model without any intervention, or the file that others are compared with."""
         return not self.header["identity"]["method"]
@@ -403,7 +410,7 @@ def _notes(run: Run, bench: Benchmark, n_items: int) -> list[str]:
         )
     if len(run.records) + len(run.errors) < n_items:
         notes.append(f"{run.label}: {len(run.records)} of {n_items} answers so far; `{run.command}` finishes it")
-    n_cut = sum(record.get("finish") == "length" for record in run.records)
+    n_cut = run.cut_by_the_budget
     if n_cut and bench.describes:
         budget = run.header["identity"]["max_new_tokens"]
         notes.append(f"{run.label}: {n_cut} of {len(run.records)} answers were cut at {budget} tokens")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,8 @@ Counts = Mapping[str, np.ndarray]
 Metric = Callable[[Counts], np.ndarray]
 """Summed counts, numbers or arrays of one shape -> the figure, of the same shape; nan where it is undefined."""
 RESAMPLES = 10_000
+KEPT = 5_000_000
+"""Draws of images (8 bytes each) that are kept for the next figure with as many images."""
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -64,6 +67,21 @@ def resampled(counts: Mapping[Name, np.ndarray], n_resamples: int, seed: int) ->
     """Sums of counts over resampled images, in blocks. The same seed and number of images give the same resamples."""
     n_images = len(next(iter(counts.values())))
     table = np.stack(list(counts.values()), axis=1)  # (images, counts)
+    small = n_images * n_resamples <= KEPT
+    blocks = _kept_draws(n_images, n_resamples, seed) if small else _draws(n_images, n_resamples, seed)
+    for times_drawn in blocks:
+        sums = times_drawn @ table  # (resamples, counts)
+        yield dict(zip(counts, sums.T, strict=True))
+
+
+@lru_cache(maxsize=2)
+def _kept_draws(n_images: int, n_resamples: int, seed: int) -> tuple[np.ndarray, ...]:
+    """`_draws`, kept for the next method: all methods are resampled alike."""
+    return tuple(_draws(n_images, n_resamples, seed))
+
+
+def _draws(n_images: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each image is drawn, in blocks (resamples, images)."""
     generator = np.random.default_rng(seed)
     block_size = max(1, min(n_resamples, 2_000_000 // max(n_images, 1)))
     for start in range(0, n_resamples, block_size):
@@ -71,8 +89,7 @@ def resampled(counts: Mapping[Name, np.ndarray], n_resamples: int, seed: int) ->
         for row in times_drawn:
             images = generator.integers(0, n_images, n_images, dtype=np.int32)
             row[:] = np.bincount(images, minlength=n_images)
-        sums = times_drawn @ table  # (resamples, counts)
-        yield dict(zip(counts, sums.T, strict=True))
+        yield times_drawn
 
 
 def total(counts: Counts) -> dict[str, np.ndarray]:
@@ -141,7 +158,7 @@ def differences(
         samples = np.concatenate(blocks)
         value = metric(total(method_counts)) - metric(total(base_counts))
         results[name] = Difference(
-            number_or_none(value), *interval(samples), _two_sided_p(samples), len(common), left_out
+            number_or_none(value), *interval(samples), bootstrap_p(samples), len(common), left_out
         )
     return results
 
@@ -153,7 +170,7 @@ def _of_images(counts: Counts, images: Sequence[object], selection: Sequence[obj
     return {name: column[rows] for name, column in counts.items()}
 
 
-def _two_sided_p(samples: np.ndarray) -> float | None:
+def bootstrap_p(samples: np.ndarray) -> float | None:
     """Bootstrap p of a difference from its resamples, see `Difference.p`; None if it is defined in none of them."""
     finite = samples[np.isfinite(samples)]
     if not len(finite):

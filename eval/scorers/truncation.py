@@ -28,7 +28,7 @@ from vlmfix.eval.scorers.chair import (
     prefix_objects,
     score_captions,
 )
-from vlmfix.eval.scorers.stats import Estimate, interval, number_or_none
+from vlmfix.eval.scorers.stats import Difference, Estimate, bootstrap_p, interval, number_or_none
 
 CUTS: tuple[int | None, ...] = (*range(10, 125, 5), None)
 """After how many white-space separated words captions are cut; None leaves them whole."""
@@ -131,11 +131,19 @@ class TruncationControl:
     """Difference in F1; above 0 is better."""
     outside: float
     """Share of the resamples in which the method's recall is below every cut; the intervals are without them."""
+    p: Mapping[str, float | None]
+    """Bootstrap p of `chair_s`, `chair_i_unique` and `f1`."""
 
     @property
     def below_curve(self) -> bool:
-        """Whether the method hallucinates less than cut captions beyond chance: dCHAIR_S' upper end is below 0."""
+        """Whether the interval of dCHAIR_S lies below 0. Reports judge several methods together, and more strictly
+        (`vlmfix.eval.report.verdicts`)."""
         return self.chair_s.high is not None and self.chair_s.high < 0
+
+    def difference(self, name: str) -> Difference:
+        """`chair_s`, `chair_i_unique` or `f1` with its p."""
+        gap: Estimate = getattr(self, name)
+        return Difference(gap.value, gap.low, gap.high, self.p[name], self.images, 0)
 
 
 def truncation_control(
@@ -167,6 +175,9 @@ def truncation_control(
     for name in _FIGURES:
         on_curve = np.where(above, curve[name][:, -1], _interpolate(own["recall"], curve, name))
         at_same_recall[name] = np.where(outside, np.nan, on_curve)
+    gaps = {}
+    for field, name in (("chair_s", "CHAIR_S"), ("chair_i_unique", "CHAIR_I_unique"), ("f1", "F1")):
+        gaps[field] = own[name] - at_same_recall[name]
     return TruncationControl(
         variant=base.variant,
         images=len(base.images),
@@ -174,10 +185,11 @@ def truncation_control(
         recall=float(own["recall"][0]),
         cut_chair_s=number_or_none(at_same_recall["CHAIR_S"][0]),
         cut_words=number_or_none(at_same_recall["words"][0]),
-        chair_s=_estimate(own["CHAIR_S"] - at_same_recall["CHAIR_S"]),
-        chair_i_unique=_estimate(own["CHAIR_I_unique"] - at_same_recall["CHAIR_I_unique"]),
-        f1=_estimate(own["F1"] - at_same_recall["F1"]),
+        chair_s=_estimate(gaps["chair_s"]),
+        chair_i_unique=_estimate(gaps["chair_i_unique"]),
+        f1=_estimate(gaps["f1"]),
         outside=float(outside[1:].sum() / max(resamples, 1)),
+        p={field: bootstrap_p(gap[1:]) for field, gap in gaps.items()},
     )
 
 

@@ -97,7 +97,8 @@ def test_eval_and_score(tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert "CHAIR (rohrbach), model organism, 3 pictures" in done.stdout and "var:p=0.6" not in done.stdout
-    assert re.search(r"CHAIR_S % .*\[\d", done.stdout) and "testing only" in done.stdout
+    assert "CHAIR_S %" in done.stdout and re.search(r"^none .*\[\d", done.stdout, re.MULTILINE)
+    assert "testing only" in done.stdout
     folders = sorted(p.parent for p in tmp_path.rglob("records.jsonl"))
     assert len(folders) == 3
     again = run("score", *folders, "--json")
@@ -230,3 +231,26 @@ def test_a_method_that_is_not_there():
     assert done.exit_code == 1 and "unknown method 'vra'; did you mean" in done.stderr
     mine = run("methods", "tests.method.test_settings:Every")
     assert mine.exit_code == 0 and "share=0.5  a number in 0..1" in mine.stdout
+
+
+def test_nothing_asked_five_lines():
+    done = run()
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) == 5
+    assert max(map(len, done.stdout.splitlines())) <= 80 and "vlmfix eval" in done.stdout
+
+
+def test_an_embedded_model_says_that_photos_mean_nothing_to_it():
+    photo = ROOT / "assets" / "photos" / "images" / "000000168974.jpg"
+    asked = run("ask", photo, "Is there a person in the image?", "--method", "none")
+    assert asked.exit_code == 0 and "drawn scenes only" in asked.stderr
+    assert "drawn scenes only" not in run("ask", SCENE, "Is there a cat?", "--method", "none").stderr
+
+
+@pytest.mark.parametrize("command", ["methods", "protocols", "models"])
+def test_lists_have_a_line_an_entry(command):
+    lines = run(command).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    name = lines[0].split()[0]
+    about = run(command, name).stdout
+    assert about.startswith(name) and len(about.splitlines()) >= 3
+    assert run(command, "nothing-of-the-kind").exit_code == 1

@@ -58,13 +58,20 @@ def test_a_task_goes_through_json():
 
 
 def test_its_fields_are_the_options_of_the_command():
-    options = set(inspect.signature(command).parameters) - {"markdown", "as_csv", "latex", "as_json"}
+    options = set(inspect.signature(command).parameters) - {
+        "markdown",
+        "as_csv",
+        "latex",
+        "as_json",
+        "full",
+        "processes",
+    }
     renamed = {"method": "methods", "benchmark": "benchmarks"}
     assert {renamed.get(option, option) for option in options} == {field.name for field in fields(Task)}
     defaults = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
     asked_by_default = Task(
         model=defaults["model"],
-        methods=defaults["method"],
+        methods=defaults["method"] or Task().methods,
         output=defaults["output"],
         batch_size=defaults["batch_size"],
     )

@@ -404,8 +404,7 @@ def test_limit_stands_in_every_output(runs, tmp_path):
     (one,) = compare(runs[:2], 50)
     studies = [study(one)]
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in terminal.tables(studies[0], 200):
-        console.print(table)
+    terminal.show(console, studies)
     mark = "testing only: --limit 24"
     assert (
         mark in " ".join(console.export_text().split())

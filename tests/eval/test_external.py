@@ -139,14 +139,14 @@ def test_three_files_compare_on_the_images_in_common():
 def test_table(tmp_path):
     names = ("opera/llava-1.5-greedy", "opera/llava-1.5-ours", "pope/Instruction2_instructblip")
     files = [write(tmp_path / f"{Path(name).name}.jsonl", caption_lines(name)[:100]) for name in names]
-    done = run(*files, "--benchmark", "chair", "--variant", "strict")
+    done = run(*files, "--benchmark", "chair", "--variant", "strict", "--full")
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("CHAIR (strict)")
     for part in (
         "CHAIR_I_unique %",
         "repetition %",
-        "CHAIR_S % at equal recall",
-        "F1 % at equal recall",
+        "CHAIR_S %          F1 %",  # and beneath: at equal recall
+        "at equal      at equal",
         "images in common",
     ):
         assert part in done.stdout
@@ -454,7 +454,7 @@ def test_questions_of_ones_own(tmp_path):
         ("b", 4, 1),
     ]
     assert values(found["rows"][0])["pair_accuracy"] == 0.5
-    done = run(path, "--benchmark", "yesno", "--questions", questions)
+    done = run(path, "--benchmark", "yesno", "--questions", questions, "--full")
     assert done.exit_code == 0 and "pair_accuracy" in done.stdout and "\x1b" not in done.stdout
     write(questions, [{**line, "group": "all", "pair": None} for line in asked])
     assert "a group is called 'all'" in sentence(path, "--benchmark", "yesno", "--questions", questions)
@@ -493,10 +493,10 @@ def here(tmp_path, monkeypatch):
         ("far.jsonl --benchmark chair", "far.jsonl: 1 of 1 images have no ground truth"),
         ("a.jsonl --benchmark pope", "which questions of POPE were asked? Give either --split (random, popular, adversarial)"),
         ("a.jsonl --benchmark pope --split random --questions q.jsonl", "which questions of POPE were asked?"),
-        ("a.jsonl --benchmark pope --split randm", "'randm' is no split of POPE (did you mean 'random'?)"),
-        ("a.jsonl --benchmark pope --split random --source coca", "'coca' is no source of POPE (did you mean 'coco'?)"),
+        ("a.jsonl --benchmark pope --split randm", "'randm' is no split of POPE; did you mean 'random'?"),
+        ("a.jsonl --benchmark pope --split random --source coca", "'coca' is no source of POPE; did you mean 'coco'?"),
         ("a.jsonl --benchmark pope --split random", "a.jsonl: 2999 questions have no answer"),
-        ("a.jsonl --benchmark pope --split random --parser pop", "'pop' is no parser (did you mean 'pope'?)"),
+        ("a.jsonl --benchmark pope --split random --parser pop", "'pop' is no parser; did you mean 'pope'?"),
         ("a.jsonl --benchmark pope --questions q.jsonl", "q.jsonl, line 1 has None as question_id"),
         ("a.jsonl --benchmark pope --split random --labels q.jsonl", "q.jsonl, line 1 has None as question_id"),
         ("a.jsonl --benchmark yesno", "which questions were asked? Give a file with id, image, question and label"),

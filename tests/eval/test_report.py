@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,10 +25,12 @@ from vlmfix.eval.report.csv_json import to_csv, to_json
 from vlmfix.eval.report.latex import to_latex
 from vlmfix.eval.report.markdown import to_markdown
 from vlmfix.eval.report.study import find_runs, study
+from vlmfix.eval.report.verdicts import is_real
 from vlmfix.eval.run.protocols import find_protocol
 from vlmfix.eval.run.results import Run, compare
 from vlmfix.eval.scorers import stats
 from vlmfix.eval.scorers.chair import score_captions
+from vlmfix.eval.scorers.stats import Difference
 
 ROOT = Path(__file__).parents[2]
 N = 48
@@ -303,7 +307,9 @@ def test_one_rule_decides_on_stars_bold_colours_and_words(tmp_path):
         cell = next(line for line in table.lines if line.label == "CHAIR_S %").cells[1]
         assert cell.verdict is verdict and cell.real is real
         change = cell.change
-        assert (f"{change} *" in row_below(drawn_in(one, 200), "│ CHAIR_S % ")) is real
+        row = row_below(drawn_in(one, 200), "some ", 0)
+        first_figure = row.partition("]")[0]
+        assert cell.change_interval in row and (f"{cell.change_number}*" in first_figure) is real
         assert (f"**{change}**" in row_below(to_markdown([one]), "| CHAIR_S % |", 0)) is real
         assert (rf"\textbf{{{latex.escape(change)}}}" in row_below(to_latex([one]), r"CHAIR\_S \% & ")) is real
         page = html.page([one])
@@ -326,27 +332,100 @@ def drawn_in(one, width):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_a_terminal_of_any_width_cuts_nothing(chair, width):
-    shown = drawn_in(chair, width)
-    assert "…" not in shown
-    frame = [line for line in shown.splitlines() if line.startswith(("│", "┃", "┏"))]
-    assert max(map(len, frame)) <= width
-    (table,) = tables.comparison_tables(chair)
-    assert table.methods == ["none", "good", "same", "almost"]
-    for line in table.lines:
-        rows = [row for row in frame if row.split("│")[1:2] and row.split("│")[1].strip() == line.label]
-        assert len(rows) == shown.count("┏"), "every part names its lines"
-        for cell in line.cells:
-            assert any(cell.value in row for row in rows) and all(part in shown for part in cell.change.split("\n"))
+TWELVE = {
+    "none": lambda k: k < 40,
+    "truncate:words=40": lambda k: k < 20,
+    "var": lambda k: 6 <= k < 40,
+    "var:select=random": lambda k: 2 <= k < 40,
+    "var:p=0.9,rho=0.3": lambda k: k < 10,
+    "var:p=0.9,rho=0.3,select=random": lambda k: k < 36,
+    "vhr": lambda k: k < 12,
+    "vhr:select=random": lambda k: k < 12,
+    "headgain:gain=1.5,head_list=L1H2/L3H4/L5H6/L7H8": lambda k: False,
+    "headgain:gain=1.5,head_list=L1H2/L3H4/L5H6/L7H8,select=random": lambda k: k < 40,
+    "pai:alpha=0.2": lambda k: k < 15,
+    "pai:alpha=-0.2": lambda k: True,
+}
+"""Method -> on which pictures it invents."""
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twelve")
+    return [write(folder, label, captions(invents)) for label, invents in TWELVE.items()]
+
+
+@pytest.mark.parametrize("width", [80, 100, 160, 240])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_terminal_of_any_width_cuts_nothing(twelve, width, full):
+    """In a pseudo-terminal: every name whole, every interval whole, no line wider than the terminal."""
+    command = [sys.executable, "-m", "vlmfix", "score", *map(str, twelve), *(["--full"] if full else [])]
+    lines = in_terminal(command, width).split("The first")[0].splitlines()
+    rule = next(place for place, line in enumerate(lines) if line.startswith("──"))
+    end = next(place for place, line in enumerate(lines) if line.startswith("Invents less"))
+    table = lines[:end]
+    assert max(map(len, table)) <= width and "…" not in "".join(table)
+    (one,) = map(study, compare(find_runs(twelve)))
+    (wanted,) = tables.method_tables(one, full)
+    parts = sum(line.startswith("──") for line in table)
+    for name, is_control in zip(wanted.names, wanted.is_control, strict=True):
+        starts = [line for line in table if line.startswith("  " * is_control + name)]
+        assert len(starts) >= parts, name
+    body = " ".join(table[rule:])
+    for column in wanted.columns:
+        for cell in column.cells:
+            shown = cell.change_interval or cell.interval
+            assert shown in body and cell.change_number in body and cell.number in body
+    assert wanted.names[:4] == ["none", "truncate:words=40", "var", "control: select=random"]
+
+
+def in_terminal(command, width):
+    """What a command prints in a pseudo-terminal of so many columns, without colours."""
+    pty = pytest.importorskip("pty")
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        printed = b""
+        while True:
+            try:
+                block = os.read(controller, 65536)
+            except OSError:
+                break
+            if not block:
+                break
+            printed += block
+    os.close(controller)
+    assert process.returncode == 0, printed.decode()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed.decode()).replace("\r", "")
+
+
+def test_in_short_says_no_more_than_the_intervals(twelve, folders):
+    (one,) = studies(*twelve)
+    first, *others = words.in_short(one)
+    real = {v.method for v in one.verdicts if v.metric == "CHAIR_S" and v.real and v.better}
+    assert real and set(first.split("; ")[0].partition(": ")[2].rstrip(".").split(", ")) == {f"`{n}`" for n in real} - {
+        f"`{one.names[control]}`" for _, control in one.pairs
+    }
+    assert "Better than its own negative control" in others[-1] and "not told apart from it, or worse" in others[-1]
+    (same,) = studies(folders["none"], folders["same"])
+    assert words.in_short(same) == ["Not told apart from the untouched model (CHAIR_S): `same`."]
+
+
+def test_nothing_is_real_of_few_pictures():
+    for n, real in ((5, False), (6, True)):
+        assert is_real(Difference(-1.0, -1.0, -1.0, 0.0, n, 0), 0.0) is real
 
 
 def test_a_long_name_goes_on_in_the_next_line(tmp_path, folders):
     label = "vhr:layers=" + "/".join(map(str, range(40)))
     (one,) = studies(folders["none"], write(tmp_path, label, captions(lambda k: False)))
-    shown = drawn_in(one, 80)
-    column = [line.split("┃")[3].strip() for line in shown.splitlines() if line.startswith("┃")]
-    assert "".join(column) == label
+    lines = drawn_in(one, 80).splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("vhr:"))
+    assert "".join(lines[start : start + 2]) == label
 
 
 def test_runs_with_unlike_numbers_of_answers_say_so(tmp_path, folders):
@@ -376,7 +455,7 @@ def test_latex_of_captions(chair, pope):
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table[0]) - 1}, "as many cells as columns"
     assert r"CHAIR\_I\_unique \% & " in text and r"\textbf{$-$50.0 [$-$" in text
     assert "Scorer: CHAIR (rohrbach). " in text and "Scorer: POPE, parser pope. " in text
-    assert "bold marks a real one: its interval excludes 0 and its p, adjusted for the number of methods" in text
+    assert "bold marks a real one. A difference is real if its 95" in text
 
 
 def test_latex_names_the_protocol_and_what_others_report(tmp_path, folders):

@@ -60,7 +60,7 @@ def test_one_layer(name):
     out, memo = run_layer(settings(case), v["X"], v["A"], v["image"], v["query_rows"], v.get("valid"))
     n = v["X"].shape[1]
     assert torch.equal(memo["sinks"][2], v["sink"][:, :n])
-    assert memo["notes"][2][0].sum() == v["selected"].sum()
+    assert memo["notes"][2]["selected"].sum() == v["selected"].sum()
     tolerance = 1e-3 if name == "fp16" else 1e-6
     torch.testing.assert_close(out, v["A_out"].float(), rtol=0, atol=tolerance)
     if case["p"] > 0 and name != "fp16":
@@ -70,7 +70,7 @@ def test_one_layer(name):
         literal, memo = run_layer(
             settings(case, require_visual_sink=False), v["X"], v["A"], v["image"], v["query_rows"]
         )
-        assert memo["notes"][2][0].sum() == v["selected_literal"].sum() > 0
+        assert memo["notes"][2]["selected"].sum() == v["selected_literal"].sum() > 0
         torch.testing.assert_close(literal, v["A_out_literal"], rtol=0, atol=1e-6)
 
 

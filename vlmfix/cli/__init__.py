@@ -24,7 +24,6 @@ app = typer.Typer(
     name="vlmfix",
     help="Make vision-language models say what is in the picture: training-free attention interventions, measured "
     "honestly.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -35,9 +34,25 @@ calibrate = typer.Typer(
 )
 
 
+BEGIN = """\
+vlmfix: vision-language models that say what is in the picture; no training.
+  vlmfix eval                          what methods do, on an embedded model
+  vlmfix ask PICTURE "What is there?"  one question, untouched and with a method
+  vlmfix demo                          the same side by side, in a browser
+All commands: vlmfix --help. All methods: vlmfix methods.
+"""
+"""What is printed where nothing is asked for."""
+
+
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     """Options of the program itself."""
+    if context.invoked_subcommand is None and not version:
+        sys.stdout.write(BEGIN)
+        raise typer.Exit()
     if version:
         import vlmfix
 

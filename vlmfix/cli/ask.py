@@ -21,8 +21,17 @@ from vlmfix.cli.console import (
     ModelName,
     Quantize,
     Speed,
+    err,
     load_model,
     sentences,
+)
+
+EMBEDDED = ("organism", "organism-qwen")
+SCENES = ((120, 120),)
+"""Sizes of the pictures that these models were trained on."""
+DRAWN_ONLY = (
+    "note: {model} knows drawn scenes only (assets/organism/test/images); what it says of other pictures means "
+    "nothing. For photos give --model, such as llava-hf/llava-1.5-7b-hf"
 )
 
 
@@ -55,7 +64,9 @@ def ask(
         from vlmfix.asking.asker import Asker
         from vlmfix.asking.pictures import open_picture
 
-        open_picture(image)  # before the model is loaded, which may take minutes
+        picture = open_picture(image)  # before the model is loaded, which may take minutes
+        if model in EMBEDDED and picture.size not in SCENES:
+            err.print(DRAWN_ONLY.format(model=model), soft_wrap=True, markup=False)
         loaded, processor = load_model(model, dtype, device_map, quantize)
         records = []
         for interventions in parsed:

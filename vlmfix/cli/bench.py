@@ -29,6 +29,13 @@ def bench(
     questions: Annotated[
         int, typer.Option(min=0, help="Measure instead how fast so many questions about one picture are answered.")
     ] = 0,
+    dispatch: Annotated[
+        bool,
+        typer.Option(
+            help="Measure instead what methods cost where launching operations takes longer than they do, as on a GPU: "
+            "on layers so narrow that nothing else is left, eager and compiled."
+        ),
+    ] = False,
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     clock: Annotated[
@@ -51,6 +58,9 @@ def bench(
         from vlmfix.eval.bench.questions import share_questions
 
         hf_logging.set_verbosity_error()
+        if dispatch:
+            show_dispatch(split_methods(method), rounds, as_json)
+            return
         methods = compare.find_methods(split_methods(method))
         model = shapes.build(shape, layers, getattr(torch, dtype), device)
         inputs = shapes.build_prompt(model, shape, 1 if questions else batch_size, text_tokens)
@@ -125,6 +135,46 @@ def show_questions(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         table.add_row(*map(Text, cells))
     out().print(table)
     show_machine(facts)
+
+
+def show_dispatch(specs: list[str], rounds: int, as_json: bool) -> None:
+    """Measure and print what methods add where dispatch is the limit."""
+    import torch
+
+    from vlmfix.eval.bench import dispatch, timing
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    with progress_bar() as show:
+        for way in dispatch.LAYERS:
+
+            def progress(label: str, done: int, total: int, way: str = way) -> None:
+                show(f"{way} {label}", done, total, "")
+
+            rows[way] = dispatch.measure(specs, way, rounds, progress)
+    facts = {"cpu": timing.cpu_name(), "torch": torch.__version__, "rounds": rounds}
+    if as_json:
+        sys.stdout.write(json.dumps({**facts, "rows": rows, "command": shlex.join(["vlmfix", *sys.argv[1:]])}) + "\n")
+        return
+    title = "One new token where dispatch is the limit, over the untouched model"
+    table = Table("", title=Text(title), title_justify="left")
+    for heading in ("eager", "operations", "formula", "compiled", "breaks"):
+        table.add_column(heading, justify="right")
+    for eager, compiled in zip(rows["eager"], rows["compiled"], strict=True):
+        cells = [eager["method"], f"×{with_interval(eager)}", f"{eager['operations']:+.1f}", f"{eager['formula']:.1f}"]
+        table.add_row(*map(Text, [*cells, f"×{with_interval(compiled)}", str(compiled["graph_breaks"])]))
+    out().print(table)
+    ways = []
+    for way, layers in dispatch.LAYERS.items():
+        milliseconds = rows[way][0]["milliseconds"]
+        ways.append(f"{way}: {layers} layers, {milliseconds:.1f} ms per token")
+    each = rows["eager"][0]["untouched_operations"]
+    out().print(
+        f"{'; '.join(ways)}. Process time of one thread, medians over {rounds} rounds with 95 % intervals. "
+        f"Operations: added per layer, to {each:.0f}; formula: those of the method's own stages. {facts['cpu']}, "
+        f"torch {facts['torch']}.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def with_interval(ratio: dict[str, Any]) -> str:

@@ -29,10 +29,13 @@ from vlmfix.cli.console import (
     quiet_libraries,
     sentences,
 )
-from vlmfix.cli.results import CsvFile, Files, LatexFile, MarkdownFile, show
+from vlmfix.cli.results import CsvFile, Files, Full, LatexFile, MarkdownFile, show
 
 if TYPE_CHECKING:
+    from vlmfix.eval.api import Setup
+    from vlmfix.eval.run.progress import Progress
     from vlmfix.eval.run.results import Run
+    from vlmfix.eval.run.workers import Workers
 
 
 def evaluate(
@@ -44,7 +47,13 @@ def evaluate(
             "commas. Default: the protocol's, else chair,pope."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=METHOD_HELP + " Separate methods with commas.")] = "none,var,vhr",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help=METHOD_HELP + " Separate methods with commas. Default: none,var,vhr; without any option, the "
+            "main job's."
+        ),
+    ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(help="Named set-up, such as pai-512 or vcd-pope (`vlmfix protocols`); other options override it."),
@@ -91,20 +100,44 @@ def evaluate(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     quantize: Quantize = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share out the runs. Default: one, and one a core for the main job."),
+    ] = None,
+    full: Full = False,
     markdown: MarkdownFile = None,
     as_csv: CsvFile = None,
     latex: LatexFile = None,
     as_json: Json = False,
 ) -> None:
-    """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice."""
+    """Run benchmarks and compare methods with the untouched model. Run it again to resume: nothing is asked twice.
+
+    Without options: the main job, a look at what methods do on the embedded model, in about two minutes.
+    """
+    given: tuple[object, ...] = (
+        benchmark,
+        method,
+        protocol,
+        speed,
+        data,
+        images,
+        which,
+        questions,
+        max_new_tokens,
+        prompt,
+        template,
+    )
+    given += (decoding, seed, variant, parser, similarity, dtype, device_map, quantize)
+    is_tour = model == "organism" and batch_size == 32 and not (controls or beside) and set(given) == {None}
     with sentences():
         from vlmfix.eval.api import Task, compare, prepare
         from vlmfix.eval.benchmarks.benchmark import FileOptions
         from vlmfix.eval.run.workers import Workers
+        from vlmfix.eval.tour import first_lines, next_lines, tour
 
         task = Task(
             model=model,
-            methods=method,
+            methods=method or Task().methods,
             benchmarks=benchmark or (),
             protocol=protocol,
             speed=speed,
@@ -129,21 +162,57 @@ def evaluate(
             device_map=device_map,
             quantize=quantize,
         )
-        setup = prepare(task)
-        quiet_libraries()
-        command, workers = shlex.join(["vlmfix", *sys.argv[1:]]), Workers.found()
+        setups = [prepare(each) for each in (tour(str(output), limit) if is_tour else [task])]
+        workers = Workers.found()
+        if is_tour and workers.rank == 0:
+            for line in first_lines(str(output)):
+                err.print(line, markup=False)
+        command = shlex.join(["vlmfix", *sys.argv[1:]])
         with progress_bar() if workers.rank == 0 else nullcontext() as progress:
             try:
-                runs = setup.answer(progress=progress, command=command, workers=workers)
+                runs = _answer(setups, processes or _processes(setups, is_tour, workers), progress, command, workers)
             except KeyboardInterrupt:
                 raise fail(f"interrupted; finished answers are in {output}. To go on: {command}", 130) from None
     if workers.rank == 0:
         with sentences():
             options = FileOptions(variant=variant, parser=parser, similarity=similarity)
             comparisons = compare(runs, options=options)
-        show(comparisons, as_json, Files(markdown=markdown, csv=as_csv, latex=latex))
+        show(comparisons, as_json, Files(markdown=markdown, csv=as_csv, latex=latex), full)
         err.print(f"answers and settings: {output}", soft_wrap=True, markup=False)
+        for line in next_lines(str(output)) if is_tour else [f"next: vlmfix report {output}"]:
+            err.print(line, soft_wrap=True, markup=False)
         _tell_errors(runs)
+
+
+MANY = 400
+"""Questions from which on it pays to start further processes."""
+
+
+def _processes(setups: Sequence[Setup], is_tour: bool, workers: Workers) -> int:
+    """How many processes share out the runs where nobody has said: several for the main job alone, whose model is so
+    small that one process leaves cores idle."""
+    from vlmfix.eval.run.parallel import cores, units_of
+
+    n_questions = sum(len(bench.items(setup.data)) for setup in setups for bench in setup.benches)
+    if not is_tour or workers.n > 1 or n_questions < MANY:
+        return 1
+    return min(cores(), len(units_of(setups)))
+
+
+def _answer(setups: Sequence[Setup], n: int, progress: Progress | None, command: str, workers: Workers) -> list[Run]:
+    """Ask all questions, in this process or in several."""
+    if n > 1:
+        from vlmfix.eval.run.parallel import answer_in_processes
+
+        return answer_in_processes(setups, n, progress, command)
+    quiet_libraries()
+    from vlmfix.eval.api import load
+
+    loaded = load(setups[0].task)
+    runs: list[Run] = []
+    for setup in setups:
+        runs += setup.answer(loaded, progress=progress, command=command, workers=workers)
+    return runs
 
 
 NOT_ASKED = 3

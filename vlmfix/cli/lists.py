@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from vlmfix.cli.console import (
     Json,
@@ -35,7 +33,7 @@ def methods(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, such as the README's.")] = False,
 ) -> None:
-    """List the interventions: name, stages, what they do and cost, what to expect, paper. With NAME: all about one."""
+    """List the interventions, a line each. With NAME: all about one, with every setting."""
     from vlmfix.method.names import REGISTRY
     from vlmfix.method.registry import method_class
 
@@ -56,19 +54,25 @@ def _facts(cls: type[Intervention]) -> dict[str, Any]:
 
 
 def _show_table(classes: Sequence[type[Intervention]], markdown: bool) -> None:
+    if not markdown:
+        _print_lines([(cls.name, cls.summary) for cls in classes])
+        out().print("\nAll about one: vlmfix methods NAME", markup=False)
+        return
     head = ("name", "stages", "what it does", "what to expect", "cost", "paper")
     rows = []
     for cls in classes:
         texts = [getattr(cls, key) for key in TEXTS]
-        rows.append((f"`{cls.name}`" if markdown else cls.name, ", ".join(cls.stages()), *texts))
-    if markdown:
-        for line in (head, ("---",) * len(head), *rows):
-            sys.stdout.write("| " + " | ".join(line) + " |\n")
-        return
-    table = Table(*head, show_lines=True)
+        rows.append((f"`{cls.name}`", ", ".join(cls.stages()), *texts))
+    for line in (head, ("---",) * len(head), *rows):
+        sys.stdout.write("| " + " | ".join(line) + " |\n")
+
+
+def _print_lines(rows: Sequence[tuple[str, ...]]) -> None:
+    """One line an entry, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        table.add_row(*row)
-    out().print(table)
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        out().print("  ".join(cells).rstrip(), markup=False, soft_wrap=True)
 
 
 def _all_about(cls: type[Intervention]) -> str:
@@ -99,40 +103,84 @@ def _all_about(cls: type[Intervention]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def protocols(as_json: Json = False) -> None:
-    """List the named set-ups of `vlmfix eval --protocol`: pictures, prompt, budget, decoding, scorer, source."""
+def protocols(
+    name: Annotated[
+        str | None, typer.Argument(help="One set-up, with its prompt, template, scorer and source.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the named set-ups of `vlmfix eval --protocol`, a line each. With NAME: all about one."""
     from dataclasses import asdict
 
-    from vlmfix.eval.run.protocols import PROTOCOLS, published
+    from vlmfix.eval.run.protocols import PROTOCOLS, find_protocol, published
 
+    with sentences():
+        one = find_protocol(name)
+    chosen = list(PROTOCOLS.values()) if one is None else [one]
     if as_json:
-        rows = [{**asdict(p), "published": [asdict(one) for one in published(p.name)]} for p in PROTOCOLS.values()]
+        rows = [{**asdict(p), "published": [asdict(one) for one in published(p.name)]} for p in chosen]
         sys.stdout.write(json.dumps(rows) + "\n")
-        return
-    table = Table("name", "pictures", "prompt", "template", "tokens", "decoding", "scorer", "source", show_lines=True)
-    for p in PROTOCOLS.values():
-        cells = (p.name, p.images or "pope500", p.prompt, p.template, str(p.max_new_tokens), p.decoding)
-        table.add_row(*map(Text, (*cells, ", ".join(p.scoring), p.source)))
-    out().print(table)
+    elif name is None:
+        _print_lines(
+            [
+                (p.name, p.benchmark, f"{p.max_new_tokens} tokens", p.decoding, p.source.partition(";")[0])
+                for p in chosen
+            ]
+        )
+        out().print("\nAll about one: vlmfix protocols NAME", markup=False)
+    else:
+        for p in chosen:
+            facts = {
+                "benchmark": p.benchmark, "pictures": p.images or "pope500", "prompt": p.prompt, "template": p.template,
+                "tokens": str(p.max_new_tokens), "decoding": p.decoding, "scorer": ", ".join(p.scoring),
+                "source": p.source,
+            }  # fmt: skip
+            out().print(p.name, markup=False)
+            for title, text in facts.items():
+                lines = textwrap.wrap(text, WIDTH, initial_indent=f"  {title:11}", subsequent_indent=" " * 13)
+                out().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def models(
+    name: Annotated[str | None, typer.Argument(help="One model type, such as llava, with all that is known.")] = None,
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/models.md.")] = False,
 ) -> None:
-    """List the model types of the installed transformers: what can be done on each, and how image tokens are found."""
+    """List the model types of the installed transformers, a line each: what can be done on them. With NAME: stages,
+    how image tokens are found, and why not."""
     with sentences():
         from vlmfix.engine import support
+        from vlmfix.method.settings import did_you_mean
 
         rows = support.table()
+        chosen = [row for row in rows if name in (None, row.model_type)]
+        if not chosen:
+            raise ValueError(
+                f"unknown model type {name!r}; {did_you_mean(str(name), [row.model_type for row in rows])}"
+            )
     if as_json:
-        sys.stdout.write(json.dumps([row.to_json() for row in rows]) + "\n")
-        return
-    if markdown:
-        sys.stdout.write(support.to_markdown(rows))
-        return
-    shown = Table("model type", "stages", "image tokens by", "note")
-    for row in sorted(rows, key=lambda row: not row.stages):
-        shown.add_row(row.model_type, ", ".join(row.stages) or "-", row.image_tokens, row.note)
-    out().print(shown)
-    out().print(f"{sum(bool(row.stages) for row in rows)} of {len(rows)} model types are supported.")
+        sys.stdout.write(json.dumps([row.to_json() for row in chosen]) + "\n")
+    elif markdown:
+        sys.stdout.write(support.to_markdown(chosen))
+    elif name is not None:
+        row = chosen[0]
+        facts = {"stages": ", ".join(row.stages) or "none", "image tokens by": row.image_tokens, "note": row.note}
+        out().print(row.model_type, markup=False)
+        for title, text in facts.items():
+            if text:
+                lines = textwrap.wrap(text, WIDTH, initial_indent=f"  {title:16}", subsequent_indent=" " * 18)
+                out().print("\n".join(lines), markup=False, soft_wrap=True)
+    else:
+        most = max((row.stages for row in rows), key=len)
+        ordered = sorted(rows, key=lambda row: not row.stages)
+        _print_lines([(row.model_type, _can_do(row.stages, most)) for row in ordered])
+        supported = sum(bool(row.stages) for row in rows)
+        out().print(f"\n{supported} of {len(rows)} model types are supported. All about one: vlmfix models NAME")
+
+
+def _can_do(stages: Sequence[str], most: Sequence[str]) -> str:
+    """`every stage`, `all but layer inputs`, `not supported`."""
+    missing = [stage for stage in most if stage not in stages]
+    if not stages:
+        return "not supported"
+    return f"all but {', '.join(missing)}" if missing else "every stage"

@@ -24,6 +24,7 @@ CsvFile = Annotated[Path | None, typer.Option("--csv", help="Also write every fi
 LatexFile = Annotated[
     Path | None, typer.Option("--latex", help="Also write the tables as LaTeX (booktabs), to this file.")
 ]
+Full = Annotated[bool, typer.Option("--full", help="Print all figures, not only the headline.")]
 ExplainFile = Annotated[
     Path | None, typer.Option("--explain", help="Write every verdict to this file, one JSON line each.")
 ]
@@ -86,7 +87,7 @@ def write_text(path: Path, text: str) -> None:
     err.print(f"written: {path}", soft_wrap=True, markup=False)
 
 
-def show(comparisons: Sequence[Comparison], as_json: bool, files: Files) -> None:
+def show(comparisons: Sequence[Comparison], as_json: bool, files: Files, full: bool = False) -> None:
     """Write files, then print tables, or JSON. Of files of answers the notes then go to stderr."""
     with sentences():
         from vlmfix.eval.report import terminal
@@ -100,4 +101,4 @@ def show(comparisons: Sequence[Comparison], as_json: bool, files: Files) -> None
                 for note in comparison.notes:
                     err.print(f"note: {note}", markup=False, soft_wrap=True)
     else:
-        terminal.show(out(), studies)
+        terminal.show(out(), studies, full)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlmfix.cli.console import PARSER_HELP, SIMILARITY_HELP, VARIANT_HELP, Json, sentences
-from vlmfix.cli.results import CsvFile, ExplainFile, Files, LatexFile, MarkdownFile, show
+from vlmfix.cli.results import CsvFile, ExplainFile, Files, Full, LatexFile, MarkdownFile, show
 
 
 def score(
@@ -49,6 +49,7 @@ def score(
     as_csv: CsvFile = None,
     latex: LatexFile = None,
     page: Annotated[Path | None, typer.Option("--report", help="Write a page to read (HTML) to this file.")] = None,
+    full: Full = False,
     as_json: Json = False,
 ) -> None:
     """Score finished answers again, without a model; several are compared in one table.
@@ -77,7 +78,7 @@ def score(
             raise ValueError("report: only with --benchmark, for files that are no runs of `vlmfix eval`")
         _check_not_read(written, [*files, baseline, truth, synonyms, questions, labels])
         comparisons = compare(files, benchmark=benchmark, options=options, baseline=baseline)
-    show(comparisons, as_json, written)
+    show(comparisons, as_json, written, full)
 
 
 def _check_not_read(written: Files, read: Sequence[str | Path | None]) -> None:

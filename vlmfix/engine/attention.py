@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from vlmfix.engine import flex
 from vlmfix.engine.passes import Pass
 from vlmfix.engine.plan import Edits, Placed
 from vlmfix.engine.streams import JointCache
@@ -126,7 +127,7 @@ def _attended(
 
 def _by_plan(
     scores: Edits, weights: Edits, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The attention of one new token: its row of scores, the edits, its sums. Nothing is done twice, and no kernel
     runs. Output (B, 1, H, d) and weights (B, H, 1, K)."""
     n_keys, group = key.shape[2], query.shape[1] // key.shape[1]
@@ -150,7 +151,7 @@ def _by_plan(
     a = softmax(s, extra, slice(None))
     for one, site in weights:
         a = one.weights(a, site)
-    out = (by_key_head(a, group).to(value.dtype) @ value).view(*query.shape[:3], value.shape[-1])
+    out = batched(by_key_head(a, group).to(value.dtype), value).view(*query.shape[:3], value.shape[-1])
     return out.transpose(1, 2).to(query.dtype), a
 
 
@@ -165,6 +166,10 @@ def _edited(
         this_pass.generation.joinable.add(view.layer)
     if not view.edits:
         return stock()
+    in_force = [(i, one) for i, one in view.edits if i in this_pass.generation.force]
+    if flex.takes(in_force, view.original.config._attn_implementation, kwargs):
+        place = view.layer, view.n_layers
+        return flex.attend(in_force, this_pass, *place, query, key, value, attention_mask, kwargs), None
     scores = Scores(view, this_pass, query, key, attention_mask, kwargs)
     if not this_pass.n_prompt and query.device.type == "cpu" and view.original.config._attn_implementation == "sdpa":
         # The kernel runs only where a row stays as it is.
@@ -250,7 +255,7 @@ def products(q: Tensor, key: Tensor) -> Tensor:
     if key.requires_grad:  # pieces in one room could not be found again on the way back
         key = key.to(q.dtype)
     if key.dtype == q.dtype:
-        return q @ key.transpose(-1, -2)
+        return batched(q, key.transpose(-1, -2))
     b, n_key_heads, n_keys, d = key.shape
     most = FLOATS.get(key.device.type, MOST_FLOATS)
     piece_size = min(max(most // (b * n_key_heads * d), 1), n_keys)
@@ -261,6 +266,13 @@ def products(q: Tensor, key: Tensor) -> Tensor:
         floats = room[:, :, : piece.shape[2]].copy_(piece)
         pieces.append(q @ floats.transpose(-1, -2))
     return pieces[0] if piece_size == n_keys else torch.cat(pieces, dim=-1)
+
+
+def batched(x: Tensor, y: Tensor) -> Tensor:
+    """(B, Hk, n, m) of (B, Hk, n, k) and (B, Hk, k, m): `x @ y`, without the operations that it takes to find out that
+    nothing is to be repeated."""
+    product = torch.bmm(x.flatten(0, 1), y.flatten(0, 1))
+    return product.view(*x.shape[:2], *product.shape[1:])
 
 
 def _capped_and_biased(s: Tensor, extra: dict[str, Any], picked: Any) -> Tensor:
@@ -295,7 +307,7 @@ def by_key_head(x: Tensor, group: int) -> Tensor:
     """(B, H, R, n) as (B, Hk, group * R, n): query heads of one key head side by side, so that keys and values are
     never repeated."""
     b, h, r, n = x.shape
-    return x.reshape(b, h // group, group * r, n)
+    return x if group == 1 else x.reshape(b, h // group, group * r, n)
 
 
 def edit_rows(

@@ -19,11 +19,14 @@ from vlmfix.engine.attention import between_compiled_pieces
 from vlmfix.engine.door import Door
 from vlmfix.engine.passes import Pass, Seen, answer_begins, image_columns, image_tokens, valid_columns, which_pass
 from vlmfix.engine.plan import Plan, lay
-from vlmfix.engine.refusals import check_pass, check_pieces, check_scoring
+from vlmfix.engine.refusals import PACKED, check_pass, check_pieces, check_scoring
 from vlmfix.engine.running import Running, names_of
 from vlmfix.engine.state import Generation, Scope
 from vlmfix.engine.streams import JointCache, join
 from vlmfix.model.anatomy import PICTURE_ARGUMENTS, Anatomy
+
+BESIDE = frozenset({"image_mask", "prompt_end", "labels", *PACKED})
+"""Arguments of a forward pass that say more than `generate` does of a new token."""
 
 
 class ForwardDoor(Door):
@@ -57,7 +60,10 @@ class ForwardDoor(Door):
             raise
         finally:
             thread.inside = False
-        self.after(output)
+        if thread.current is not None and thread.current.goes_on:
+            thread.current = None
+        else:
+            self.after(output)
         return output
 
     # `torch.compile(model.forward)` would see an object without a frame, and break its graph there. These two names, by
@@ -77,7 +83,7 @@ class ForwardDoor(Door):
     @between_compiled_pieces
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
         """Make ready for a pass: what to run, and with which arguments."""
-        if not self.is_on:
+        if not self.is_on or self._goes_on(args, kwargs):
             return self.original, args, kwargs
         args, kwargs = self._begun(args, kwargs)
         this_pass = self.running.thread.current
@@ -87,6 +93,29 @@ class ForwardDoor(Door):
             return self.original, args, kwargs
         # A plan is being laid, over the prompt and the first new token: by Python that is not to be compiled.
         return partial(_run_uncompiled, torch.compiler.disable(self.original)), args, kwargs
+
+    def _goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this is but the next token of a call of `generate` whose passes go by plan. Then all is known, and
+        nothing is asked again: at every token this is what the Python of a pass costs."""
+        thread = self.running.thread
+        scope = thread.scope
+        generation = None if scope is None else scope.generation
+        plan = None if generation is None else generation.plan
+        if scope is None or generation is None or plan is None or not plan.begun or args or generation.streams:
+            return False
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if ids is None or ids.shape[1] != 1 or kwargs.get("inputs_embeds") is not None or cache is not scope.cache:
+            return False
+        if not BESIDE.isdisjoint(kwargs) or thread.capture is not None or thread.only is not None:
+            return False
+        if len(ids) != len(generation.geometry.image) or _cached(cache, scope) != scope.position:
+            return False
+        if torch.is_grad_enabled():
+            return False
+        plan.advance(scope.position)
+        thread.current = Pass(generation, scope.position, 1, 0, cache=cache, plan=plan, goes_on=True)
+        scope.position += 1
+        return True
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Find out what this forward pass is, and start a generation if it is a prefill."""
@@ -113,6 +142,7 @@ class ForwardDoor(Door):
         if thread.scope is not None:
             thread.scope.generation = this_pass.generation
             thread.scope.position = this_pass.start + this_pass.n_rows
+            thread.scope.cache = named.get("past_key_values")
             args, kwargs = self._with_streams(this_pass, thread.scope, named, args, kwargs)
         thread.current = this_pass  # passes of `begin` may have come between
         return args, kwargs
@@ -321,10 +351,10 @@ def windows_of(cache: Any, parts: Anatomy) -> dict[int, int]:
     for number, layer in enumerate(parts.layers):
         index = number if layer.cache_index is None else layer.cache_index
         kept = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
-        if getattr(kept, "is_sliding", False):
-            windows[number] = getattr(kept, "max_cache_len", -1)
-            if windows[number] < 0:
-                windows[number] = kept.sliding_window
+        if kept is not None and getattr(kept, "is_sliding", False):
+            # A static one has no more room than its window, and less where the whole is shorter.
+            room = getattr(kept, "max_cache_len", None)
+            windows[number] = kept.sliding_window if room is None or room < 0 else room
     return windows
 
 

@@ -61,6 +61,8 @@ class Pass:
     """Keys and values so far; a `JointCache` in a pass that takes second streams along."""
     plan: Plan | None = None
     """What each layer does; `None`: the general way."""
+    goes_on: bool = False
+    """Whether it is but the next token of a call of `generate` that goes by plan: it leaves nothing new behind."""
     _geometries: dict[Any, Geometry] = field(default_factory=dict)
     _rows: dict[Any, Any] = field(default_factory=dict)
 

@@ -88,7 +88,7 @@ class Running:
             self._look_at_part(edits)
         return thread.current
 
-    @torch.compiler.disable(reason="a warning is given, once")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="a warning is given, once")
     def _look_at_part(self, edits: Sequence[Placed]) -> None:
         """Say, of a part of the model that no door knows of, that interventions are not in force in it."""
         backward = torch._C._current_graph_task_id() != -1

@@ -90,6 +90,8 @@ class Scope:
     """What it has begun."""
     position: int = 0
     """Tokens that have gone through the model."""
+    cache: Any = None
+    """What the newest pass was given to go on from."""
 
     @property
     def columns(self) -> int | None:

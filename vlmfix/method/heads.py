@@ -15,10 +15,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 FORMAT = "vlmfix.heads/1"
+EMBEDDED = {"visual16": "organism/heads/visual16.json"}
+"""Head lists that come with the package, by name: of the embedded model, made by `vlmfix heads --tool visual --top
+16`."""
 Head = tuple[int, int]
 """Layer and query head, 0-based. In text: `L3H1`."""
 
@@ -178,9 +182,12 @@ class HeadList:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadList:
-        """Read it. `ValueError` if there is no such file or if it is no head list."""
+        """Read it: a file, or one that comes with the package, by its name (`visual16`). `ValueError` if there is no
+        such file or if it is no head list."""
+        embedded = EMBEDDED.get(str(path))
         try:
-            data = json.loads(Path(path).read_text("utf-8"))
+            source = files("vlmfix.assets") / embedded if embedded else Path(path)
+            data = json.loads(source.read_text("utf-8"))
         except OSError as error:
             raise ValueError(f"cannot read the head list {path}: {error.strerror or error}") from error
         except ValueError as error:

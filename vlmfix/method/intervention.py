@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
 
 
+ScoreMod = Callable[..., Any]
+"""(score, sample, head, row, key) -> score, on tensors without dimensions."""
+
+
 class Idle(Exception):
     """Raised by `Intervention.resolve`: this model gives the method nothing to act on. Becomes a warning, never
     silence."""
@@ -169,6 +173,12 @@ class Intervention:
     def scores(self, s: Tensor, site: Site) -> Tensor:
         """Edit attention scores."""
         return s
+
+    def score_mod(self, s: Tensor, site: Site) -> ScoreMod:
+        """The edit of `scores` once more, entry by entry, where it is pointwise: FlexAttention then computes it inside
+        its kernel, in all rows at once, and nothing is done again. Of `s` (B, H, 1, K) only shape and dtype mean
+        something here. Rows that may not be edited are the engine's business."""
+        raise NotImplementedError
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
         """Edit attention weights."""

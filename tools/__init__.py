@@ -1,0 +1,1 @@
+"""What keeps the README true, and figures of the code itself."""
