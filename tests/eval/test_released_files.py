@@ -141,3 +141,21 @@ def test_a_part_of_hallusionbench_is_scored_and_says_so(tmp_path):
     comparison = compare([path], benchmark="hallusionbench", n_resamples=50)[0]
     assert comparison.rows[0].estimates["aAcc"].value == 1
     assert any("partial: 40 of 951 questions are answered" in note for note in comparison.notes)
+
+
+def test_mme_as_llava_logs_it(tmp_path):
+    from vlmfix.eval.benchmarks import mme
+
+    lines = [f"{n}.jpg\tIs there a {name}? Please answer yes or no.\t{label}" for n in range(2) for name, label in
+             (("dog", "Yes"), ("cat", "No"))]  # fmt: skip
+    for task in mme.TASKS:
+        (tmp_path / f"{task}.txt").write_text("\n".join(lines), "utf-8")
+    log = [{"question_id": "OCR/1.jpg", "prompt": "Is it x?", "text": "Yes"}]
+    for question in mme.load(tmp_path):
+        prompt = question.text.replace(" Please answer yes or no.", "\nAnswer with a single word.")
+        name = f"{question.group}/{question.image}"
+        log.append({"question_id": name, "prompt": prompt, "text": question.label.title()})
+    path = written(tmp_path / "log" / "llava.jsonl", log)
+    comparison = compare([path], benchmark="mme", options=FileOptions(questions=str(tmp_path)), n_resamples=50)[0]
+    assert [row.estimates["score"].value for row in comparison.rows] == [200] * 4
+    assert any("1 answers to other tasks of MME left out" in note for note in comparison.notes)
