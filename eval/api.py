@@ -322,7 +322,7 @@ def compare(
 
 
 def _variants(benchmark: str, options: FileOptions) -> Sequence[str | None]:
-    """How captions in files are read: on the pictures of COCO in both ways that papers call CHAIR, if none is chosen."""
+    """How captions in files are read: on COCO's pictures in both ways that papers call CHAIR, if none is chosen."""
     own_truth = options.truth not in (None, "coco") or options.synonyms is not None
     if benchmark != "chair" or options.variant is not None or own_truth:
         return [options.variant]

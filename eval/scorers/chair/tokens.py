@@ -38,8 +38,14 @@ def tokenize(caption: str) -> list[Token]:
     Needs no NLTK and no data. Known abbreviations ("Mr.", "p.m.") keep no full stop here; no object depends on them.
     """
     text, origin = lower(caption)
+    same_places = isinstance(origin, range)
     tokens = []
     for sentence_start, sentence_end in punkt_sentences(text):
+        if same_places:  # nearly always, and in half the time
+            for start, end in word_spans(text[sentence_start:sentence_end]):
+                start, end = sentence_start + start, sentence_start + end  # noqa: PLW2901
+                tokens.append(Token(text[start:end], start, end))
+            continue
         for start, end in word_spans(text[sentence_start:sentence_end]):
             tokens.append(token_at(text, sentence_start + start, sentence_start + end, origin))
     return tokens
@@ -116,11 +122,12 @@ def word_spans(sentence: str) -> tuple[tuple[int, int], ...]:
 
 def _scan(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
     for match in _SCAN.finditer(text, start, end):
-        if match["symbol"]:
+        word = match[0]
+        if match.lastgroup or ("'" not in word and word not in _TWO_WORDS):  # a symbol, or nothing to part
             yield match.span()
             continue
         piece_start = match.start()
-        for piece in _pieces(match[0]):
+        for piece in _pieces(word):
             piece_end = piece_start + len(piece)
             yield piece_start, piece_end
             piece_start = piece_end
