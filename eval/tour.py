@@ -29,7 +29,7 @@ CONTROLS = {
 turned round."""
 CAPTIONS, QUESTIONS = "first-200", "first-100"
 """Scenes that are described, and those that yes/no questions are about."""
-SECONDS = 120
+SECONDS = 90
 """On two idle cores, about."""
 
 
