@@ -305,7 +305,8 @@ def compare(
         n_resamples: How often the bootstrap draws pictures.
 
     Returns:
-        A comparison for each benchmark, model, set of pictures and way of scoring.
+        A comparison for each benchmark, model, set of pictures and way of scoring. Files of captions on COCO's pictures
+        are scored by both CHAIRs, `rohrbach` and `opera`, if no variant is given.
 
     Raises:
         ValueError: a run or file cannot be read or scored, or an option is unknown or does not apply.
@@ -313,10 +314,19 @@ def compare(
     options = options or FileOptions()
     if benchmark is not None:
         files = [run.folder if isinstance(run, Run) else run for run in runs]
-        return [compare_files(files, benchmark, options, baseline, n_resamples)]
+        every_way = [replace(options, variant=variant) for variant in _variants(benchmark, options)]
+        return [compare_files(files, benchmark, way, baseline, n_resamples) for way in every_way]
     _check_options_of_runs(options, baseline)
     scoring = scoring_by_benchmark(options.variant, options.parser, options.similarity)
     return results.compare([_as_run(run) for run in runs], n_resamples, scoring)
+
+
+def _variants(benchmark: str, options: FileOptions) -> Sequence[str | None]:
+    """How captions in files are read: on COCO's pictures in both ways that papers call CHAIR, if none is chosen."""
+    own_truth = options.truth not in (None, "coco") or options.synonyms is not None
+    if benchmark != "chair" or options.variant is not None or own_truth:
+        return [options.variant]
+    return ["rohrbach", "opera"]
 
 
 def _check_options_of_runs(options: FileOptions, baseline: object) -> None:

@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmfix.eval.benchmarks.amber import Amber, entries
+from vlmfix.eval.benchmarks.amber import Amber
+from vlmfix.eval.benchmarks.amber import entries as amber_entries
 from vlmfix.eval.benchmarks.benchmark import Benchmark, Figure, FileAnswers, Group, Item
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.scorers import yesno
@@ -55,7 +56,7 @@ def load() -> tuple[DescribedPicture, ...]:
     """The 1,004 pictures with the prompt as published."""
     return tuple(
         DescribedPicture(entry["id"], entry["image"], entry["query"], tuple(entry["truth"]), tuple(entry["hallu"]))
-        for entry in entries()
+        for entry in amber_entries()
         if entry["type"] == "generative"
     )
 
@@ -312,9 +313,20 @@ class AmberCaptions(Benchmark):
         """Descriptions of some of the pictures or of all. Answers to questions in the same file are passed over."""
         picture_of = {str(picture.id): picture for picture in load()}
         entries = yesno.read_answers(path, key=self.options.key if self.options else None)
-        descriptions = {str(entry.id): entry.text or "" for entry in entries if str(entry.id) in picture_of}
-        if not descriptions:
+        question_ids = {str(entry["id"]) for entry in amber_entries()}
+        unknown = [entry.id for entry in entries if str(entry.id) not in question_ids]
+        if unknown:
+            raise ValueError(f"{yesno.listed(unknown, 'entries belong to nothing in AMBER, ids 1 to 15220')}.")
+        described = [entry for entry in entries if str(entry.id) in picture_of]
+        if not described:
             raise ValueError(f"{len(entries)} entries, none of them describes one of AMBER's pictures, ids 1 to 1004.")
+        doubled = yesno.doubled(str(entry.id) for entry in described)
+        if doubled:
+            raise ValueError(f"{yesno.listed(doubled, 'pictures are described more than once; keep one each')}.")
+        without_text = [entry.id for entry in described if entry.text is None]
+        if without_text:
+            raise ValueError(f"{yesno.listed(without_text, 'pictures have no description; give texts')}.")
+        descriptions = {str(entry.id): entry.text or "" for entry in described}
         remarks = []
         if len(descriptions) < len(picture_of):
             remarks.append(f"{len(descriptions)} of {len(picture_of)} pictures are described")

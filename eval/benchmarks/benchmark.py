@@ -106,6 +106,8 @@ class FileOptions:
     """File of objects and their synonyms; COCO's by default."""
     key: str | None = None
     """Key of the captions or answers in the files; found by itself if only one can be meant."""
+    image_key: str | None = None
+    """Key of the images in files of captions; found by itself if only one can be meant."""
     parser: str | None = None
     """How answers are read, one of `yesno.PARSERS`; `margin` takes the first token's margin instead of the text."""
     source: str | None = None

@@ -14,7 +14,7 @@ from vlmfix.eval.benchmarks.benchmark import Benchmark, Figure, FileAnswers, Fil
 from vlmfix.eval.pictures.data import Data, Elsewhere
 from vlmfix.eval.scorers import chair, reading
 from vlmfix.eval.scorers.chair import METRICS, CaptionScore, GroundTruth, Vocabulary, variants
-from vlmfix.eval.scorers.reading import about_file, printable
+from vlmfix.eval.scorers.reading import NamedCaption, about_file, printable
 from vlmfix.eval.scorers.stats import ratio
 from vlmfix.eval.scorers.truncation import Against
 
@@ -46,7 +46,7 @@ class Chair(Benchmark):
     describes = True
     running = "CHAIR_S"
     scoring_option = "variant"
-    file_options = ("variant", "truth", "synonyms", "key")
+    file_options = ("variant", "truth", "synonyms", "key", "image_key")
 
     def __init__(self, scoring: str = "rohrbach", prompt: str = PROMPT) -> None:
         variants.check_variant(scoring)
@@ -102,11 +102,11 @@ class Chair(Benchmark):
     def against(self, data: Data, base: Sequence[Group]) -> Against | None:
         """The baseline's captions, to be cut to the recall of others; None if no picture of theirs has an object."""
         captions = base[0].scores
-        if not any(score.truth for score in captions):
+        if not any(score.truth for score in captions) or len(chair.clusters(captions)) < len(captions):
             return None
         if isinstance(data, Elsewhere):
-            return Against(captions, self.file_truth, self.file_vocabulary, self.scoring)
-        return Against(captions, data.truth_for(self.scoring), data.vocabulary, self.scoring)
+            return Against(captions, self.file_vocabulary, self.scoring)
+        return Against(captions, data.vocabulary, self.scoring)
 
     def prepare_files(self, options: FileOptions) -> None:
         """Find the ground truth, and read the synonyms."""
@@ -124,12 +124,37 @@ class Chair(Benchmark):
 
     def read(self, path: Path) -> FileAnswers:
         """Captions by image, in the formats of `reading.read_captions`."""
-        captions = reading.read_captions(path, self.options.key if self.options else None)
-        scores = chair.score_captions(captions, self.file_truth, self.file_vocabulary, self.scoring)
+        options = self.options or FileOptions()
+        captions = reading.named_captions(path, options.key, options.image_key)
+        self._check_names(captions)
+        pairs = [(caption.image, caption.text) for caption in captions]
+        scores = chair.score_captions(pairs, self.file_truth, self.file_vocabulary, self.scoring, several=True)
         n_empty = sum(not score.words for score in scores)
         remarks = [f"{n_empty} of {len(scores)} captions are empty"] if n_empty else []
+        n_images = len(chair.clusters(scores))
+        if n_images < len(scores):
+            remarks.append(
+                f"{len(scores)} captions of {n_images} images: figures are means over all captions, intervals draw "
+                "images with all of theirs, and there is no truncation control"
+            )
         records = [{"id": str(score.image_id), "text": score.caption} for score in scores]
         return FileAnswers(records, [_group(scores)], remarks)
+
+    def _check_names(self, captions: Sequence[NamedCaption]) -> None:
+        """`ValueError` where an image's name is not the one that the ground truth knows its number by."""
+        name_of = self.file_truth.names
+        for caption in captions:
+            name = name_of.get(caption.image)
+            if name is not None and not reading.same_name(name, caption.name):
+                raise ValueError(
+                    f"a caption is of {reading.shown(caption.name)}, the objects under its number are of "
+                    f"{reading.shown(name)}; give images the same names in both, or name another key with --image-key."
+                )
+            if not name_of and not reading.names_coco_image(caption.name):
+                raise ValueError(
+                    f"{reading.shown(caption.name)} may be image {caption.image} or another; give the number, or a "
+                    "file name with one number, or name another key with --image-key."
+                )
 
 
 def _group(scores: Sequence[CaptionScore]) -> Group:

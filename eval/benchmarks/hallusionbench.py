@@ -252,4 +252,11 @@ class HallusionBench(OriginalQuestions):
         kept_answers = [answer for answer in answers if answer.id not in outside]
         n_left_out = len(answers) - len(kept_answers)
         remarks = [f"{n_left_out} answers to questions without a figure left out"] if n_left_out else []
-        return self.file_answers(self.judge(questions, kept_answers), remarks)
+        answered_ids = {answer.id for answer in kept_answers}
+        asked = [question for question in questions if question.id in answered_ids]
+        if 0 < len(asked) < len(questions):
+            remarks.append(
+                f"partial: {len(asked)} of {len(questions)} questions are answered, so these are not the benchmark's "
+                "figures"
+            )
+        return self.file_answers(self.judge(asked or questions, kept_answers), remarks)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
 from typing import ClassVar
 
 import numpy as np
@@ -181,11 +182,58 @@ class Mme(OriginalQuestions):
 
     def read(self, path: Path) -> FileAnswers:
         """A folder of filled result files, which hold the questions too, or a file of answers by id."""
+        remarks: list[str] = []
         if path.is_dir():
             own_questions, answers = read_results(path)
             scores = self.judge(self.file_questions or own_questions, answers)
         else:
             questions = self.file_questions or load(self.asked_of_files("the folder of MME's files"))
-            scores = self.judge(questions, self.read_answers(path))
+            answers = self.read_answers(path)
+            answers_here = _with_question_ids(questions, answers)
+            if len(answers_here) < len(answers):
+                remarks.append(f"{len(answers) - len(answers_here)} answers to other tasks of MME left out")
+            scores = self.judge(questions, answers_here)
         points = sum(task_scores(scores).values())
-        return self.file_answers(scores, [f"{points:.1f} of 800 points"])
+        return self.file_answers(scores, [f"{points:.1f} of 800 points", *remarks])
+
+
+def _with_question_ids(questions: Sequence[Question], answers: Sequence[Answer]) -> list[Answer]:
+    """Answers as LLaVA and SHIELD log them, `{"question_id": "existence/0001.jpg", "prompt": ..., "text": ...}`.
+
+    Both questions about a picture have the same id there; which one was asked, the prompt tells. Answers to other tasks
+    are left out. Answers that have the questions' own ids stay as they are.
+    """
+    own_ids = {question.id for question in questions}
+    if all(answer.id in own_ids for answer in answers):
+        return list(answers)
+    asked_about: dict[str, list[Question]] = {}
+    for question in questions:
+        asked_about.setdefault(f"{question.group}/{_stem(question.image)}", []).append(question)
+    tasks = {question.group for question in questions}
+    renamed = []
+    for answer in answers:
+        task, _, image = str(answer.id).partition("/")
+        if task in MME_TASKS and task not in tasks:
+            continue  # of the ten tasks that are not about what is in the picture
+        of_image = asked_about.get(f"{task}/{_stem(image)}", [])
+        matches = [question for question in of_image if _bare(question.text) in answer.question]
+        # The prompt has done its work; it may end in other words than the question does.
+        renamed.append(replace(answer, id=matches[0].id, question="") if len(matches) == 1 else answer)
+    return renamed
+
+
+def _bare(question: str) -> str:
+    return question.replace("Please answer yes or no.", "").strip()
+
+
+def _stem(image: str) -> str:
+    return PureWindowsPath(image).stem
+
+
+MME_TASKS = frozenset(
+    (
+        *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
+        *("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+    )
+)
+"""All tasks of MME; four of them are asked here."""

@@ -7,10 +7,12 @@ use read the same answers in different ways, so the parser is part of every figu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vlmfix.eval.benchmarks.benchmark import FileAnswers, FileOptions, Group
 from vlmfix.eval.benchmarks.pope_building import build_questions
@@ -21,7 +23,21 @@ from vlmfix.eval.pictures.data import Data, OriginalFolder, PublishedPictures
 from vlmfix.eval.pictures.lists import image_list
 from vlmfix.eval.scorers import chair, yesno
 from vlmfix.eval.scorers.reading import about_file
-from vlmfix.eval.scorers.yesno import Question
+from vlmfix.eval.scorers.stats import Metric, f1, ratio
+from vlmfix.eval.scorers.yesno import Question, labelled_no
+
+
+def _labelled_yes(n: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.asarray(n["tp"], dtype=float) + n["fn"] + n["unknown_yes"]
+
+
+LMMS_EVAL_METRICS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
+    "recall": lambda n: ratio(n["tp"], n["tp"] + n["fn"]),
+    "F1": lambda n: f1(n["tp"], n["tp"] + n["fp"], n["tp"] + n["fn"]),
+    "yes_ratio": lambda n: ratio(_labelled_yes(n), _labelled_yes(n) + labelled_no(n)),
+}
+"""Figures that lmms-eval 0.7.3 computes in another way than all others: its recall passes over wrong answers that say
+neither yes nor no, and its yes ratio is that of the labels."""
 
 
 class Pope(YesNo):
@@ -38,6 +54,11 @@ class Pope(YesNo):
         """Those of them that are scored, with their labels."""
         self.other_labels = ""
         """The edition of the labels, where they are not those of the questions."""
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """By the parser `lmms_eval`, as lmms-eval computes them."""
+        return {**super().metrics, **(LMMS_EVAL_METRICS if self.scoring == "lmms_eval" else {})}
 
     # A run
 

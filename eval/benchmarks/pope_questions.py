@@ -10,6 +10,7 @@ The last three lines are of `vlmfix.eval.scorers.yesno`.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 from vlmfix.eval.scorers.yesno import (
@@ -70,7 +72,7 @@ def read_questions(path: str | os.PathLike[str], *, split: str | None = None) ->
     Raises:
         ValueError: a line lacks a key or holds something else under it, or only some lines have a category.
     """
-    records = read_records(path)
+    records = _with_labels(read_records(path), Path(path))
     categories = [text_field(record, where, "category") for where, record in records if "category" in record]
     if len(categories) not in (0, len(records)):
         raise ValueError(
@@ -91,6 +93,52 @@ def read_questions(path: str | os.PathLike[str], *, split: str | None = None) ->
         split = edition(questions).partition("/")[2]
         return [replace(question, group=split) for question in questions]
     return questions
+
+
+def _with_labels(records: list[tuple[str, dict[str, Any]]], path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Records of a file without labels, as LLaVA's `llava_pope_test.jsonl`, with those of the annotation files.
+
+    The labels of a category stand in `*pope_CATEGORY.json` beside the file or in a folder there (`coco`), else they are
+    the published ones. They are joined by picture and question.
+
+    Raises:
+        ValueError: a question without a label that no annotation has.
+    """
+    if any("label" in record for _, record in records):
+        return records
+    labels_of: dict[str, dict[tuple[str, str], str]] = {}
+    labelled = []
+    for where, record in records:
+        category = record.get("category")
+        if not isinstance(category, str):
+            return records  # what lacks a label is said where it is read
+        if category not in labels_of:
+            labels_of[category] = _labels_of_category(path, category)
+        subject = (str(record.get("image")), _object_of(str(record.get("text"))))
+        if subject not in labels_of[category]:
+            raise ValueError(
+                f"{where} has no label, and no annotation of {category!r} has its picture and object; lay the files "
+                "*pope_*.json beside it."
+            )
+        labelled.append((where, {**record, "label": labels_of[category][subject]}))
+    return labelled
+
+
+def _labels_of_category(path: Path, category: str) -> dict[tuple[str, str], str]:
+    """Picture and object -> label."""
+    pattern = f"*pope_{glob.escape(category)}.json*"
+    annotations = sorted({*path.parent.glob(pattern), *path.parent.glob(f"*/{pattern}")} - {path})
+    questions: list[Question] = []
+    for annotation in annotations:
+        questions += read_questions(annotation, split=category)
+    if not annotations and category in SPLITS:
+        questions = [*load("coco", category), *load("coco_first_release", category)]
+    labels: dict[tuple[str, str], str] = {}
+    for question in questions:
+        subject = (question.image, question.object)
+        if labels.setdefault(subject, question.label) != question.label:
+            raise ValueError(f"annotations of {category!r} beside {path} label {subject} both yes and no.")
+    return labels
 
 
 def _object_of(text: str) -> str:

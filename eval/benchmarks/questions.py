@@ -168,8 +168,11 @@ class YesNo(Benchmark):
         return frozenset((score.question.id, score.question.label) for score in group.scores)
 
     def unparsed(self, group: Group) -> int:
-        """Answers that the parser cannot read."""
-        return sum(score.prediction is None for score in group.scores)
+        """Answers that the parser cannot read, and empty ones, which some parsers read as yes all the same."""
+        return sum(score.prediction is None or self._is_empty(score) for score in group.scores)
+
+    def _is_empty(self, score: Any) -> bool:
+        return self.scoring != yesno.MARGIN and not score.answer.strip()
 
     def misheard(self, group: Group) -> int:
         """Answers that say yes and are read as no or the other way round, or say nothing and are read as either."""

@@ -74,7 +74,11 @@ def cut_captions(
     Raises:
         ValueError: as `score_captions`; or there is no caption, or no object in any image to compare recall by.
     """
-    whole = score_captions(captions, truth, vocabulary, variant)
+    return cut_scores(score_captions(captions, truth, vocabulary, variant), vocabulary, variant)
+
+
+def cut_scores(whole: Sequence[CaptionScore], vocabulary: Vocabulary | None, variant: str) -> CutCaptions:
+    """The same from captions that are scored already, by this vocabulary and variant."""
     if not any(score.truth for score in whole):
         raise ValueError(f"no object is in any of the {len(whole)} images; expected ground truth to compare recall by.")
     columns = {name: np.zeros((len(whole), len(CUTS))) for name in _COUNTS}
@@ -195,26 +199,31 @@ class Against:
     def __init__(
         self,
         base: Sequence[CaptionScore],
-        truth: Mapping[int, frozenset[str]],
         vocabulary: Vocabulary | None = None,
         variant: str = "rohrbach",
     ) -> None:
-        self.captions = {score.image_id: score.caption for score in base}
-        self.truth, self.vocabulary, self.variant = truth, vocabulary, variant
-        self.cut_of: dict[frozenset[int], CutCaptions] = {}
+        self.base = list(base)
+        self.vocabulary, self.variant = vocabulary, variant
+        self._whole: CutCaptions | None = None  # of all images; others are rows of it
 
     def cut(self, images: frozenset[int] | None = None) -> CutCaptions:
         """The captions of these images, or of all, cut. `ValueError` if none of them has an object."""
-        images = frozenset(self.captions) if images is None else images
-        if images not in self.cut_of:
-            captions = [(image, caption) for image, caption in self.captions.items() if image in images]
-            self.cut_of[images] = cut_captions(captions, self.truth, self.vocabulary, self.variant)
-        return self.cut_of[images]
+        if self._whole is None:
+            self._whole = cut_scores(self.base, self.vocabulary, self.variant)
+        if images is None:
+            return self._whole
+        rows = [row for row, score in enumerate(self.base) if score.image_id in images]
+        if not any(self.base[row].truth for row in rows):
+            raise ValueError(f"no object is in any of the {len(rows)} images; expected ground truth.")
+        counts_of_rows = {name: column[rows] for name, column in self._whole.counts.items()}
+        return CutCaptions(self._whole.variant, tuple(self.base[row].image_id for row in rows), counts_of_rows)
 
     def control(self, method: Sequence[CaptionScore], *, resamples: int = RESAMPLES) -> TruncationControl | None:
         """A method's control; None where there is nothing to compare recall by."""
-        common = frozenset(self.captions.keys() & set(clusters(method)))
-        if not any(self.truth[image] for image in common):
+        if len(clusters(method)) < len(method):
+            return None  # several captions an image
+        common = frozenset(clusters(self.base)) & frozenset(clusters(method))
+        if not any(score.truth for score in self.base if score.image_id in common):
             return None
         shared = [score for score in method if score.image_id in common]
         return truncation_control(self.cut(common), shared, resamples=resamples)

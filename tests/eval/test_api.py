@@ -192,7 +192,8 @@ def test_files_and_runs_are_compared_in_one_way(tmp_path, runs):
         lines = [json.dumps({"image_id": image, "caption": text}) + "\n" for image in (42, 73, 74)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     paths = [tmp_path / "plain.jsonl", tmp_path / "other.jsonl"]
-    (files,) = compare(paths, benchmark="chair", n_resamples=50)
+    files, by_opera = compare(paths, benchmark="chair", n_resamples=50)  # both CHAIRs
+    assert "opera" in by_opera.title
     assert files.rows == compare_files(paths, "chair", n_resamples=50).rows
     assert [row.method for row in files.rows] == ["plain", "other"] and files.baseline == "`plain`"
     assert [(row.n, row.answers) for row in files.rows] == [(3, 3), (3, 3)]

@@ -31,6 +31,9 @@ def score(
     key: Annotated[
         str | None, typer.Option("--caption-key", "--answer-key", help="Key of the text in the files.")
     ] = None,
+    image_key: Annotated[
+        str | None, typer.Option(help="chair: key of the image in the files, if not found by itself.")
+    ] = None,
     parser: Annotated[str | None, typer.Option(help=PARSER_HELP)] = None,
     similarity: Annotated[str | None, typer.Option(help=SIMILARITY_HELP)] = None,
     source: Annotated[str | None, typer.Option(help="pope: coco (default), aokvqa, gqa, coco_first_release.")] = None,
@@ -63,6 +66,7 @@ def score(
             truth=truth,
             synonyms=synonyms,
             key=key,
+            image_key=image_key,
             parser=parser,
             source=source,
             split=split,

@@ -13,7 +13,7 @@ from vlmfix.eval.scorers.chair.vocabulary import Mention, Vocabulary, coco_vocab
 
 _COCO_ONLY = ("opera_approx", "strict")  # variants made of tables for the words of COCO
 _IN_CONTEXT = ("opera", "strict")  # variants in which what follows a word may change it
-_STOP_INSIDE = re.compile(r"""[.!?][\])}>"'»”’]+$""")
+_STOP_INSIDE = re.compile(r"[.!?](?!\*+$)\S")
 
 
 class _Item(NamedTuple):
@@ -77,7 +77,7 @@ def prefix_objects(
     apart = []  # lengths whose words are read by themselves
     for length in set(lengths):
         last_word = words[min(length, len(words)) - 1] if length and words else ""
-        # The full stop inside "car.)" is part of the word, unless the caption ends there.
+        # The full stop inside "car.>" or "car.*hat." is part of the word, unless the caption ends there.
         if not one_pass or _STOP_INSIDE.search(last_word):
             apart.append(length)
     for length in apart:

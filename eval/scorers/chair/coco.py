@@ -28,6 +28,8 @@ def image_key(image: int | str | os.PathLike[str]) -> int:
         digits = re.findall(r"[0-9]+", PureWindowsPath(os.fsdecode(image)).stem)  # knows both kinds of slashes
         if digits and len(digits[-1]) <= 18:
             return int(digits[-1])
+    elif isinstance(image, float) and image.is_integer() and 0 <= image < 10**15:
+        return int(image)
     elif not isinstance(image, bool):
         with contextlib.suppress(TypeError):
             key = operator.index(image)  # also the whole numbers of numpy

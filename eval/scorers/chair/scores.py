@@ -86,12 +86,13 @@ def score_captions(
     truth: Mapping[int, frozenset[str]],
     vocabulary: Vocabulary | None = None,
     variant: str = "rohrbach",
+    several: bool = False,
 ) -> list[CaptionScore]:
     """Score captions, given with their images (anything `image_key` takes), in order. An empty caption counts.
 
     Raises:
-        ValueError: a caption is no text, an image comes twice, or the ground truth does not cover it, was made with
-            another variant, or names objects outside the vocabulary.
+        ValueError: a caption is no text, an image comes twice (unless it may, by `several`), or the ground truth does
+            not cover it, was made with another variant, or names objects outside the vocabulary.
     """
     variant_label = label(variant, truth)
     vocabulary = vocabulary or coco_vocabulary()
@@ -99,7 +100,8 @@ def score_captions(
     for key, caption in pairs:
         if not isinstance(caption, str):
             raise ValueError(f"the caption of image {key} is {type(caption).__name__}; expected text.")
-    _check_images([key for key, _ in pairs], truth, vocabulary)
+    keys = [key for key, _ in pairs]
+    _check_images(list(dict.fromkeys(keys)) if several else keys, truth, vocabulary)
     scores = []
     for key, caption in pairs:
         named = tuple(mentions(caption, vocabulary, variant))
@@ -158,12 +160,12 @@ def explain(score: CaptionScore) -> dict[str, Any]:
 
 
 def clusters(scores: Sequence[CaptionScore]) -> list[int]:
-    """The image of each entry of `counts`: the unit of resampling."""
-    return [score.image_id for score in scores]
+    """The image of each entry of `counts`, each once: the unit of resampling."""
+    return list(dict.fromkeys(score.image_id for score in scores))
 
 
 def counts(scores: Sequence[CaptionScore]) -> dict[str, np.ndarray]:
-    """What the metrics are made of: additive counts, one float per caption, in order.
+    """What the metrics are made of: additive counts, one float per image, in the order of `clusters`.
 
     Raises:
         ValueError: the captions were read by different variants.
@@ -184,7 +186,14 @@ def counts(scores: Sequence[CaptionScore]) -> dict[str, np.ndarray]:
         "words": lambda score: score.words,
         "repeated": lambda score: score.repeated,
     }
-    return {name: np.array([count(score) for score in scores], dtype=float) for name, count in columns.items()}
+    images = clusters(scores)
+    place_of = {image: place for place, image in enumerate(images)}
+    places = np.array([place_of[score.image_id] for score in scores], dtype=int)
+    table = {}
+    for name, count in columns.items():
+        values = np.array([count(score) for score in scores], dtype=float)
+        table[name] = np.bincount(places, weights=values, minlength=len(images)).astype(float)
+    return table
 
 
 METRICS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
-from vlmfix.eval.scorers.chair.tokens import SENTENCE_END, Token, lower, sentences, token_at, word_spans
+from vlmfix.eval.scorers.chair.tokens import Token, lower, sentences, token_at, word_spans
 from vlmfix.eval.scorers.chair.vocabulary import Mention
 
 
@@ -62,7 +62,12 @@ class _Object(NamedTuple):
 
 _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 _SLASH = re.compile(r"(?<=\w)/(?=\w)")
-_STRICT_END = re.compile(SENTENCE_END.pattern + r"|(?<=[^\W\d_]\.)(?=[^\W\d_]{2})")  # also car.And
+_STRICT_END = re.compile(
+    r"""(?<=[.!?])\s+|(?<=[.!?]["')\]])\s+"""
+    r"|(?<=[^\W\d_][.!?])(?=[*;:@({\[])"  # **A car.** And
+    r"|(?<=[^\W\d_]\.)(?=[^\W\d_]{2})"  # car.And
+)
+"""What stands between two sentences."""
 _LONGEST = 3  # words in a phrase
 _JOINERS = frozenset(("and", "or", ","))
 

@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +29,8 @@ class GroundTruth(Mapping[int, frozenset[str]]):
     """None where no caption was read: such a truth suits every variant."""
     source: str = "ground truth"
     """What it is, in a few words."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Names of the images, where the ground truth gives them any."""
 
     def __getitem__(self, image: int) -> frozenset[str]:
         return self.objects[image]

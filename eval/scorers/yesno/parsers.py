@@ -139,7 +139,11 @@ PARSERS: dict[str, Parser] = {
     "vcd": Parser(_vcd, "never", "right if the label's letters occur anywhere, so it knows the label: VCD, cd_rethink"),
     "vaf": Parser(_vcd, "never", "as vcd, for VAF's 'no or not' are the letters no: VAF"),
     "repope": Parser(_repope, "dropped", "the letters yes, else the letters no ('snow' is no): RePOPE"),
-    "lmms_eval": Parser(_lmms_eval, "wrong", "exactly yes or no, so 'Yes.' is wrong: lmms-eval 0.7.3"),
+    "lmms_eval": Parser(
+        _lmms_eval,
+        "wrong",
+        "exactly yes or no, so 'Yes.' is wrong: lmms-eval 0.7.3",
+    ),
     "vlmevalkit": Parser(_vlmevalkit, "wrong", "the word yes or the word no, not both: VLMEvalKit without a judge"),
     "icd": Parser(_icd, "dropped", "as pope, but yes needs Yes or yes: ICD"),
     "dashb": Parser(_repope, "wrong", "as repope, but an answer that is neither is wrong: DASH-B"),

@@ -73,6 +73,8 @@ def text_field(record: Mapping[str, Any], where: str, name: str) -> str:
 def id_field(record: Mapping[str, Any], where: str, *names: str) -> int | str:
     """The id under the first of these keys that a record has. Raises ValueError if it is neither number nor text."""
     value = next((record[name] for name in names if name in record), None)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as pandas writes ids
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{where} has {shown(value)} as {' or '.join(names)}; expected a whole number or text.")
     return value
@@ -144,7 +146,8 @@ def _read_answer(record: Mapping[str, Any], where: str, key: str | None, id_keys
     text_keys = [name for name in possible_keys if name in record]
     margin = _read_margin(record, where)
     if len(text_keys) > 1:
-        raise ValueError(f"{where} has {' and '.join(text_keys)}; say which is the answer, as in key={text_keys[0]!r}.")
+        named = " and ".join(text_keys)
+        raise ValueError(f"{where} has {named}; say which is the answer, as in --answer-key {text_keys[0]}.")
     if not text_keys and margin is None:
         expected = key or f"{', '.join(ANSWER_KEYS[:-1])} or {ANSWER_KEYS[-1]}"
         raise ValueError(f"{where} has no {expected} and no margin; expected an answer.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import PureWindowsPath
 from typing import Any
@@ -95,8 +95,9 @@ def _join(questions: Iterable[Question], answers: Sequence[Answer]) -> list[tupl
     """Each question with the answer to it; ValueError, with the first ids, wherever they do not fit each other."""
     questions = list(questions)
     check_ids(questions)
-    answer_of = {answer.id: answer for answer in answers}
     question_ids = {question.id for question in questions}
+    answers = _with_ids_of(question_ids, answers)
+    answer_of = {answer.id: answer for answer in answers}
     _refuse(doubled(answer.id for answer in answers), "questions have more than one answer; keep one each")
     _refuse(
         [question.id for question in questions if question.id not in answer_of],
@@ -119,6 +120,19 @@ def _join(questions: Iterable[Question], answers: Sequence[Answer]) -> list[tupl
         "answers are to another question than the one with their id; give both from one edition and split",
     )
     return joined
+
+
+def _with_ids_of(question_ids: Collection[Hashable], answers: Sequence[Answer]) -> list[Answer]:
+    """Answers by the questions' own ids: "1" is 1 where the questions have no "1", and the other way round."""
+    id_of: dict[str, list[Hashable]] = {}
+    for question_id in question_ids:
+        id_of.setdefault(str(question_id), []).append(question_id)
+    renamed = []
+    for answer in answers:
+        alike = id_of.get(str(answer.id), [])
+        is_meant = answer.id not in question_ids and isinstance(answer.id, (int, str)) and len(alike) == 1
+        renamed.append(replace(answer, id=alike[0]) if is_meant else answer)
+    return renamed
 
 
 def _refuse(ids: Sequence[Hashable], fault: str) -> None:

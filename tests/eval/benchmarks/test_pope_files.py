@@ -132,7 +132,7 @@ def test_llava_file(tmp_path):
         ({"image": 310196}, "line 2 has 310196 under 'image'; expected text"),
         ({"text": ["a"]}, "line 2 has .* under 'text'"),
         ({"question_id": True}, "line 2 has True as question_id"),
-        ({"question_id": 1.0}, "line 2 has 1.0 as question_id"),
+        ({"question_id": 1.5}, "line 2 has 1.5 as question_id"),
         ({"category": 3}, "line 2 has 3 under 'category'"),
     ],
 )

@@ -161,6 +161,10 @@ def test_edge_cases(case):
         ("I'm gonna", "i 'm gon na"),
         ("people—two--three ''x'' `y`", "people — two -- three '' x '' ` y `"),
         ("car.And a.b.", "car.and a.b ."),
+        ("**A dog.** A cat.", "* * a dog . * * a cat ."),
+        ("A dog.[1] A cat.(x) Cars.; a bus.: x.@y", "a dog . [ 1 ] a cat . ( x ) cars . ; a bus . : x . @ y"),
+        ("“A dog.” A cup.’", "“ a dog . ” a cup . ’"),
+        ("cat.*dog.* a", "cat. * dog . * a"),  # of two stops in one run of characters, Punkt looks at the last
         ("", ""),
         (" \n\t", ""),
         ("...", "..."),
@@ -169,6 +173,17 @@ def test_edge_cases(case):
 )
 def test_tokens(caption, expected):
     assert [token.text for token in tokenize(caption)] == expected.split()
+
+
+@pytest.mark.parametrize("variant", ["rohrbach", "opera_approx", "strict"])
+def test_a_full_stop_before_a_sign_is_no_part_of_the_word(variant):
+    for sign in "*;:@({[”":
+        named = [mention.node for mention in chair.mentions(f"A dog.{sign} A cat.", variant=variant)]
+        assert named == ["dog", "cat"], sign
+
+
+def test_a_long_run_of_signs_is_parted_at_once():
+    assert len(tokenize("?" * 100_000)) == 100_000
 
 
 def test_spans_survive_characters_that_grow_in_lower_case():

@@ -177,7 +177,7 @@ def test_what_does_not_compare_raises():
 WORDS = (
     *("a", "dog", "dogs.", "hot", "dog", "toilet", "seat", "seats,", "(chair.)", '"bus."', 'car."', "dining", "table.", "wine"),
     *("glasses", "stop", "sign", "baby", "elephant", "cannot", "'dogs'", "skate-board", "traffic", "light).", "orange", "...", "."),
-    *("3,", "x:3", "bow", "tie?", "İbus", "bus"),
+    *("3,", "x:3", "bow", "tie?", "İbus", "bus", "dog.**", "**bus.*car.", 'cup.”', "cat.>", "seat!.*?**", "a."),
 )  # fmt: skip
 
 

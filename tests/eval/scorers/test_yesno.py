@@ -107,7 +107,7 @@ def test_answers(tmp_path):
 
 def test_answer_key(tmp_path):
     path = write(tmp_path / "a.jsonl", {"id": 1, "text": "Is it?", "answer": "yes", "said": "no"})
-    with pytest.raises(ValueError, match=r"line 1 has answer and text; say which.*key='answer'"):
+    with pytest.raises(ValueError, match=r"line 1 has answer and text; say which.*--answer-key answer"):
         yesno.read_answers(path)
     assert yesno.read_answers(path, key="answer")[0].text == "yes"
     assert yesno.read_answers(path, key="said")[0].text == "no"
@@ -154,7 +154,8 @@ def test_ids_are_joined_and_not_lines():
     for answers, message in (
         ([Answer(0, "no")], r"1 questions have no answer.*\(ids: 1\)"),
         ([Answer(0, "no"), Answer(1, "no"), Answer(0, "no")], r"more than one answer.*\(ids: 0\)"),
-        ([Answer(0, "no"), Answer(1, "no"), Answer("1", "no")], r"belong to no question.*\(ids: '1'\)"),
+        ([Answer(0, "no"), Answer(1, "no"), Answer("1", "no")], r"more than one answer.*\(ids: 1\)"),
+        ([Answer(0, "no"), Answer(1, "no"), Answer("x", "no")], r"belong to no question.*\(ids: 'x'\)"),
         ([Answer(0, "no"), Answer(1, None, 2.0)], r"1 answers are no text.*\(ids: 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
