@@ -145,7 +145,7 @@ def test_contract(model, method):
 
     vlmfix.wrap(model, one)
     once, (edited_said, edited) = footprint(model), answer(model, inputs)
-    assert torch.equal(edited[0], plain[0]) == (method in READERS), "it bites"
+    assert torch.equal(edited[:2], plain[:2]) == (method in READERS), "it bites, at the second token at the latest"
     assert all(s["acted"] for s in vlmfix.effects(model)[0]["samples"])
     vlmfix.wrap(model, one)
     assert footprint(model) == once, "wrapping with the same changes nothing"
