@@ -17,7 +17,7 @@ from typing import Any
 from pycocotools.coco import COCO
 
 
-def image_key(image: int | str | os.PathLike[str]) -> int:
+def image_key(image: float | str | os.PathLike[str]) -> int:
     """The number of an image: 42, "42", "COCO_val2014_000000000042.jpg" and any path to such a file give 42.
 
     The number is the last group of digits of the file name without its ending. Raises ValueError if there is none.
