@@ -105,7 +105,10 @@ GOOD = '{"image_id": 1, "caption": "A dog."}\n'
         ("[" * 100_000, "line 1 is broken"),
         ('{"image_id": ' + "9" * 5000 + ', "caption": ""}', "line 1 is broken"),
         ('{"image_id": 1}', r"no captions under 'caption', 'text', 'answer', 'output', only 'image_id'; name the key"),
-        ('{"caption": ""}', r"does not name its images; expected one of 'image_id', 'image', 'file_name', 'id', 'question_id'"),
+        (
+            '{"caption": ""}',
+            r"does not name its images; expected one of 'image_id', 'image', 'file_name', 'id', 'question_id'",
+        ),
         (GOOD + '{"image_id": 2, "caption": null}', r"line 2 has None; expected a text under 'caption'"),
         (GOOD + '{"image_id": 2, "text_": ""}', r"line 2 has only 'image_id, text_'; expected a text under 'caption'"),
         (GOOD + '{"image": "dog.jpg", "caption": ""}', r"line 2: under 'image_id', None names no image"),

@@ -32,7 +32,7 @@ def image_key(image: float | str | os.PathLike[str]) -> int:
         return int(image)
     elif not isinstance(image, bool):
         with contextlib.suppress(TypeError):
-            key = operator.index(image)  # also the whole numbers of numpy
+            key = operator.index(image)  # type: ignore[arg-type]  # also the whole numbers of numpy
             if 0 <= key < 10**18:
                 return key
     raise ValueError(
