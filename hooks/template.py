@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from vlmfix.method.intervention import Intervention
+from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.kinds import Range
 from vlmfix.method.site import Site
 
@@ -32,17 +32,21 @@ class Template(Intervention):
     gain: Annotated[float, Range(above=0)] = 1.5
     """The paper's symbol and default, what it means, its unit, and where the value is from (paper, code, ours)."""
 
+    @property
+    def traits(self) -> Traits:
+        """While answering it is a function of tensors alone, so it costs little and compiles."""
+        return Traits(by_plan=True)
+
     def at_layers(self, n_layers: int) -> range:
         """Edited layers."""
         return range(2, n_layers)
 
     def weights(self, a: Tensor, site: Site) -> Tensor:
         """a_j *= gain for image keys j, then the row is divided by its sum. Masks over batch and heads, no loops."""
-        image = site.geometry.image[:, None, None]  # (B, 1, 1, K)
-        rows = site.rows[:, None, :, None] & image.any(-1, keepdim=True)  # (B, 1, R, 1)
-        edited = a.where(~image, self.gain * a)
-        site.memo["acted"] = image.flatten(1).any(1)
-        return (edited / edited.sum(-1, keepdim=True)).where(rows, a)
+        has_image = site.memo.setdefault("acted", site.has_image)  # (B,)
+        more = site.kept("more", a, lambda masks: (self.gain - 1) * masks.image[:, None, None])  # (B, 1, 1, K)
+        edited = a + more * a
+        return (edited / edited.sum(-1, keepdim=True)).where(has_image[:, None, None, None], a)
 
     def controls(self) -> tuple[Intervention, ...]:
         """The same push turned round. A setting `select` gives controls by itself."""
