@@ -16,7 +16,8 @@ from vlmfix.model.anatomy import anatomy
 FAMILIES = ("llava", "gemma3", "qwen3_5", "qwen3_vl")
 METHODS = {name: one for name, one in EVERY.items() if name not in ("lookback", "paint", "pyramiddrop")}
 """Methods that edit answers and that every family takes."""
-ATTENTION = [name for name, one in METHODS.items() if not one.acts_at("logits")]
+ATTENTION = [name for name, one in METHODS.items() if not one.acts_at("logits") and one.rows != "generated"]
+"""Of these, what a forward pass over a prompt shows."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ REGISTRY = {
     "carve": "vlmfix.hooks.carve:CARVE",
     "chunks": "vlmfix.hooks.chunks:Chunks",
     "contrast": "vlmfix.hooks.contrast:Contrast",
-    "flb": "vlmfix.hooks.flb:FLB",
     "headgain": "vlmfix.hooks.headgain:HeadGain",
     "hgai": "vlmfix.hooks.hgai:HGAI",
     "iat": "vlmfix.hooks.iat:IAT",
