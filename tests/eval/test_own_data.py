@@ -1,6 +1,7 @@
 """Own annotations, synonyms and questions: what could never match is folded or refused, nothing is merged silently."""
 
 import json
+import shutil
 from importlib.resources import files
 
 import pytest
@@ -128,6 +129,7 @@ def test_subfolders_change_no_question(tmp_path, folders, seed):
     """Names with folders give the questions that names without give, each about its own picture."""
     objects = [CATEGORIES[:3], CATEGORIES[3:6], *(seed.sample(CATEGORIES, 3) for _ in folders[2:])]
     names = [f"{folder}p_{n + 1}.png" for n, folder in enumerate(folders)]
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)  # the last example's
     annotations(tmp_path / "instances.json", objects)
     flat = benchmark("pope").questions(Data.load(str(tmp_path)))
     annotations(tmp_path / "instances.json", objects, names)
