@@ -599,7 +599,13 @@ QUIRKS = {
     "llama4": ("beams",),  # its beam search fails: it does not repeat the pictures for each beam
 }
 """What the untouched model does not keep."""
+NO_LENS = {  # more between the last layer and the logits than a norm and a head, or several residual streams
+    "gemma3n", "glm5_next", "granite_docling", "inkling2", "inkling_mm_model", "muse_glimmer", "muse_spark",
+    "nemotron_h_omni", "qwen4_exp",
+}  # fmt: skip
 REFUSED = {
+    "deco": NO_LENS,
+    "dola": NO_LENS,
     "paint": set(SUPPORTED) - {"llava", "video_llava", "vipllava"},  # class token, one image token per patch
     "pyramiddrop": {  # windows, hybrid decoders, learnt positions
         "aya_vision",

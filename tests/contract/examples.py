@@ -4,13 +4,28 @@ A new method needs a line here only in that case, or where the contract should k
 runs on some architectures only.
 """
 
-from vlmfix.hooks import ACT, IAT, PAI, PAINT, REGISTRY, VAF, VAR, VCD, VHR, Contrast, HeadGain, ZeroTuning
+from vlmfix.hooks import (
+    ACT,
+    FLB,
+    IAT,
+    PAI,
+    PAINT,
+    REGISTRY,
+    VAF,
+    VAR,
+    VCD,
+    VHR,
+    Contrast,
+    HeadGain,
+    ZeroTuning,
+)
 from vlmfix.method.registry import method_class
 from vlmfix.method.stages import ASK_STAGES
 
 BITING = {
     "act": ACT(alpha=1.5, beta=0.0, layers=(1, 2, 3)),
     "contrast": Contrast(gamma=2.0, beta=0.01),
+    "flb": FLB(gamma=3.0, lam=1.0, beta=1e-4),
     "headgain": HeadGain(head_list="L1H2/L2H0", gain=3.0),
     "iat": IAT(alpha=4.0, layers=(0, 1, 2, 3)),
     "pai": PAI(alpha=2.0, skip_first=1),

@@ -17,7 +17,7 @@ from tests.contract.test_contract import INTERVENTIONS, READERS, footprint
 from vlmfix.engine.attachment import attached
 from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks import VAR, VHR, PyramidDrop
-from vlmfix.method.intervention import Intervention
+from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.registry import from_json
 from vlmfix.model.anatomy import anatomy
 
@@ -102,6 +102,34 @@ def test_recomputed_rows_are_the_models_own(model):
 
     with Again()(model):
         same(answer(model, inputs, 3)[1], want)
+
+
+def test_the_lens_after_the_last_layer_is_the_model(model):
+    """The head and norm that methods read inner layers with are the model's own."""
+    parts, chosen = anatomy(model), []
+
+    @dataclass(frozen=True)
+    class Lens(Intervention):
+        name = "lens"
+        traits = Traits(lens=True)
+
+        def hidden_layers(self, n_layers):
+            return (-1, n_layers - 1)
+
+        def logits(self, scores, step):
+            assert step.hidden(-1).shape == step.hidden(len(parts.layers) - 1).shape
+            chosen.append(step.lens(len(parts.layers) - 1)[..., :140])
+            return scores
+
+    if "head" in parts.lacks or "residual stream" in parts.lacks:
+        with pytest.raises(TypeError, match="lens reads"), Lens()(model):
+            pass
+        return
+    with Lens()(model):
+        _, scores = answer(model, zoo.prompt(model, ["tttIttt", "ttIttttt"]), 2)
+    own = scores[..., :140]
+    masked = own < -1e30  # image tokens that a model never writes
+    same(torch.stack(chosen).masked_fill(masked, 0), own.masked_fill(masked, 0))
 
 
 def refused(model, one):

@@ -276,9 +276,9 @@ def test_a_second_turn_goes_on_in_both_streams():
     ("make", "sentence"),
     [
         (lambda: Contrast(gamma=0), "gamma: expected a number above 0, got 0"),
-        (lambda: Contrast(beta=0), "beta: expected a number above 0"),
+        (lambda: Contrast(beta=-0.1), r"beta: expected a number in 0..1"),
         (lambda: Contrast(weight="x"), "weight: expected constant or growing"),
-        (lambda: Contrast(variant="x"), "variant: expected pai, m3id or ritual"),
+        (lambda: Contrast(variant="x"), "variant: expected pai, m3id, ritual or gated"),
         (lambda: VCD(t=1000), r"t: expected a whole number in 0\.\.999"),
         (lambda: VCD(alpha=-1), "alpha: expected 0 or more"),
         (lambda: VCD(beta=1.5), "beta: expected"),
@@ -343,3 +343,19 @@ def test_beams_get_log_probabilities_also_before_penalties():
     for one in FIRST:
         out = scores(model, prompt, one, num_beams=2, repetition_penalty=1.0001, max_new_tokens=2)
         torch.testing.assert_close(out.scores[0].logsumexp(-1), torch.zeros(2), rtol=0, atol=2e-3)
+
+
+def test_m3id_gate_by_hand():
+    """A sample of which the model is sure stays; the other is contrasted with weight e^.02 - 1, and nothing ruled out."""
+    from vlmfix.method.site import Step
+
+    class Stream:
+        logits = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(2, 3)
+
+    c = torch.tensor([[0.28, 0.26, 0.46], [0.29, 0.29, 0.42]]).log()
+    one = Contrast(variant="gated", gate=0.45)
+    out = one.logits(c, Step(0, {"blind": Stream(), "seen": torch.ones(2, dtype=torch.bool)}))
+    torch.testing.assert_close(out[0], c[0])
+    w = math.exp(0.02) - 1
+    torch.testing.assert_close(out[1], (c[1] + w * (c[1] - Stream.logits[1])).log_softmax(-1))
+    assert (Contrast(variant="gated").gate, Contrast(variant="gated").beta, Contrast().gate) == (0.3, 0, 1)

@@ -306,6 +306,19 @@ class OutputHook(StageHook):
             this_pass.generation.hidden[self.layer] = last.clone() if x.shape[1] > 1 else last
 
 
+class EmbeddingHook(OutputHook):
+    """Reads what the first layer gets, as the output of a layer -1."""
+
+    def register(self, module: nn.Module) -> Any:
+        """Before the layer."""
+        return module.register_forward_pre_hook(self, with_kwargs=True)
+
+    @between_compiled_pieces
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: the layer's input (B, Q, D) is noted."""
+        super().__call__(module, args, args[0] if args else kwargs["hidden_states"])
+
+
 class LogitsStage(LogitsProcessor):
     """What `generate` calls with the scores of the next token."""
 
@@ -314,7 +327,7 @@ class LogitsStage(LogitsProcessor):
 
     def __init__(self, running: Running, parts: Anatomy, edits: list[Placed], before_penalties: bool = False):
         self.running, self.edits, self.before_penalties = running, edits, before_penalties
-        self.image_token_ids = parts.image_token_ids
+        self.image_token_ids, self.head = parts.image_token_ids, parts.lens
         n_layers = len(parts.layers)
         self.hidden_layers = {i: tuple(one.hidden_layers(n_layers)) for i, one in edits}
         self.start: int | None = None
@@ -325,13 +338,18 @@ class LogitsStage(LogitsProcessor):
         if scope is None or scope.generation is None:
             return scores
         if self.start is None:
-            self.start = input_ids.shape[1]
+            # A second call may go on with an answer: its first token is then not the answer's.
+            width = input_ids.shape[1]
+            self.start = width if scope.prompt_end is None else min(scope.prompt_end, width)
         generation, index = scope.generation, input_ids.shape[1] - self.start
         generation.follow(input_ids, scope.n_beams, self.image_token_ids)
         for i, one in self.edits:
             states = {layer: generation.hidden[layer] for layer in self.hidden_layers[i]}
             as_logits = self.penalties_follow and scope.n_beams == 1
-            scores = one.logits(scores, Step(index, generation.memos[i], states, as_logits))
+            head = self.head if one.traits.lens else None
+            has_image = generation.geometry.image.any(1)
+            step = Step(index, generation.memos[i], states, as_logits=as_logits, has_image=has_image, head=head)
+            scores = one.logits(scores, step)
         return scores
 
 
@@ -359,6 +377,9 @@ def put_on(running: Running, parts: Anatomy) -> Iterator[Any]:
     at_layers = {i: set(one.at_layers(n_layers)) for i, one in running.active}
     hidden_layers = {i: set(one.hidden_layers(n_layers)) for i, one in guides}
     may_join = bool(guides) and "attention" not in parts.lacks
+    readers = [(i, one) for i, one in guides if -1 in hidden_layers[i]]
+    if readers:
+        yield EmbeddingHook(running, parts, -1, readers).register(parts.layers[0].module)
     if any(any(map(one.acts_at, ASK_STAGES)) for _, one in running.active):
         yield parts.layers[0].module.register_forward_pre_hook(AskHook(running))
     for number, layer in enumerate(parts.layers):

@@ -22,7 +22,8 @@ def check_model(one: Intervention, parts: Anatomy) -> None:
     for deed, part in _needs(one, n_layers):
         if part in parts.lacks:
             raise TypeError(f"{name} {deed}, {parts.lacks[part]}")
-    layers = {*one.at_layers(n_layers), *one.hidden_layers(n_layers)}
+    read = set(one.hidden_layers(n_layers)) - {-1}  # what the first layer gets
+    layers = read | set(one.at_layers(n_layers))
     wrong = sorted(layer for layer in layers if not 0 <= layer < n_layers)
     if wrong:
         raise ValueError(f"{name} acts in layers {wrong}; expected numbers in 0..{n_layers - 1} on this model")
@@ -36,6 +37,8 @@ def _needs(one: Intervention, n_layers: int) -> Iterator[tuple[str, str]]:
     reads = set(one.traits.captures) if one.acts_at("begin") else set()
     if one.acts_at("logits") and tuple(one.hidden_layers(n_layers)):
         reads.add("hidden")
+    if one.acts_at("logits") and one.traits.lens:
+        yield "reads inner layers with the model's head", "head"
     for reading in READINGS:
         if reading.name in reads:
             yield reading.deed, reading.part

@@ -54,6 +54,8 @@ class Traits:
     """Made for speed, not against hallucination; put in force beside methods, never ranked among them."""
     before_penalties: bool = False
     """Its `logits` stage comes before the model's repetition and length penalties, as in its release, not after."""
+    lens: bool = False
+    """Its `logits` stage reads inner layers with the model's head, by `step.lens`."""
     captures: tuple[Readable, ...] = ()
     """What `begin` reads by `prompt.capture`, in the layers `at_layers`."""
     uses_answers: bool = False
@@ -200,7 +202,7 @@ class Intervention:
         return x
 
     def hidden_layers(self, n_layers: int) -> Iterable[int]:
-        """Layers whose outputs the `logits` stage reads by `step.hidden(layer)`."""
+        """Layers whose outputs the `logits` stage reads by `step.hidden(layer)`; -1 for what the first layer gets."""
         return ()
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:

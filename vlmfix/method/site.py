@@ -112,13 +112,26 @@ class Step:
     """As in `Site`. A `Stream` that `begin` put here has already got all tokens chosen so far."""
     states: Mapping[int, Tensor] = field(default_factory=dict)
     """Layer -> (B, D), for `hidden`."""
+    has_image: Any = None
+    """(B,) bool: samples whose prompt shows an image."""
+    head: Callable[[Tensor, bool], Tensor] | None = None
+    """For `lens`: hidden states (B, D), normed or not by the model's last norm, to logits (B, V)."""
     as_logits: bool = False
     """Whether penalties follow, to which the level and the sign of logits matter: then a method whose release puts them
     after itself (`Traits.before_penalties`) returns logits, and no log-probabilities."""
 
     def hidden(self, layer: int) -> Tensor:
         """(B, D) output of a decoder layer, before the norm at the end of the model, in the row that predicts this
-        token. `ValueError` for a layer that the method did not name in `hidden_layers`."""
+        token; of layer -1, the embedding that the first layer gets. `ValueError` for a layer that the method did not
+        name in `hidden_layers`."""
         if layer not in self.states:
             raise ValueError(f"step.hidden({layer}): expected one of hidden_layers, {sorted(self.states)}")
         return self.states[layer]
+
+    def lens(self, layer: int, norm: bool = True) -> Tensor:
+        """(B, V) float32 logits that the model would give if it ended after a layer: its head over `hidden(layer)`,
+        with the norm at the end of the model or without. `ValueError` as for `hidden`, and for methods whose
+        `Traits.lens` is not set."""
+        if self.head is None:
+            raise ValueError(f"step.lens({layer}): the method must say lens=True in its Traits")
+        return self.head(self.hidden(layer), norm)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "mixer")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "fc2")
@@ -20,6 +20,9 @@ PICTURE_ARGUMENTS = ("pixel_values", "image_patches", "flattened_patches")
 IMAGE_MASK_ARGUMENTS = ("image_embeds_position_mask",)
 GENERATOR_NAMES = ("language_model", "text_model")
 STREAM_FIELDS = ("hc_mult", "hc_count", "altup_num_inputs")
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "layer_norm", "embedding_norm")
+HEAD_SCALES = ("logits_scaling", "output_multiplier", "logits_mup_width_multiplier")
+"""Fields by which models scale logits after their head, each in its own way."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ class Anatomy:
     bos_token_id: int | None
     attention_by_interface: bool
     """Whether attention goes through transformers' interface, in all layers: else nobody can come between."""
+    final_norm: nn.Module | None
+    """The norm after the last layer."""
+    head: nn.Module | None
+    """What makes logits of normed hidden states; `None` where the model scales them in a way of its own."""
+    softcap: float | None
+    """Logits x of the head become softcap tanh(x / softcap)."""
     n_streams: int
     """Residual streams per token: 1, but with hyper-connections. With more, no single layer input can be shown."""
 
@@ -83,7 +92,16 @@ class Anatomy:
             lacks["residual stream"] = f"but {self.text_type} has {self.n_streams} residual streams a token"
         if all(layer.mlp is None for layer in self.layers):
             lacks["mlp"] = f"but in the layers of {self.text_type} no module can be told that gives them"
+        if self.head is None or self.final_norm is None:
+            lacks["head"] = f"but {self.text_type} makes logits of hidden states in a way of its own"
         return lacks
+
+    def lens(self, hidden: Tensor, norm: bool = True) -> Tensor:
+        """(B, V) float32 logits that the model's head gives of hidden states (B, D) of any layer, with the norm after
+        the last layer or without."""
+        assert self.head is not None and self.final_norm is not None  # `lacks` tells
+        logits = self.head(self.final_norm(hidden) if norm else hidden).float()
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def must_be_as_found(self) -> None:
         """Raise a `ValueError` if the layers are no longer those that were found: adapters may replace parts."""
@@ -145,6 +163,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         image_mask_argument=mask_argument,
         bos_token_id=getattr(text, "bos_token_id", None),
         attention_by_interface=all(map(_through_interface, layers)),
+        final_norm=_child(decoder, NORM_NAMES),
+        head=_head(model, decoder, text),
+        softcap=getattr(text, "final_logit_softcapping", None),
         n_streams=next(_fields(text, STREAM_FIELDS), 1),
     )
 
@@ -182,6 +203,14 @@ def generator_of(model: nn.Module) -> nn.Module:
 def _fields(config: Any, names: tuple[str, ...]) -> Iterator[Any]:
     """Values of a config, of those names that it has."""
     return (getattr(config, name) for name in names if getattr(config, name, None) is not None)
+
+
+def _head(model: nn.Module, decoder: nn.Module, text: Any) -> nn.Module | None:
+    """The module that makes logits; `None` where the model does more between its last layer and them."""
+    scales = [scale for scale in _fields(text, HEAD_SCALES) if scale != 1]
+    if scales or hasattr(decoder, "final_input"):
+        return None
+    return generator_of(model).get_output_embeddings()  # type: ignore[operator]
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
