@@ -6,6 +6,7 @@ runs on some architectures only.
 
 from vlmfix.hooks import (
     ACT,
+    ADHH,
     FLB,
     IAT,
     PAI,
@@ -15,6 +16,7 @@ from vlmfix.hooks import (
     VAR,
     VCD,
     VHR,
+    AllPath,
     Contrast,
     HeadGain,
     ZeroTuning,
@@ -24,6 +26,8 @@ from vlmfix.method.stages import ASK_STAGES
 
 BITING = {
     "act": ACT(alpha=1.5, beta=0.0, layers=(1, 2, 3)),
+    "adhh": ADHH(head_list="L0H0/L1H0/L1H2/L2H0/L3H1", tau=0.0),
+    "allpath": AllPath(bad="L1H2", good="L2H0", gain=3.0),
     "contrast": Contrast(gamma=2.0, beta=0.01),
     "flb": FLB(gamma=3.0, lam=1.0, beta=1e-4),
     "headgain": HeadGain(head_list="L1H2/L2H0", gain=3.0),

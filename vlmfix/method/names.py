@@ -7,6 +7,8 @@ from __future__ import annotations
 
 REGISTRY = {
     "act": "vlmfix.hooks.act:ACT",
+    "adhh": "vlmfix.hooks.adhh:ADHH",
+    "allpath": "vlmfix.hooks.allpath:AllPath",
     "beam": "vlmfix.hooks.beam:Beam",
     "carve": "vlmfix.hooks.carve:CARVE",
     "chunks": "vlmfix.hooks.chunks:Chunks",
