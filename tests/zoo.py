@@ -641,6 +641,7 @@ REFUSED = {
         "step3p7",
         "unlimited_ocr",
     },
+    "vista": NO_LENS,
     "vcd": {"instructblipvideo", "kosmos-2.5"},  # no second stream with pictures; no pixel values
     "var": {"gemma3n", "glm5_next", "qwen4_exp"},  # several residual streams
 }

@@ -5,6 +5,7 @@ runs on some architectures only.
 """
 
 from vlmfix.hooks import (
+    ACG,
     ACT,
     ADHH,
     FLB,
@@ -18,6 +19,7 @@ from vlmfix.hooks import (
     VAR,
     VCD,
     VHR,
+    VISTA,
     AllPath,
     Contrast,
     HeadGain,
@@ -27,6 +29,7 @@ from vlmfix.method.registry import method_class
 from vlmfix.method.stages import ASK_STAGES
 
 BITING = {
+    "acg": ACG(gamma=4.0),
     "act": ACT(alpha=1.5, beta=0.0, layers=(1, 2, 3)),
     "adhh": ADHH(head_list="L0H0/L1H0/L1H2/L2H0/L3H1", tau=0.0),
     "allpath": AllPath(bad="L1H2", good="L2H0", gain=3.0),
@@ -42,6 +45,7 @@ BITING = {
     "var": VAR(dims=(7,), tau=3.0, rho=0.0, min_visual_mass=0.0, skip_first=1),
     "vcd": VCD(t=999, beta=0.01),
     "vhr": VHR(layers=(1, 2, 3)),
+    "vista": VISTA(lam=1.0, gamma=0.5),
     "zerotuning": ZeroTuning(gamma=8.0),
 }
 """Settings that change the answers of models with four layers and random weights."""

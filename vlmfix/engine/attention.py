@@ -332,7 +332,9 @@ def edit_rows(
     device = value.device
 
     def site(i: int, policy: Rows, picked: Any) -> Site:
-        return this_pass.site(i, policy, view.layer, view.n_layers, scores.n_keys, picked, device)
+        here = this_pass.site(i, policy, view.layer, view.n_layers, scores.n_keys, picked, device)
+        here.values = value
+        return here
 
     if surveys:
         for piece in torch.arange(scores.n_queries, device=device).split(PIECE):

@@ -6,6 +6,7 @@ Names are what users write; classes are imported on first use, since this module
 from __future__ import annotations
 
 REGISTRY = {
+    "acg": "vlmfix.hooks.acg:ACG",
     "act": "vlmfix.hooks.act:ACT",
     "adhh": "vlmfix.hooks.adhh:ADHH",
     "allpath": "vlmfix.hooks.allpath:AllPath",
@@ -31,6 +32,7 @@ REGISTRY = {
     "var": "vlmfix.hooks.var:VAR",
     "vcd": "vlmfix.hooks.vcd:VCD",
     "vhr": "vlmfix.hooks.vhr:VHR",
+    "vista": "vlmfix.hooks.vista:VISTA",
     "zerotuning": "vlmfix.hooks.zerotuning:ZeroTuning",
 }
 

@@ -43,6 +43,9 @@ class Site:
     shift: Tensor | None = None
     """() position of the first of the K keys, where a method acts by plan in a layer that keeps a window of keys."""
 
+    values: Tensor | None = None
+    """(B, Hk, K, d) what weights are summed with, in the `weights` stage of methods that do not act by plan."""
+
     def admit(self, new: Tensor, old: Tensor) -> Tensor:
         """An edit (B, H, R, K) in the rows that may be edited, and what was there in the others. The engine does this
         after every stage; rows of new tokens are all admitted."""
