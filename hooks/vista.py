@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
 
 TINY = 1e-12
+SHORTEST = 1e-3
+"""A direction that is shorter, as a share of the layer's output, is none: of a layer that mixes few tokens, rounding
+alone would be stretched to full length (ours)."""
 
 
 def steered(x: Tensor, v: Tensor, lam: float) -> Tensor:
@@ -71,7 +74,7 @@ class VISTA(Intervention):
     def traits(self) -> Traits:
         """Reads the outputs of layers, before the answer and, with the model's head, while it is written."""
         captures: tuple[Readable, ...] = ("hidden",) if self.lam > 0 else ()
-        return Traits(whole_prompt=self.lam > 0, by_plan=True, lens=self.gamma > 0, captures=captures)
+        return Traits(whole_prompt=self.lam > 0, by_plan=self.gamma == 0, lens=self.gamma > 0, captures=captures)
 
     def resolve(self, model: nn.Module, anatomy: Anatomy, processor: Any = None) -> tuple[VISTA, dict[str, Any]]:
         """Fill in the layers for the loaded model."""
@@ -107,6 +110,7 @@ class VISTA(Intervention):
         memo["directions"] = {}
         for layer, hidden in seeing.items():
             v = hidden.float() - blind[layer].to(hidden.device).float()
+            v = v * (v.norm(dim=-1, keepdim=True) > SHORTEST * hidden.float().norm(dim=-1, keepdim=True))
             if self.variant == "release" and layer == 0:
                 v[:, 0] += 1
             if self.select == "random":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vlmfix
-from tests.contract.examples import INTERVENTIONS, ONLY, READERS
+from tests.contract.examples import INTERVENTIONS, ONLY, READERS, STEPWISE
 from tests.models import ARCHITECTURES, picture_prompt, plant_sinks
 from vlmfix.hooks import REGISTRY, VAR, VHR
 from vlmfix.method.intervention import Intervention
@@ -49,8 +49,8 @@ def logits(model, prompt):
 
 
 def chosen_by(model, prompt):
-    """Scores from which the first two tokens are chosen, (2, B, V)."""
-    return torch.stack(answer(model, prompt, max_new_tokens=2, output_scores=True, return_dict_in_generate=True).scores)
+    """Scores from which the first three tokens are chosen, (3, B, V)."""
+    return torch.stack(answer(model, prompt, max_new_tokens=3, output_scores=True, return_dict_in_generate=True).scores)
 
 
 def answer(model, prompt, **settings):
@@ -125,6 +125,10 @@ def test_with_cache_equals_without(method, architecture, attn):
     model = build(architecture, attn)
     prompt = picture_prompt(model, 2, lengths=[3, 6])
     with INTERVENTIONS[method](model):
+        if method in STEPWISE:
+            with pytest.raises(ValueError, match="leave out use_cache=False"):
+                answer(model, prompt, use_cache=False)
+            return
         scores = {}
         for use_cache in (True, False):
             out = answer(
@@ -208,7 +212,7 @@ def test_beams(method, architecture):
     """Every beam is scored as a plain pass over its full sequence scores it."""
     model = build(architecture)
     prompt = picture_prompt(model, 2, lengths=[3, 6])
-    if INTERVENTIONS[method].traits.sequential:
+    if INTERVENTIONS[method].traits.sequential or INTERVENTIONS[method].traits.stepwise:
         with INTERVENTIONS[method](model), pytest.raises(ValueError, match="beam search is not supported"):
             answer(model, prompt, num_beams=3)
         return
@@ -488,9 +492,12 @@ def test_static_cache_and_assisted_generation(method):
         if method == "pyramiddrop":  # layers of different length
             with pytest.raises(ValueError, match="needs a cache that grows"):
                 answer(model, prompt, cache_implementation="static", disable_compile=True)
+        elif INTERVENTIONS[method].acts_at("cache"):
+            with pytest.raises(ValueError, match="leave out cache_implementation"):
+                answer(model, prompt, cache_implementation="static", disable_compile=True)
         else:
             assert torch.equal(answer(model, prompt, cache_implementation="static", disable_compile=True), said)
-        if method in GUIDES or INTERVENTIONS[method].traits.sequential:
+        if method in GUIDES | STEPWISE or INTERVENTIONS[method].traits.sequential:
             with pytest.raises(ValueError, match="assisted generation is not supported"):
                 answer(model, prompt, prompt_lookup_num_tokens=3)
             return

@@ -13,7 +13,7 @@ import torch
 
 import vlmfix
 from tests import zoo
-from tests.contract.test_contract import INTERVENTIONS, READERS, footprint
+from tests.contract.test_contract import INTERVENTIONS, READERS, STEPWISE, footprint
 from vlmfix.engine.attachment import attached
 from vlmfix.engine.wrap import wrapped
 from vlmfix.hooks import VAR, VHR, PyramidDrop
@@ -173,20 +173,21 @@ def test_contract(model, method):
 
     vlmfix.wrap(model, one)
     once, (edited_said, edited) = footprint(model), answer(model, inputs)
-    assert torch.equal(edited[:2], plain[:2]) == (method in READERS), "it bites, at the second token at the latest"
+    assert torch.equal(edited[:3], plain[:3]) == (method in READERS), "it bites, at the third token at the latest"
     assert all(s["acted"] for s in vlmfix.effects(model)[0]["samples"])
     vlmfix.wrap(model, one)
     assert footprint(model) == once, "wrapping with the same changes nothing"
     assert torch.equal(answer(model, inputs)[1], edited), "two generations in a row are equal"
     whole = inputs if "cache" not in quirks else zoo.prompt(model, layouts[1:2], first=1)
-    same(answer(model, whole, use_cache=False)[1], answer(model, whole)[1])
+    if method not in STEPWISE:
+        same(answer(model, whole, use_cache=False)[1], answer(model, whole)[1])
 
     for b, layout in enumerate(layouts if "batch" not in quirks else []):
         alone_said, alone = answer(model, zoo.prompt(model, [layout], first=b))
         assert torch.equal(alone_said[0], edited_said[b]), f"sample {b} alone and in a batch"
         same(alone[:, 0], edited[:, b])
 
-    if not one.traits.sequential and "beams" not in quirks:
+    if not (one.traits.sequential or one.traits.stepwise) and "beams" not in quirks:
         beams = [answer(model, whole, 3, num_beams=2, use_cache=cache)[0] for cache in (True, False)]
         assert torch.equal(*beams)
 

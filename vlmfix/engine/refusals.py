@@ -75,11 +75,16 @@ def check_decoding(in_force: Sequence[Placed], decoding: Decoding) -> None:
             f"prompt goes through the same model; leave it out, or use a method that guides (vcd, contrast)"
         )
     for _, one in in_force:
-        sequential = one.traits.sequential
+        sequential = one.traits.sequential or one.traits.stepwise
         if sequential and decoding.n_beams > 1:
             raise ValueError(f"{one.name} follows one answer token by token; beam search is not supported with it")
         if decoding.assisted and (sequential or any(map(one.acts_at, EVERY_TOKEN_STAGES))):
             raise ValueError(f"{one.name} needs every token in its turn; assisted generation is not supported")
+        if one.traits.stepwise and not config.use_cache:
+            raise ValueError(
+                f"{one.name} goes by the pass over the token before, and without a cache there is none; leave out "
+                f"use_cache=False"
+            )
 
 
 PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "block_table")
@@ -109,6 +114,11 @@ def check_scoring(in_force: Sequence[Placed]) -> None:
             raise ValueError(
                 f"{one.name} acts where generate chooses a token, so an answer cannot be scored with it in one forward "
                 f"pass; use generate(output_scores=True)"
+            )
+        if one.traits.stepwise:
+            raise ValueError(
+                f"{one.name} goes by the pass over the token before, so an answer cannot be scored with it in one "
+                f"forward pass; use generate(output_scores=True), or a loop with a cache"
             )
         if one.acts_at("cache"):
             raise ValueError(

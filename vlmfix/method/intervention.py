@@ -50,6 +50,9 @@ class Traits:
     neither positions nor geometry of a new token, so that one `Site` serves a whole answer, compiled or not."""
     sequential: bool = False
     """What it remembers belongs to one answer's tokens in their order, so beams and assisted generation are refused."""
+    stepwise: bool = False
+    """What it does to a token depends on the pass over the token before. So beams, assisted generation, generation
+    without a cache and the scoring of an answer in one pass are refused."""
     accelerator: bool = False
     """Made for speed, not against hallucination; put in force beside methods, never ranked among them."""
     before_penalties: bool = False
