@@ -34,7 +34,7 @@ in-force: $(VENV)/.dev  ## the table of ways to call a wrapped model, docs/in-fo
 	$(BIN)/python tools/in_force.py
 
 figures: $(VENV)/.dev  ## the pictures of the README
-	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots
+	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots --screenshots
 	cp build/demo/compare-1400-light.png assets/figures/demo.png
 
 organism: $(VENV)/.installed  ## a model that hallucinates on purpose, into runs/organism; goes on where it was stopped
