@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models contract lint readme hero in-force figures organism clean
+.PHONY: quickstart test test-models contract lint readme hero in-force figures gpu organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
 
 test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5
 
 test-models: $(VENV)/.dev  ## the contract over every model type of transformers, and compiled code; under six minutes
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract/test_zoo.py tests/contract/test_runtime.py \
@@ -34,8 +34,11 @@ in-force: $(VENV)/.dev  ## the table of ways to call a wrapped model, docs/in-fo
 	$(BIN)/python tools/in_force.py
 
 figures: $(VENV)/.dev  ## the pictures of the README
-	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots
+	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots --screenshots
 	cp build/demo/compare-1400-light.png assets/figures/demo.png
+
+gpu: $(VENV)/.installed  ## what is to be measured on a GPU, in under ten minutes, into build/gpu
+	$(BIN)/python tools/gpu.py
 
 organism: $(VENV)/.installed  ## a model that hallucinates on purpose, into runs/organism; goes on where it was stopped
 	nice $(BIN)/python -m vlmfix.organism.train

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network; set before transformers is imported
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores
 
@@ -63,6 +65,7 @@ def unwrapped(organism):
 
 def pytest_addoption(parser):
     parser.addoption("--all-models", action="store_true", help="run the contract over every model type")
+    parser.addoption("--screenshots", action="store_true", help="take the demo's pictures, into build/demo")
     parser.addoption("--method", help="run only the tests that are parametrised by this method")
 
 
