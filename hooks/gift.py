@@ -77,6 +77,8 @@ class GIFT(Intervention):
         """Fill in the layers for the loaded model; in hybrid decoders the nearest one with attention reads."""
         n_layers, attending = len(anatomy.layers), anatomy.attention_layers
         wanted = layers_of(11, 31, n_layers).start if self.look is None else self.look
+        if self.look is not None and self.look not in attending:
+            raise ValueError(f"look: expected a layer with attention, such as {attending[-1]}, got {self.look}")
         look = min(attending, key=lambda layer: (abs(layer - wanted), layer))
         layers = self.layers
         if layers is None:
@@ -145,8 +147,10 @@ class GIFT(Intervention):
 
 
 def half(mass: Tensor) -> Tensor:
-    """1 for the half of the heads with the most of (B, H, R, 1), 0 for the others."""
-    best = mass.topk(max(mass.shape[1] // 2, 1), dim=1).indices
+    """1 for the half of the heads with the most of (B, H, R, 1), 0 for the others. Of heads that are alike to 1/4096
+    the first are taken (ours): several may look nowhere else, and rounding would choose."""
+    order = (mass * 4096).round().argsort(dim=1, descending=True, stable=True)
+    best = order[:, : max(mass.shape[1] // 2, 1)]
     return mass.new_zeros(mass.shape).scatter(1, best, 1.0)
 
 

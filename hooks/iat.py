@@ -2,8 +2,8 @@
 
 From "AdaIAT", CVPR 2026, arXiv 2603.04908; official code XianguiKang/AdaIAT. Raising the attention to the image makes
 captions repeat themselves. So IAT raises the scores of the tokens that the model has generated itself, which carry what
-it saw, by `alpha` times their own size. The first half of the paper; AdaIAT, which does it per head where statistics
-say that a head needs it, is not built yet.
+it saw, by `alpha` times their own size. This is the first half of the paper; the second is `adaiat`, which does it per
+head, and where statistics say that it is needed.
 """
 
 from __future__ import annotations

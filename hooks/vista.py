@@ -128,8 +128,10 @@ class VISTA(Intervention):
 
     def logits(self, scores: Tensor, step: Step) -> Tensor:
         """Give (1 - gamma) l + gamma mean_j l_j, of inner layers j."""
+        import torch
+
         step.memo["acted"] = step.has_image
-        inner = sum(step.lens(layer, self.norm) for layer in step.states) / len(step.states)
+        inner = torch.stack([step.lens(layer, self.norm) for layer in step.states]).mean(0)
         raw = scores.float()
         out = (1 - self.gamma) * raw + self.gamma * inner.to(raw.device)[..., : raw.shape[-1]]
         out = out if step.as_logits else out.log_softmax(-1)

@@ -607,6 +607,7 @@ REFUSED = {
     "deco": NO_LENS,
     "dola": NO_LENS,
     "paint": set(SUPPORTED) - {"llava", "video_llava", "vipllava"},  # class token, one image token per patch
+    "icd": {"instructblipvideo"},  # no second stream with pictures
     "pyramiddrop": {  # windows, hybrid decoders, learnt positions
         "aya_vision",
         "blip-2",

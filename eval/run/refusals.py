@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmfix.eval.benchmarks.benchmark import Item
 from vlmfix.hooks.lookback import Detector
+from vlmfix.hooks.parts.attention_to_answer import Statistics
 from vlmfix.method.heads import HeadList, picture_id
 from vlmfix.method.intervention import Intervention
 
@@ -34,6 +35,7 @@ def refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) 
     """`ValueError` if heads or a detector were chosen on pictures that they are to be judged by."""
     made_on = [(file, HeadList.load(file).data.get("ids", ())) for file in _files(facts, "head_list")]
     made_on += [(file, Detector.read(file).ids) for file in _files(facts, "detector")]
+    made_on += [(file, Statistics.read(file).data.get("ids", ())) for file in _files(facts, "statistics")]
     for file, ids in made_on:
         pictures = {picture_id(path) for path in {item.image for item in items}}
         common = pictures.intersection(ids)

@@ -27,6 +27,7 @@ from vlmfix.cli.heads import show_heads
 
 if TYPE_CHECKING:
     from vlmfix.eval.tune.zerotuning import Tuned
+    from vlmfix.hooks.parts.attention_to_answer import Statistics
     from vlmfix.method.intervention import Intervention
 
 Calibrated = TypeVar("Calibrated", bound="Intervention")
@@ -140,6 +141,61 @@ def calibrate_act(
     else:
         show_heads(head_list)
     err.print(f"written: {output}", soft_wrap=True, markup=False)
+
+
+def calibrate_adaiat(
+    model: ModelName = "organism",
+    data: Annotated[str, typer.Option(help="Pictures to caption, as --data of vlmfix eval.")] = "calibration",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file for adaiat:statistics=FILE.")] = Path(
+        "adaiat.json"
+    ),
+    match: Annotated[
+        str, typer.Option(help="none (the paper), or position: real and invented objects at the same places.")
+    ] = "none",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Of each caption.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Limit = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how much each head attends to the answer so far as real and invented objects are named."""
+    with sentences():
+        from vlmfix.eval.pictures.data import Data
+        from vlmfix.eval.tune import adaiat
+
+        pictures = Data.load(data, limit)
+        loaded, processor = load_model(model, dtype, device_map, quantize)
+        with progress_bar() as progress:
+            statistics = adaiat.calibrate_adaiat(
+                loaded,
+                processor,
+                pictures,
+                match=match,  # type: ignore[arg-type]  # checked there
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        statistics.write(output)
+    if as_json:
+        sys.stdout.write(output.read_text("utf-8"))
+    else:
+        show_statistics(statistics)
+    err.print(f"written: {output}", soft_wrap=True, markup=False)
+    err.print(f"to use it: adaiat:statistics={output}", soft_wrap=True, markup=False)
+
+
+def show_statistics(statistics: Statistics) -> None:
+    """Print AdaIAT's statistics by layer."""
+    counts = f"{statistics.n_real} real and {statistics.n_invented} invented objects"
+    table = Table("layer", "P, real", "N, invented", "P/N", title=f"{counts}; sums over heads", title_justify="left")
+    for column in table.columns:
+        column.justify = "right"
+    for layer, (real, invented) in enumerate(zip(statistics.real, statistics.invented, strict=True)):
+        p, n = sum(real), sum(invented)
+        table.add_row(str(layer), f"{p:.3f}", f"{n:.3f}", f"{p / n:.2f}" if n else "")
+    out().print(table)
 
 
 def calibrate_zerotuning(

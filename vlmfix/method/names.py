@@ -8,6 +8,7 @@ from __future__ import annotations
 REGISTRY = {
     "acg": "vlmfix.hooks.acg:ACG",
     "act": "vlmfix.hooks.act:ACT",
+    "adaiat": "vlmfix.hooks.adaiat:AdaIAT",
     "adhh": "vlmfix.hooks.adhh:ADHH",
     "allpath": "vlmfix.hooks.allpath:AllPath",
     "beam": "vlmfix.hooks.beam:Beam",
@@ -21,6 +22,7 @@ REGISTRY = {
     "headgain": "vlmfix.hooks.headgain:HeadGain",
     "hgai": "vlmfix.hooks.hgai:HGAI",
     "iat": "vlmfix.hooks.iat:IAT",
+    "icd": "vlmfix.hooks.icd:ICD",
     "kvsmooth": "vlmfix.hooks.kvsmooth:KVSmooth",
     "lookback": "vlmfix.hooks.lookback:Lookback",
     "pai": "vlmfix.hooks.pai:PAI",

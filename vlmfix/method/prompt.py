@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -96,6 +96,33 @@ class Prompt:
         if positions is not None:
             n_beams = positions.shape[-2] // len(rows)
             inputs["position_ids"] = positions[..., ::n_beams, :]
+        return self.passes.stream(inputs)
+
+    def stream_with_text(self, ids: Sequence[int], at: Tensor) -> SecondStream:
+        """A second stream in whose prompts the tokens `ids` stand before the token at position `at` (B,); it sees the
+        same pictures. Whatever else the model is told of each token is 0 on them, as on text."""
+        rows: Tensor = self.inputs["input_ids" if "input_ids" in self.inputs else "inputs_embeds"]
+        device, (n_samples, length) = rows.device, rows.shape[:2]
+        new = torch.tensor(list(ids), device=device)
+        columns, start = torch.arange(length + len(new), device=device), at.to(device)[:, None]
+        within = (columns >= start) & (columns < start + len(new))  # (B, T + n)
+        source = torch.where(columns < start, columns, columns - len(new)).clamp(0, length - 1)
+        nth = (columns - start).clamp(0, len(new) - 1)
+        inputs = {"attention_mask": torch.ones_like(rows[:, :, 0] if rows.dim() == 3 else rows), **self.inputs}
+        for name, value in inputs.items():
+            if name == "inputs_embeds":
+                embedded = self.model.get_input_embeddings()(new)  # type: ignore[operator]
+                inputs[name] = torch.where(within[..., None], embedded[nth], self._taken(value, source))
+            elif value.shape == (n_samples, length) and name != "position_ids":
+                of_text = new[nth].to(value.dtype) if name == "input_ids" else int(name == "attention_mask")
+                inputs[name] = torch.where(within, of_text, value.gather(1, source))
+        positions = self.prefill.get("position_ids")
+        if positions is not None:
+            # What is put in goes on from where it stands, and all that follows stands later by its length.
+            own = positions[..., :: positions.shape[-2] // n_samples, :]
+            first = own.gather(-1, at.to(device)[:, None].expand(*own.shape[:-1], 1))
+            moved = own.gather(-1, source.expand(*own.shape[:-1], -1)) + (columns >= start + len(new)) * len(new)
+            inputs["position_ids"] = torch.where(within, first + nth, moved)
         return self.passes.stream(inputs)
 
     def _image_free(self) -> tuple[Tensor, Tensor]:
