@@ -38,7 +38,7 @@ class ICD(Intervention):
     place of LLaVA's system message, which prompts of transformers' LLaVA lack: there `place=start` is the same."""
 
     name: ClassVar[str] = "icd"
-    summary: ClassVar[str] = "takes off the logits what the model says when told to be confused"
+    summary: ClassVar[str] = "takes off what the model says when told to be confused"
     paper: ClassVar[str] = "Wang et al., ACL Findings 2024, arXiv 2403.18715"
     cost: ClassVar[str] = "a second stream with image: the prompt twice, and twice the rows per token"
     expect: ClassVar[str] = (

@@ -30,7 +30,7 @@ class TVAI(Intervention):
     and, with `gamma`, on the logits of every new token."""
 
     name: ClassVar[str] = "tvai"
-    summary: ClassVar[str] = "raises the attention scores of image and prompt, in layers of their own"
+    summary: ClassVar[str] = "raises the scores of image and prompt, in layers of their own"
     paper: ClassVar[str] = "TVAI, arXiv 2508.02419"
     cost: ClassVar[str] = (
         "no extra pass; attention of one row per token again in float32. With gamma: a second stream without the image"

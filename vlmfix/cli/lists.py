@@ -33,7 +33,7 @@ def methods(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, such as the README's.")] = False,
 ) -> None:
-    """List the interventions, a line each. With NAME: all about one, with every setting."""
+    """List the interventions, a line each, by what they edit. With NAME: all about one, with every setting."""
     from vlmfix.method.names import REGISTRY
     from vlmfix.method.registry import method_class
 
@@ -49,20 +49,31 @@ def methods(
 
 def _facts(cls: type[Intervention]) -> dict[str, Any]:
     """Default settings and texts of a method, JSON-ready."""
+    from vlmfix.method.stages import group_of
+
     texts = {key: getattr(cls, key) for key in TEXTS}
-    return {**cls().to_json(), **texts, "stages": cls.stages(), "needs": cls.needs()}
+    return {**cls().to_json(), **texts, "group": group_of(cls.stages()), "stages": cls.stages(), "needs": cls.needs()}
 
 
 def _show_table(classes: Sequence[type[Intervention]], markdown: bool) -> None:
+    """In groups, by what methods edit."""
+    from vlmfix.method.stages import GROUPS, group_of
+
+    groups = {group: [cls for cls in classes if group_of(cls.stages()) == group] for group in (*GROUPS, "monitors")}
     if not markdown:
-        _print_lines([(cls.name, cls.summary) for cls in classes])
+        width = max(len(cls.name) for cls in classes)
+        for group, members in groups.items():
+            if members:
+                out().print(group, markup=False)
+                _print_lines([(f"  {cls.name.ljust(width)}", cls.summary) for cls in members])
         out().print("\nAll about one: vlmfix methods NAME", markup=False)
         return
-    head = ("name", "stages", "what it does", "what to expect", "cost", "paper")
+    head = ("edits", "name", "stages", "what it does", "what to expect", "cost", "paper")
     rows = []
-    for cls in classes:
-        texts = [getattr(cls, key) for key in TEXTS]
-        rows.append((f"`{cls.name}`", ", ".join(cls.stages()), *texts))
+    for group, members in groups.items():
+        for cls in members:
+            texts = [getattr(cls, key) for key in TEXTS]
+            rows.append((group, f"`{cls.name}`", ", ".join(cls.stages()), *texts))
     for line in (head, ("---",) * len(head), *rows):
         sys.stdout.write("| " + " | ".join(line) + " |\n")
 

@@ -6,6 +6,7 @@ of `Intervention`; a subclass acts at the stages that it overrides.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,25 @@ STAGES = tuple(stage.name for stage in TABLE if stage.edits)
 ATTENTION_STAGES = tuple(stage.name for stage in TABLE if stage.of == "attention")
 ASK_STAGES = tuple(stage.name for stage in TABLE if stage.of == "ask")
 EVERY_TOKEN_STAGES = tuple(stage.name for stage in TABLE if stage.every_token)
+
+GROUPS = {
+    "attention": ("scores", "weights"),
+    "heads": ("heads",),
+    "hidden states": ("tokens", "mlp"),
+    "cache": ("cache",),
+    "logits": ("logits",),
+    "decoding": ("decode",),
+    "image": ("refine",),
+}
+"""In which methods are listed, by the stages that they edit."""
+
+
+def group_of(stages: Collection[str]) -> str:
+    """The group of a method that edits at some stages: the last one, but logits only where nothing else is edited,
+    since several methods have a guidance besides. `monitors` where nothing is."""
+    groups = [group for group, own in GROUPS.items() if not set(own).isdisjoint(stages)]
+    others = [group for group in groups if group != "logits"]
+    return (others or groups or ["monitors"])[-1]
 
 
 @dataclass(frozen=True)

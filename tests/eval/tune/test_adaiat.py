@@ -67,7 +67,7 @@ def test_what_is_read_is_what_the_model_attends_to(organism):
 
 def test_the_command_and_its_file(tmp_path, organism, unwrapped):
     path = tmp_path / "adaiat.json"
-    args = ["calibrate", "adaiat", "--limit", "4", "--max-new-tokens", "32", "-o", str(path)]
+    args = ["calibrate", "adaiat", "--limit", "6", "--max-new-tokens", "32", "-o", str(path)]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
     assert "real and" in result.output and f"to use it: adaiat:statistics={path}" in result.output
@@ -76,6 +76,6 @@ def test_the_command_and_its_file(tmp_path, organism, unwrapped):
     facts = [told["facts"] for told in vlmfix.effects(model)]
     with pytest.raises(ValueError, match="was made on 1 of the 1 pictures"):
         refuse_own_pictures(facts, Chair().items(Data.load("calibration", 1)))
-    assert json.loads(path.read_text())["data"]["n"] == 4
+    assert json.loads(path.read_text())["data"]["n"] == 6
     again = CliRunner().invoke(app, [*args, "--match", "x"])
     assert again.exit_code != 0 and "match: expected none or position, got 'x'" in again.output
