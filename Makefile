@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models contract lint readme hero in-force figures gpu organism clean
+.PHONY: quickstart test test-apart test-models contract lint readme hero in-force figures gpu organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
 
-test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5
+APART := tests/demo/test_demo_browser.py tests/test_wheel.py tests/test_examples.py tests/eval/test_workers.py
 
-test-models: $(VENV)/.dev  ## the contract over every model type of transformers, and compiled code; under six minutes
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract/test_zoo.py tests/contract/test_runtime.py \
-		-k 'test_zoo or compiled' --all-models
+test: $(VENV)/.dev lint  ## under ten minutes: each method of the contract on one family, and nothing that starts programs of its own
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 $(APART:%=--ignore %)
+
+test-apart: $(VENV)/.dev  ## the demo in a browser, the package as users install it, the examples, runs of several processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(APART)
+
+test-models: $(VENV)/.dev  ## the contract over every model type of transformers, every method on every family, and compiled code
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract --all-models
 
 contract: $(VENV)/.dev  ## what every method must keep, for one method: make contract METHOD=var
 	$(BIN)/python -m pytest -q --method $(METHOD) tests/contract/test_contract.py tests/contract/test_zoo.py \
