@@ -97,7 +97,8 @@ class ICD(Intervention):
         import torch
 
         ids = prompt.inputs.get("input_ids")
-        bos = getattr(prompt.model.config.get_text_config(decoder=True), "bos_token_id", None)  # type: ignore[union-attr]
+        config: Any = prompt.model.config
+        bos = getattr(config.get_text_config(decoder=True), "bos_token_id", None)
         mask = prompt.inputs.get("attention_mask")
         if ids is None or bos is None:
             rows = ids if ids is not None else prompt.inputs["inputs_embeds"]

@@ -55,7 +55,7 @@ class Statistics:
         if data.get("checksum") != checksum(data):
             raise ValueError(f"{path}: its content does not fit its checksum, so it was edited or cut; {MADE}")
         tables = {name: tuple(map(tuple, data[name])) for name in ("real", "invented")}
-        return cls(**{name: data[name] for name in names - set(tables)}, **tables)
+        return cls(**{**{name: data[name] for name in names}, **tables})
 
     def write(self, path: str | Path) -> None:
         """To a file. `ValueError` if that cannot be."""
