@@ -131,7 +131,7 @@ class AdaIAT(Intervention):
 
     def controls(self) -> tuple[Intervention, ...]:
         """One M for all heads of a layer, where there are several."""
-        return () if self.statistics is None else (replace(self, select="constant"),)
+        return () if self.ratio is not None else (replace(self, select="constant"),)
 
     def idle_hint(self) -> str:
         """The first suspects."""
