@@ -58,7 +58,7 @@ def test_forms():
     ("spec", "sentence"),
     [
         ("vrh", "unknown method 'vrh'; did you mean 'vhr'"),
-        ("zzz", "unknown method 'zzz'; known: act, beam, carve, "),
+        ("zzz", "unknown method 'zzz'; known: acg, act, adaiat, "),
         ("var:rhoo=1", "var has no setting 'rhoo'; did you mean 'rho'"),
         ("var:p", "expected setting=value after the colon, got 'p'"),
         ("var:p=lots", "var: p expects a number, got 'lots'"),

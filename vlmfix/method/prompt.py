@@ -113,7 +113,7 @@ class Prompt:
             if name == "inputs_embeds":
                 embedded = self.model.get_input_embeddings()(new)  # type: ignore[operator]
                 inputs[name] = torch.where(within[..., None], embedded[nth], self._taken(value, source))
-            elif value.shape == (n_samples, length) and name != "position_ids":
+            elif isinstance(value, Tensor) and value.shape == (n_samples, length) and name != "position_ids":
                 of_text = new[nth].to(value.dtype) if name == "input_ids" else int(name == "attention_mask")
                 inputs[name] = torch.where(within, of_text, value.gather(1, source))
         positions = self.prefill.get("position_ids")
