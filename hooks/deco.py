@@ -36,7 +36,10 @@ class DeCo(Intervention):
     summary: ClassVar[str] = "adds to the logits what an inner layer was surest of"
     paper: ClassVar[str] = "Wang et al., ICLR 2025, arXiv 2410.11779"
     cost: ClassVar[str] = "the model's head once more for each of nine layers"
-    expect: ClassVar[str] = "captions; untested here"
+    expect: ClassVar[str] = (
+        "captions; at the published strength those of the embedded model repeat themselves (60 scenes, --method "
+        "none,deco --limit 60: +16.7 [+8.3, +26.7]), CHAIR_S +8.3 [−1.7, +18.3]"
+    )
 
     alpha: Annotated[float, Range(0)] = 0.6
     """Weight of the inner layer's logits, times its highest probability (code; the README's text has 0.5)."""

@@ -37,7 +37,8 @@ class DoLa(Intervention):
     paper: ClassVar[str] = "Chuang et al., ICLR 2024, arXiv 2309.03883"
     cost: ClassVar[str] = "the model's head once more for every early layer: published 1.10 to 1.25 times the time"
     expect: ClassVar[str] = (
-        "made for facts in text; no gain on hallucinated objects in any table we know; untested here"
+        "made for facts in text; nothing on captions of the embedded model (60 scenes, --method none,dola --limit 60): "
+        "CHAIR_S +1.7 [−3.3, +6.7]"
     )
 
     bucket: Literal["low", "high"] = "low"

@@ -29,7 +29,10 @@ class FLB(Intervention):
     summary: ClassVar[str] = "adds the logits of the first token to those of later ones"
     paper: ClassVar[str] = "First Logit Boosting, CVPR 2026"
     cost: ClassVar[str] = "nothing"
-    expect: ClassVar[str] = "long captions only, nothing on answers of one word; untested here"
+    expect: ClassVar[str] = (
+        "long captions only, nothing on answers of one word. On 60 scenes of the embedded model as published (--method "
+        "none,flb --limit 60): CHAIR_S −43.3 [−55.0, −31.7], recall −2.3 [−5.5, +0.6], ten words fewer"
+    )
 
     gamma: Annotated[float, Range(0)] = 0.3
     """Weight of the first logits at the end of a long answer, 0 or more (code)."""

@@ -31,7 +31,10 @@ class SPIN(Intervention):
     summary: ClassVar[str] = "quietens heads that attend to the image least"
     paper: ClassVar[str] = "SPIN, EMNLP 2025, arXiv 2505.16411"
     cost: ClassVar[str] = "no extra pass; attention of one row per token again in float32, in all edited layers"
-    expect: ClassVar[str] = "captions; yes/no with r=0.8,eps=0.1; settings belong to LLaVA-1.5; untested here"
+    expect: ClassVar[str] = (
+        "captions; yes/no with r=0.8,eps=0.1; settings belong to LLaVA-1.5. Captions of the embedded model repeat "
+        "themselves (60 scenes, --method none,spin --limit 60: +51.7 [+38.3, +65.0]), CHAIR_S −3.3 [−15.0, +8.3]"
+    )
 
     r: Annotated[float, Range(above=0, most=1)] = 0.95
     """Share of a layer's heads that stay, rounded down: 30 of 32 for captions of LLaVA-1.5; 0.8 for its POPE, 0.7 for

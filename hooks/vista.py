@@ -47,8 +47,9 @@ class VISTA(Intervention):
     paper: ClassVar[str] = "Li et al., ICML 2025, arXiv 2502.03628"
     cost: ClassVar[str] = "the prompt twice more, with and without image; the model's head six times more per token"
     expect: ClassVar[str] = (
-        "captions, and lam=0.01 for yes/no; lam must be tuned for each model and task, and too much of it repeats; "
-        "untested here"
+        "captions, and lam=0.01 for yes/no; lam must be tuned for each model and task, and too much of it repeats. As "
+        "published nothing on the embedded model (60 scenes, --method none,vista --limit 60): CHAIR_S −1.7 "
+        "[−15.0, +10.0]"
     )
 
     lam: Annotated[float, Range(0)] = 0.17
