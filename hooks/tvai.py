@@ -36,8 +36,8 @@ class TVAI(Intervention):
         "no extra pass; attention of one row per token again in float32. With gamma: a second stream without the image"
     )
     expect: ClassVar[str] = (
-        "captions and yes/no; the sizes belong to LLaVA-1.5. Captions of the embedded model repeat themselves (60 scenes, "
-        "--method none,tvai --limit 60: +31.7 [+20.0, +43.3]), CHAIR_S −13.3 [−28.3, +1.7]"
+        "captions and yes/no; the sizes belong to LLaVA-1.5. Captions of the embedded model repeat themselves (60 "
+        "scenes, --method none,tvai --limit 60: +31.7 [+20.0, +43.3]), CHAIR_S −13.3 [−28.3, +1.7]"
     )
 
     alpha: Annotated[float, Range(-1)] = 0.93
