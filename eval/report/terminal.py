@@ -7,7 +7,7 @@ the name stands above both, and what is still too wide goes on in a further tabl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -93,7 +93,7 @@ def _parts(
 
 
 def _cut(table: MethodTable, first: int, last: int) -> MethodTable:
-    return MethodTable(table.title, table.names, table.is_control, table.columns[first:last])
+    return replace(table, columns=table.columns[first:last])
 
 
 def _block(
