@@ -184,8 +184,8 @@ def test_comparison_and_tables(runs):
         assert none.estimates[metric].low <= none.estimates[metric].value <= none.estimates[metric].high
     assert chair.notes == ["testing only: the first 24 pictures"]
     text = markdown.tables(study(chair))
-    assert "| CHAIR (rohrbach), 24 pictures (testing only: --limit 24) | `none` | `vhr` |" in text
-    assert "| CHAIR_S % |" in text and "| CHAIR_S % at equal recall |" in text
+    assert "24 pictures of organism (testing only: --limit 24)**" in text and "\n| `vhr` | " in text
+    assert " | CHAIR_S % | " in text and " | CHAIR_S % at equal recall | " in text
     data = json.loads(json.dumps(chair.to_json()))
     assert data["rows"][1]["differences"]["CHAIR_S"]["n"] == 24 and len(data["runs"]) == 2
 
