@@ -31,13 +31,17 @@ def _labelled_yes(n: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.asarray(n["tp"], dtype=float) + n["fn"] + n["unknown_yes"]
 
 
-LMMS_EVAL_METRICS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
-    "recall": lambda n: ratio(n["tp"], n["tp"] + n["fn"]),
-    "F1": lambda n: f1(n["tp"], n["tp"] + n["fp"], n["tp"] + n["fn"]),
-    "yes_ratio": lambda n: ratio(_labelled_yes(n), _labelled_yes(n) + labelled_no(n)),
+METRICS_OF_PARSERS: Mapping[str, Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]]] = {
+    "lmms_eval": {
+        "recall": lambda n: ratio(n["tp"], n["tp"] + n["fn"]),
+        "F1": lambda n: f1(n["tp"], n["tp"] + n["fp"], n["tp"] + n["fn"]),
+        "yes_ratio": lambda n: ratio(_labelled_yes(n), _labelled_yes(n) + labelled_no(n)),
+    },
+    "icd": {"yes_ratio": lambda n: ratio(n["yes_predictions"], n["questions"])},
 }
-"""Figures that lmms-eval 0.7.3 computes in another way than all others: its recall passes over wrong answers that say
-neither yes nor no, and its yes ratio is that of the labels."""
+"""Figures that an evaluator computes in another way than all others. lmms-eval 0.7.3: its recall passes over wrong
+answers that say neither yes nor no, and its yes ratio is that of the labels. ICD: answers that say neither leave every
+figure but the yes ratio."""
 
 
 class Pope(YesNo):
@@ -57,8 +61,8 @@ class Pope(YesNo):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """By the parser `lmms_eval`, as lmms-eval computes them."""
-        return {**super().metrics, **(LMMS_EVAL_METRICS if self.scoring == "lmms_eval" else {})}
+        """Those of `METRICS_OF_PARSERS` as that evaluator computes them."""
+        return {**super().metrics, **METRICS_OF_PARSERS.get(self.scoring, {})}
 
     # A run
 

@@ -96,7 +96,7 @@ def _figure(number: str, interval: str, bold: bool = False) -> str:
 
 
 def footnote(study: Study) -> str:
-    """How answers were scored, by which protocol, and what bold means."""
+    """How answers were scored, by which protocol, what bold means, and what makes figures look better than they are."""
     comparison = study.comparison
     scoring = comparison.benchmark.scoring
     parser = "" if scoring in comparison.title else f", parser {scoring}"
@@ -104,6 +104,7 @@ def footnote(study: Study) -> str:
     if comparison.protocol is not None:
         sentences.append(f"{words.deviations(comparison)}.")
     sentences += words.legend(study, mark="bold marks")
+    sentences += map(words.plain, words.warnings(study))
     return " ".join(sentences)
 
 

@@ -7,7 +7,7 @@ import pytest
 from vlmfix.eval.api import compare
 from vlmfix.eval.benchmarks import pope_questions
 from vlmfix.eval.benchmarks.benchmark import FileOptions
-from vlmfix.eval.benchmarks.pope import LMMS_EVAL_METRICS
+from vlmfix.eval.benchmarks.pope import METRICS_OF_PARSERS
 from vlmfix.eval.scorers import reading
 from vlmfix.eval.scorers.chair import clusters, counts, score_captions
 
@@ -104,9 +104,24 @@ def test_pope_as_llava_lays_it_out(tmp_path):
 
 def test_lmms_eval_passes_over_answers_that_are_neither():
     sums = {"tp": 3.0, "fn": 1.0, "unknown_yes": 4.0, "fp": 1.0, "tn": 2.0, "unknown": 6.0}
-    assert LMMS_EVAL_METRICS["recall"](sums) == 0.75
-    assert LMMS_EVAL_METRICS["F1"](sums) == 0.75
-    assert LMMS_EVAL_METRICS["yes_ratio"](sums) == pytest.approx(8 / 13)
+    metrics = METRICS_OF_PARSERS["lmms_eval"]
+    assert metrics["recall"](sums) == metrics["F1"](sums) == 0.75
+    assert metrics["yes_ratio"](sums) == pytest.approx(8 / 13)
+
+
+def test_icd_drops_answers_that_are_neither_but_from_its_yes_ratio(tmp_path):
+    """Two yes, one no, one that is neither: right are two of three, and yes are two of four."""
+    asked = pope_questions.load("coco", "random")[:4]
+    said = ["Yes", "Yes, it is", "No", "maybe"]
+    records = [{"question_id": q.id, "answer": text} for q, text in zip(asked, said, strict=True)]
+    keys = ("id", "image", "text", "label")
+    lines = [dict(zip(("question_id", *keys[1:]), (q.id, q.image, q.text, q.label), strict=True)) for q in asked]
+    options = FileOptions(questions=str(written(tmp_path / "q.jsonl", lines)), parser="icd")
+    (comparison,) = compare([written(tmp_path / "a.jsonl", records)], benchmark="pope", options=options, n_resamples=50)
+    estimates = comparison.rows[0].estimates
+    right = sum(text.lower().startswith(q.label) for q, text in zip(asked, said, strict=True))
+    assert estimates["accuracy"].value == pytest.approx(right / 3)
+    assert estimates["yes_ratio"].value == 2 / 4
 
 
 def test_an_empty_answer_is_counted_as_unparsed(tmp_path):

@@ -243,6 +243,21 @@ def test_merely_shorter_captions_are_on_the_curve(folders):
 # What else must be said
 
 
+@pytest.mark.parametrize(
+    "render",
+    [
+        lambda one: drawn_in(one, 200),
+        *(lambda one, to=to: to([one]) for to in (to_markdown, to_latex, to_csv)),
+        lambda one: html.page([one]),
+    ],
+    ids=["terminal", "markdown", "latex", "csv", "html"],
+)
+def test_shorter_captions_are_told_wherever_their_figures_are_shown(folders, render):
+    (one,) = studies(folders["none"], folders["brief"])
+    told = re.sub(r"<[^>]*>|`", "", render(one)).replace(r"\%", "%")
+    assert re.search(r"brief writes captions \d+% shorter than the untouched model", told)
+
+
 def test_runs_that_differ_in_more_than_the_method(tmp_path, folders):
     other = write(tmp_path, "other", captions(lambda k: False), dtype="float16")
     (one,) = studies(folders["none"], other)
