@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from vlmfix.eval.api import compare
 from vlmfix.eval.benchmarks import pope_questions
-from vlmfix.eval.benchmarks.benchmark import FileOptions
-from vlmfix.eval.benchmarks.pope import METRICS_OF_PARSERS
+from vlmfix.eval.benchmarks.benchmark import FileOptions, Group
+from vlmfix.eval.benchmarks.pope import METRICS_OF_PARSERS, Pope, mean_of_splits
 from vlmfix.eval.scorers import reading
 from vlmfix.eval.scorers.chair import clusters, counts, score_captions
 
@@ -95,7 +96,7 @@ def test_pope_as_llava_lays_it_out(tmp_path):
     answers_path = written(tmp_path / "answers.jsonl", answers)
     comparison = compare([answers_path], benchmark="pope", options=FileOptions(questions=str(path)), n_resamples=50)[0]
     assert [(row.group, row.estimates["accuracy"].value) for row in comparison.rows] == [
-        (split, 1.0) for split in pope_questions.SPLITS
+        (split, 1.0) for split in (*pope_questions.SPLITS, "mean")
     ]
     written(tmp_path / "alone" / "llava_pope_test.jsonl", [{**asked[0], "image": "other.jpg"}])
     with pytest.raises(ValueError, match="no annotation of 'random' has its picture and object"):
@@ -107,6 +108,21 @@ def test_lmms_eval_passes_over_answers_that_are_neither():
     metrics = METRICS_OF_PARSERS["lmms_eval"]
     assert metrics["recall"](sums) == metrics["F1"](sums) == 0.75
     assert metrics["yes_ratio"](sums) == pytest.approx(8 / 13)
+
+
+def test_the_mean_of_popes_splits_is_that_of_their_figures():
+    """F1 of .5 and 1 and 0 have the mean .5, whatever F1 all answers together have; images are joined by name."""
+    groups = []
+    for split, hits, named, images in (("random", 1, 2, "ab"), ("popular", 2, 2, "bc"), ("adversarial", 0, 2, "a")):
+        one = {"tp": hits, "fp": named - hits, "fn": 2 - hits, "unknown_yes": 0}
+        columns = {name: np.array([float(count), *[0.0] * (len(images) - 1)]) for name, count in one.items()}
+        groups.append(Group(split, list(images), columns, scores=["an answer"]))
+    *same, mean = mean_of_splits(groups)
+    assert same == groups and (mean.name, mean.images) == ("mean", ["a", "b", "c"])
+    f1 = Pope().metrics["F1"]
+    assert [float(f1({n: c.sum() for n, c in group.counts.items()})) for group in groups] == [0.5, 1, 0]
+    assert float(f1({n: c.sum() for n, c in mean.counts.items()})) == 0.5
+    assert mean_of_splits(groups[:2]) == groups[:2]
 
 
 def test_icd_drops_answers_that_are_neither_but_from_its_yes_ratio(tmp_path):

@@ -468,8 +468,8 @@ def test_markdown_rows_stay_rows(tmp_path, folders):
 
 def test_latex_of_captions(chair, pope):
     text = to_latex([chair, pope])
-    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 1 + 3
-    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 2 * 4
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 1 + 3 + 1
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 2 * 5
     for table in re.findall(r"\\begin\{tabular\}\{(l?r*)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
         rows = [row for row in table[1].splitlines() if row.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table[0]) - 1}, "as many cells as columns"
