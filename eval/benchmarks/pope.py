@@ -61,7 +61,7 @@ def mean_of_splits(groups: Sequence[Group]) -> list[Group]:
         places = [place_of[image] for image in group.images]
         scores += group.scores
         for name, column in group.counts.items():
-            counts[f"{split}/{name}"] = yesno.add_up(places, column, len(images))
+            counts[f"{split}/{name}"] = yesno.add_up(places, column.tolist(), len(images))
     return [*groups, Group(MEAN, images, counts, scores, is_summary=True)]
 
 

@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from vlmfix.cli import app
 from vlmfix.eval.api import compare
 from vlmfix.eval.benchmarks import pope_questions
 from vlmfix.eval.benchmarks.benchmark import FileOptions, Group
+from vlmfix.eval.benchmarks.chair import Chair
 from vlmfix.eval.benchmarks.pope import METRICS_OF_PARSERS, Pope, mean_of_splits
 from vlmfix.eval.scorers import reading
 from vlmfix.eval.scorers.chair import clusters, counts, score_captions
@@ -190,3 +193,18 @@ def test_mme_as_llava_logs_it(tmp_path):
     comparison = compare([path], benchmark="mme", options=FileOptions(questions=str(tmp_path)), n_resamples=50)[0]
     assert [row.estimates["score"].value for row in comparison.rows] == [200] * 4
     assert any("1 answers to other tasks of MME left out" in note for note in comparison.notes)
+
+
+def test_invented_mentions_per_100_words_by_hand():
+    """One of two mentions is invented, in 4 + 16 words."""
+    figure = Chair.figures["invented"].formula
+    assert float(figure({"hallucinated_mentions": 1.0, "words": 20.0})) == 5.0
+
+
+def test_calibrating_and_testing_on_the_same_pictures_is_refused(tmp_path):
+    header = {"label": "none", "identity": {"benchmark": "pope", "data": "organism", "data_digest": "x", "method": []}}
+    for name in ("a", "b"):
+        written(tmp_path / name / "records.jsonl", [])
+        (tmp_path / name / "run.json").write_text(json.dumps(header))
+    done = CliRunner().invoke(app, ["calibrate", "yesno", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert done.exit_code == 1 and "both runs are about the same pictures" in done.output
