@@ -57,6 +57,8 @@ class Group:
     counts: dict[str, np.ndarray]
     scores: Sequence[Any] = ()
     """Each answer, as it was read and judged."""
+    is_summary: bool = False
+    """Whether these are the answers of the other groups once more."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,13 @@ class Chair(Benchmark):
         "mentions": Figure(
             lambda n: ratio(n["mentions"], n["captions"]), "mentions of objects a caption", unit="", shown=False
         ),
+        "invented": Figure(
+            lambda n: 100 * ratio(n["hallucinated_mentions"], n["words"]),
+            "mentions of absent objects per 100 words: the rate of a Poisson process with the length as its exposure",
+            "less",
+            unit="",
+            shown=False,
+        ),
         "words": Figure(METRICS["words"], "words a caption", unit=""),
         "repetition": Figure(
             METRICS["repetition"], "captions that repeat themselves: over a fifth of their 4-grams", "less"

@@ -31,13 +31,54 @@ def _labelled_yes(n: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.asarray(n["tp"], dtype=float) + n["fn"] + n["unknown_yes"]
 
 
-LMMS_EVAL_METRICS: Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
-    "recall": lambda n: ratio(n["tp"], n["tp"] + n["fn"]),
-    "F1": lambda n: f1(n["tp"], n["tp"] + n["fp"], n["tp"] + n["fn"]),
-    "yes_ratio": lambda n: ratio(_labelled_yes(n), _labelled_yes(n) + labelled_no(n)),
+METRICS_OF_PARSERS: Mapping[str, Mapping[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]]] = {
+    "lmms_eval": {
+        "recall": lambda n: ratio(n["tp"], n["tp"] + n["fn"]),
+        "F1": lambda n: f1(n["tp"], n["tp"] + n["fp"], n["tp"] + n["fn"]),
+        "yes_ratio": lambda n: ratio(_labelled_yes(n), _labelled_yes(n) + labelled_no(n)),
+    },
+    "icd": {"yes_ratio": lambda n: ratio(n["yes_predictions"], n["questions"])},
 }
-"""Figures that lmms-eval 0.7.3 computes in another way than all others: its recall passes over wrong answers that say
-neither yes nor no, and its yes ratio is that of the labels."""
+"""Figures that an evaluator computes in another way than all others. lmms-eval 0.7.3: its recall passes over wrong
+answers that say neither yes nor no, and its yes ratio is that of the labels. ICD: answers that say neither leave every
+figure but the yes ratio."""
+
+
+MEAN = "mean"
+"""In tables: the mean of the splits' figures, which papers print as POPE's."""
+
+
+def mean_of_splits(groups: Sequence[Group]) -> list[Group]:
+    """The splits, and their mean if all three are there. Its counts stand under `split/name`."""
+    splits = {group.name: group for group in groups if group.scores}
+    if set(splits) != set(SPLITS):
+        return list(groups)
+    images = list(dict.fromkeys(image for group in splits.values() for image in group.images))
+    place_of = {image: place for place, image in enumerate(images)}
+    counts: dict[str, np.ndarray] = {}
+    scores: list[Any] = []
+    for split, group in splits.items():
+        places = [place_of[image] for image in group.images]
+        scores += group.scores
+        for name, column in group.counts.items():
+            counts[f"{split}/{name}"] = yesno.add_up(places, column.tolist(), len(images))
+    return [*groups, Group(MEAN, images, counts, scores, is_summary=True)]
+
+
+def _over_splits(metric: Metric) -> Metric:
+    """A figure of one split, or the mean of the splits' figures where counts are of several."""
+
+    def figure(counts: Mapping[str, np.ndarray]) -> np.ndarray:
+        splits = dict.fromkeys(name.partition("/")[0] for name in counts if "/" in name)
+        if not splits:
+            return metric(counts)
+        of_split = []
+        for split in splits:
+            start = f"{split}/"
+            of_split.append(metric({n.removeprefix(start): c for n, c in counts.items() if n.startswith(start)}))
+        return np.mean(of_split, axis=0)
+
+    return figure
 
 
 class Pope(YesNo):
@@ -57,8 +98,9 @@ class Pope(YesNo):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """By the parser `lmms_eval`, as lmms-eval computes them."""
-        return {**super().metrics, **(LMMS_EVAL_METRICS if self.scoring == "lmms_eval" else {})}
+        """Those of `METRICS_OF_PARSERS` as that evaluator computes them."""
+        metrics = {**super().metrics, **METRICS_OF_PARSERS.get(self.scoring, {})}
+        return {name: _over_splits(metric) for name, metric in metrics.items()}
 
     # A run
 
@@ -96,6 +138,10 @@ class Pope(YesNo):
         """The three splits."""
         groups = yesno.by_group(scores)
         return {split: groups.get(split, []) for split in SPLITS}
+
+    def score(self, data: Data, answers: Mapping[str, Any]) -> list[Group]:
+        """Counts per picture of each split, and their mean."""
+        return mean_of_splits(super().score(data, answers))
 
     # Files of answers
 
@@ -144,8 +190,8 @@ class Pope(YesNo):
         return self.file_answers(scores)
 
     def file_groups(self, scores: Sequence[Any]) -> list[Group]:
-        """The groups that the questions of the file name, mostly one split."""
-        return [self.group(name, part) for name, part in yesno.by_group(scores).items()]
+        """The groups that the questions of the file name, mostly one split, and the mean of all three."""
+        return mean_of_splits([self.group(name, part) for name, part in yesno.by_group(scores).items()])
 
 
 def _objects(data: Data) -> list[tuple[str, tuple[str, ...]]]:

@@ -16,7 +16,7 @@ from vlmfix.eval.report.tables import Cell, metric_cell
 
 CSV_COLUMNS = (
     *("benchmark", "model", "data", "limit", "group", "method", "metric", "pictures", "value", "low", "high"),
-    *("difference", "difference_low", "difference_high", "p", "p_holm", "real"),
+    *("difference", "difference_low", "difference_high", "p", "p_holm", "real", "warnings"),
 )
 
 
@@ -27,8 +27,10 @@ def to_csv(studies: Sequence[Study]) -> str:
     writer.writerow(CSV_COLUMNS)
     for study in studies:
         for entry in study.entries:
+            warnings = " ".join(words.warnings_of(study, entry))
             for metric in study.columns:
-                writer.writerow([*_what(study, entry, metric), *_numbers(metric_cell(study, entry, metric))])
+                figures = _numbers(metric_cell(study, entry, metric))
+                writer.writerow([*_what(study, entry, metric), *figures, warnings])
     return text.getvalue()
 
 

@@ -24,7 +24,7 @@ from vlmfix.eval.report.figures import p_text
 from vlmfix.eval.report.gallery import gallery as chosen_pictures
 from vlmfix.eval.report.mistakes import Rates, confusion, object_rates
 from vlmfix.eval.report.study import Study
-from vlmfix.eval.report.tables import ComparisonTable, control_columns, full_tables, published_table
+from vlmfix.eval.report.tables import MethodTable, control_columns, every_figure, published_table
 
 OBJECTS = 12
 """Objects in each table of rates."""
@@ -114,7 +114,7 @@ def _first_pictures(identities: Iterable[dict[str, Any]]) -> list[str]:
 
 def _part(study: Study, most: int, sample: int, seed: int) -> dict[str, Any]:
     """What the template of one comparison draws."""
-    tables = full_tables(study)
+    tables = every_figure(study)
     return {
         "heading": words.heading(study),
         "pictures": words.counted(study.pictures, "picture"),
@@ -137,19 +137,19 @@ def _part(study: Study, most: int, sample: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _differences(tables: Sequence[ComparisonTable]) -> dict[str, ComparisonTable]:
+def _differences(tables: Sequence[MethodTable]) -> dict[str, MethodTable]:
     """Of each group of answers, the methods that are compared with the baseline."""
-    compared: dict[str, ComparisonTable] = {}
+    compared: dict[str, MethodTable] = {}
     for table in tables:
-        kept = [
-            place
-            for place in range(len(table.methods))
-            if any(line.cells[place].difference is not None for line in table.lines)
-        ]
-        if kept:
-            lines = [replace(line, cells=[line.cells[place] for place in kept]) for line in table.lines]
-            methods = [table.methods[place] for place in kept]
-            compared[table.group] = replace(table, methods=methods, lines=lines)
+        columns = [column for column in table.columns if any(cell.difference for cell in column.cells)]
+        rows = [row for row in range(len(table.names)) if any(column.cells[row].difference for column in columns)]
+        if rows:
+            compared[table.group] = replace(
+                table,
+                names=[table.names[row] for row in rows],
+                is_control=[table.is_control[row] for row in rows],
+                columns=[replace(column, cells=[column.cells[row] for row in rows]) for column in columns],
+            )
     return compared
 
 

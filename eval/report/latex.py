@@ -5,6 +5,7 @@ Bold is a real difference, by the rule in `verdicts`. The footnote names scorer,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -12,15 +13,17 @@ from vlmfix.eval.report import words
 from vlmfix.eval.report.study import Study
 from vlmfix.eval.report.tables import (
     Cell,
-    ComparisonTable,
+    Column,
+    MethodTable,
     TextTable,
-    comparison_tables,
+    method_tables,
     published_table,
-    table_title,
 )
 
-METHODS_ACROSS = 4
-"""Methods beside each other on a page; more go on below."""
+FIGURES_ACROSS = 5
+"""Most figures beside each other on a page; more go on below, with all methods again."""
+BESIDE = 20
+"""Letters of a method's name that stands beside its figures; a longer one stands above them."""
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -48,41 +51,52 @@ def to_latex(studies: Sequence[Study]) -> str:
     """A floating table for each group of answers, and one for what others report for the protocol."""
     parts = [r"% needs \usepackage{booktabs}"]
     for study in studies:
-        parts += [_comparison_table(study, table) for table in comparison_tables(study)]
+        parts += [_method_table(study, table) for table in method_tables(study, full=True)]
         published = published_table(study.comparison)
         if published is not None:
             parts.append(_text_table(published))
     return "\n\n".join(parts) + "\n"
 
 
-def _comparison_table(study: Study, table: ComparisonTable) -> str:
+def _method_table(study: Study, table: MethodTable) -> str:
     parts = []
-    for first in range(0, len(table.methods), METHODS_ACROSS):
-        across = slice(first, first + METHODS_ACROSS)
-        head = ["", *(rf"\texttt{{{escape(method)}}}" for method in table.methods[across])]
+    n_parts = math.ceil(len(table.columns) / FIGURES_ACROSS)
+    across = math.ceil(len(table.columns) / n_parts)
+    for first in range(0, len(table.columns), across):
+        columns = table.columns[first : first + across]
         body: list[str] = []
-        for line in table.lines:
-            body += _rows(line.label, line.cells[across])
-        parts.append(_tabular(head, body))
-    return _float(escape(table_title(study, table)), parts, escape(footnote(study)))
+        for row, name in enumerate(table.names):
+            cells = [column.cells[row] for column in columns]
+            indent = r"\quad " if table.is_control[row] else ""
+            body += _rows(rf"{indent}\texttt{{{escape(name)}}}", len(name) > BESIDE, cells)
+        parts.append(_tabular(_heads(columns), body))
+    return _float(escape(table.title), parts, escape(footnote(study)))
 
 
-def _rows(label: str, cells: Sequence[Cell]) -> list[str]:
-    """The figures of a line, and below them their differences where there are any."""
-    values = [escape(cell.value) for cell in cells]
-    changes = [_change(cell) for cell in cells]
-    if any(values) and any(changes):
-        return [_row([escape(label), *values]), _row(["", *changes])]
-    return [_row([escape(label), *(values if any(values) else changes)])]
+def _heads(columns: Sequence[Column]) -> list[list[str]]:
+    """Heads of several lines end in the same one."""
+    depth = max(len(column.head) for column in columns)
+    padded = [("",) * (depth - len(column.head)) + column.head for column in columns]
+    return [["", *(escape(head[level]) for head in padded)] for level in range(depth)]
 
 
-def _change(cell: Cell) -> str:
-    text = escape(cell.change)
-    return rf"\textbf{{{text}}}" if cell.real else text
+def _rows(name: str, is_long: bool, cells: Sequence[Cell]) -> list[str]:
+    """The figures of a method, and below them its differences where there are any; a long name stands above."""
+    values = [_figure(cell.number, cell.interval) for cell in cells]
+    changes = [_figure(cell.change_number, cell.change_interval, cell.real) for cell in cells]
+    rows = [_row([name, *values])]
+    if is_long:
+        rows = [rf"\multicolumn{{{len(cells) + 1}}}{{l}}{{{name}}} \\", _row(["", *values])]
+    return [*rows, _row(["", *changes])] if any(changes) else rows
+
+
+def _figure(number: str, interval: str, bold: bool = False) -> str:
+    text = rf"\textbf{{{escape(number)}}}" if bold else escape(number)
+    return rf"{text} {{\scriptsize {escape(interval)}}}" if interval else text
 
 
 def footnote(study: Study) -> str:
-    """How answers were scored, by which protocol, and what bold means."""
+    """How answers were scored, by which protocol, what bold means, and what makes figures look better than they are."""
     comparison = study.comparison
     scoring = comparison.benchmark.scoring
     parser = "" if scoring in comparison.title else f", parser {scoring}"
@@ -90,13 +104,14 @@ def footnote(study: Study) -> str:
     if comparison.protocol is not None:
         sentences.append(f"{words.deviations(comparison)}.")
     sentences += words.legend(study, mark="bold marks")
+    sentences += map(words.plain, words.warnings(study))
     return " ".join(sentences)
 
 
 def _text_table(table: TextTable) -> str:
     head = [escape(name) for name in table.head]
     body = [_row(map(escape, row)) for row in table.rows]
-    return _float(escape(table.title), [_tabular(head, body)])
+    return _float(escape(table.title), [_tabular([head], body)])
 
 
 def _float(caption: str, tabulars: Sequence[str], note: str = "") -> str:
@@ -111,9 +126,9 @@ def _float(caption: str, tabulars: Sequence[str], note: str = "") -> str:
     return "\n".join([*lines, r"\end{table*}"])
 
 
-def _tabular(head: Sequence[str], body: Sequence[str]) -> str:
-    columns = "l" + "r" * (len(head) - 1)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _row(head), r"\midrule"]
+def _tabular(heads: Sequence[Sequence[str]], body: Sequence[str]) -> str:
+    columns = "l" + "r" * (len(heads[0]) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *map(_row, heads), r"\midrule"]
     return "\n".join([*lines, *body, r"\bottomrule", r"\end{tabular}"])
 
 

@@ -8,11 +8,10 @@ from vlmfix.eval.report import words
 from vlmfix.eval.report.study import Study
 from vlmfix.eval.report.tables import (
     Cell,
-    ComparisonTable,
     ControlColumn,
     MethodTable,
-    comparison_tables,
     control_columns,
+    method_tables,
     published_table,
 )
 
@@ -34,8 +33,8 @@ def to_markdown(studies: Sequence[Study]) -> str:
 def tables(study: Study) -> str:
     """The tables alone."""
     lines: list[str] = []
-    for table in comparison_tables(study):
-        lines += [*_comparison_table(study, table), ""]
+    for table in method_tables(study, full=True):
+        lines.append(method_table(table))
     published = published_table(study.comparison)
     if published is not None:
         lines += [f"Published for this protocol, LLaVA-1.5-7B; {words.MARKS}.", ""]
@@ -45,19 +44,11 @@ def tables(study: Study) -> str:
 
 def method_table(table: MethodTable) -> str:
     """Methods down, controls beneath theirs, figures across."""
-    lines = [f"**{table.title}**", "", *_head(["", *(" ".join(column.head) for column in table.columns)])]
+    lines = [f"**{table.title}**", "", *_head(["", *(column.label for column in table.columns)])]
     for row, name in enumerate(table.names):
         shown = f"↳ {name}" if table.is_control[row] else f"`{name}`"
         lines.append(_row([shown, *(_cell(column.cells[row]) for column in table.columns)]))
     return "\n".join(lines) + "\n"
-
-
-def _comparison_table(study: Study, table: ComparisonTable) -> list[str]:
-    title = words.title(study.comparison, table.group)
-    corner = f"{title}, {words.counted(table.pictures, 'picture')}{study.comparison.testing}"
-    lines = _head([corner, *(f"`{method}`" for method in table.methods)])
-    lines += [_row([line.label, *map(_cell, line.cells)]) for line in table.lines]
-    return lines
 
 
 def _cell(cell: Cell) -> str:

@@ -1,10 +1,10 @@
 """A comparison as tables of cells. Each way of drawing them is another file: terminal, Markdown, LaTeX, CSV, HTML.
 
-    for table in comparison_tables(study):
-        for line in table.lines:
-            line.label, [cell.value for cell in line.cells], [cell.change for cell in line.cells]
+    for table in method_tables(study):
+        for column in table.columns:
+            column.label, [cell.value for cell in column.cells], [cell.change for cell in column.cells]
 
-No torch.
+Methods stand below each other, each with its negative controls, and figures beside each other. No torch.
 """
 
 from __future__ import annotations
@@ -120,6 +120,12 @@ class Column:
 
     head: tuple[str, ...]
     cells: list[Cell]
+    meaning: str = ""
+
+    @property
+    def label(self) -> str:
+        """The head in one line."""
+        return " ".join(self.head)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,9 @@ class MethodTable:
     """Methods down, each with its negative controls beneath it, and figures across."""
 
     title: str
+    group: str
+    """Of answers; empty where the table has several, or there is but one."""
+    pictures: int
     names: list[str]
     """As they are shown: controls by what they do otherwise than the method above them."""
     is_control: list[bool]
@@ -146,14 +155,25 @@ def method_tables(study: Study, full: bool = False) -> list[MethodTable]:
     """The headline figures of all groups of answers in one table; or, `full`, a table a group with all its figures."""
     tables = comparison_tables(study)
     if full:
-        return [_method_table(study, table_title(study, table), [table], full=True) for table in tables]
+        return [_method_table(study, table, [table], full=True) for table in tables]
     if not tables:
         return []
     whole = replace(tables[0], group="", pictures=max(table.pictures for table in tables))
-    return [_method_table(study, table_title(study, whole), tables, full=False)]
+    return [_method_table(study, whole, tables, full=False)]
 
 
-def _method_table(study: Study, title: str, tables: Sequence[ComparisonTable], full: bool) -> MethodTable:
+def every_figure(study: Study) -> list[MethodTable]:
+    """One table a group of answers: every figure that was computed, and nothing else."""
+    tables = []
+    for group, entries in study.by_group():
+        lines = metric_lines(study, entries, list(study.columns))
+        table = ComparisonTable(group, entries[0].row.n, [entry.method for entry in entries], lines)
+        tables.append(_method_table(study, table, [table], full=True))
+    return tables
+
+
+def _method_table(study: Study, whole: ComparisonTable, tables: Sequence[ComparisonTable], full: bool) -> MethodTable:
+    """Some tables side by side, under the title of the whole."""
     order = _methods_with_controls(study)
     several = len(tables) > 1
     columns = []
@@ -167,7 +187,7 @@ def _method_table(study: Study, title: str, tables: Sequence[ComparisonTable], f
                 if study.names[run] in place_of:
                     cells[row] = line.cells[place_of[study.names[run]]]
             head = (f"{line.metric} %", *line.unit[2:].rsplit(" ", 1)) if line.unit[1:] else (line.label,)
-            columns.append(Column((*head, table.group) if several else head, cells))
+            columns.append(Column((*head, table.group) if several else head, cells, line.meaning))
     passes = [study.passes_per_token(run) for run, _ in order]
     if any(passes) and study.comparison.benchmark.describes:
         texts = ["" if ratio is None else f"{ratio:.2f}" for ratio in passes]
@@ -176,7 +196,8 @@ def _method_table(study: Study, title: str, tables: Sequence[ComparisonTable], f
     for run, method in order:
         own = study.names[run]
         names.append(own if method is None else f"control: {control_name(study.names[method], own)}")
-    return MethodTable(title, names, [method is not None for _, method in order], columns)
+    is_control = [method is not None for _, method in order]
+    return MethodTable(table_title(study, whole), whole.group, whole.pictures, names, is_control, columns)
 
 
 def _is_headline(study: Study, line: Line) -> bool:
@@ -208,15 +229,6 @@ def comparison_tables(study: Study) -> list[ComparisonTable]:
             *_lines_at_equal_recall(study, entries),
             *_lines_of_unread_answers(entries),
         ]
-        tables.append(ComparisonTable(group, entries[0].row.n, [entry.method for entry in entries], lines))
-    return tables
-
-
-def full_tables(study: Study) -> list[ComparisonTable]:
-    """One table a group of answers: every figure that was computed, and nothing else."""
-    tables = []
-    for group, entries in study.by_group():
-        lines = metric_lines(study, entries, list(study.columns))
         tables.append(ComparisonTable(group, entries[0].row.n, [entry.method for entry in entries], lines))
     return tables
 

@@ -7,7 +7,7 @@ the name stands above both, and what is still too wide goes on in a further tabl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -43,8 +43,8 @@ def show(console: Console, studies: Sequence[Study], full: bool = False) -> None
         whole_lines = not console.is_terminal
         for sentence in words.in_short(study):
             console.print(words.plain(sentence), markup=False, soft_wrap=whole_lines)
-        for note in filter(None, [words.deviations(study.comparison), *study.comparison.notes]):
-            console.print(f"note: {note}", markup=False, soft_wrap=whole_lines, style="dim")
+        for note in words.notes(study):
+            console.print(f"note: {words.plain(note)}", markup=False, soft_wrap=whole_lines, style="dim")
         console.print()
     legend = dict.fromkeys(sentence for study in studies for sentence in words.legend(study))
     console.print(" ".join(legend), markup=False, soft_wrap=not console.is_terminal, style="dim")
@@ -93,7 +93,7 @@ def _parts(
 
 
 def _cut(table: MethodTable, first: int, last: int) -> MethodTable:
-    return MethodTable(table.title, table.names, table.is_control, table.columns[first:last])
+    return replace(table, columns=table.columns[first:last])
 
 
 def _block(

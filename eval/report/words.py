@@ -325,13 +325,16 @@ def deviations(comparison: Comparison) -> str:
 
 def warnings(study: Study) -> list[str]:
     """What makes figures look better than captions are, and comparisons that compare more than the methods."""
-    sentences = [*_unlike_runs(study)]
-    if study.base is not None:
-        base = {entry.row.group: entry for entry in study.entries if entry.run == study.base}
-        for entry in study.entries:
-            if entry.row.differences is not None:
-                sentences += _entry_warnings(entry, entry.row.differences, base.get(entry.row.group), study.baseline)
-    return [*sentences, *_cut_by_the_budget(study)]
+    of_methods = [sentence for entry in study.entries for sentence in warnings_of(study, entry)]
+    return [*_unlike_runs(study), *of_methods, *_cut_by_the_budget(study)]
+
+
+def warnings_of(study: Study, entry: Entry) -> list[str]:
+    """What must be known of one method's answers beside the baseline's."""
+    if entry.row.differences is None:
+        return []
+    base = next((e for e in study.entries if e.run == study.base and e.row.group == entry.row.group), None)
+    return list(_entry_warnings(entry, entry.row.differences, base, study.baseline))
 
 
 def _entry_warnings(

@@ -28,6 +28,8 @@ class RunningFigure:
             return
         answers = {record["id"]: self.bench.said(record) for record in records}
         for group in self.bench.score(self.data, answers):
+            if group.is_summary:
+                continue
             for name, total in stats.total(group.counts).items():
                 self.totals[name] = self.totals.get(name, 0) + total
 

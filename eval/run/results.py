@@ -14,7 +14,7 @@ from vlmfix.eval.benchmarks.benchmark import Benchmark, Group, Item, benchmark
 from vlmfix.eval.pictures.data import Data
 from vlmfix.eval.run.protocols import Protocol, Published, find_protocol, published
 from vlmfix.eval.scorers import stats, yesno
-from vlmfix.eval.scorers.truncation import RESAMPLES, Against, CutCaptions, TruncationControl
+from vlmfix.eval.scorers.truncation import Against, CutCaptions, TruncationControl
 
 HEADER, RECORDS, ERRORS = "run.json", "records.jsonl", "errors.jsonl"
 
@@ -346,7 +346,7 @@ def compared(
         groups: Of each run: its answers.
         base: Which run is the baseline.
         against: The baseline's captions, for the truncation control.
-        n_resamples: How often the bootstrap draws pictures; the control draws at most `truncation.RESAMPLES` times.
+        n_resamples: How often the bootstrap draws pictures.
     """
     rows = []
     for run, groups_of_run in zip(runs, groups, strict=True):
@@ -357,7 +357,7 @@ def compared(
             if base_group is not None and run.is_file and bench.asked(group) != bench.asked(base_group):
                 base_group = None  # files may answer any questions; only answers to the same ones compare
             if against is not None and not run.untouched:
-                control = against.control(group.scores, resamples=min(RESAMPLES, n_resamples))
+                control = against.control(group.scores, resamples=n_resamples)
             differences = None
             if base_group is not None:
                 differences = stats.differences(

@@ -20,8 +20,8 @@ Counts = Mapping[str, np.ndarray]
 Metric = Callable[[Counts], np.ndarray]
 """Summed counts, numbers or arrays of one shape -> the figure, of the same shape; nan where it is undefined."""
 RESAMPLES = 10_000
-KEPT = 5_000_000
-"""Draws of images (8 bytes each) that are kept for the next figure with as many images."""
+KEPT = 20_000_000
+"""Draws of images (2 bytes each) that are kept for the next figure with as many images."""
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -64,14 +64,35 @@ class Difference(Estimate):
 
 
 def resampled(counts: Mapping[Name, np.ndarray], n_resamples: int, seed: int) -> Iterator[dict[Name, np.ndarray]]:
-    """Sums of counts over resampled images, in blocks. The same seed and number of images give the same resamples."""
+    """Sums of counts over resampled images, in blocks. The same seed and number of images give the same resamples.
+
+    Args:
+        counts: Name -> numbers per image, (images,) or (images, sets).
+        n_resamples: How often images are drawn.
+        seed: Of the draws.
+
+    Yields:
+        Name -> sums, (resamples,) or (resamples, sets).
+    """
     n_images = len(next(iter(counts.values())))
-    table = np.stack(list(counts.values()), axis=1)  # (images, counts)
+    columns = [column.reshape(n_images, -1) for column in counts.values()]
+    table = _exact(np.concatenate(columns, axis=1))  # (images, all sets)
+    ends = np.cumsum([column.shape[1] for column in columns])
     small = n_images * n_resamples <= KEPT
     blocks = _kept_draws(n_images, n_resamples, seed) if small else _draws(n_images, n_resamples, seed)
     for times_drawn in blocks:
-        sums = times_drawn @ table  # (resamples, counts)
-        yield dict(zip(counts, sums.T, strict=True))
+        sums = np.split((times_drawn.astype(table.dtype) @ table).astype(float), ends[:-1], axis=1)
+        yield {
+            name: block if column.ndim > 1 else block[:, 0]
+            for (name, column), block in zip(counts.items(), sums, strict=True)
+        }
+
+
+def _exact(table: np.ndarray) -> np.ndarray:
+    """The table in half as many bytes, if no sum over its images is rounded in them: whole numbers are exact in
+    float32 up to 2**24."""
+    whole = np.array_equal(table, np.rint(table))
+    return table.astype(np.float32) if whole and len(table) * np.abs(table).max(initial=0) < 2**24 else table
 
 
 @lru_cache(maxsize=2)
@@ -81,11 +102,11 @@ def _kept_draws(n_images: int, n_resamples: int, seed: int) -> tuple[np.ndarray,
 
 
 def _draws(n_images: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn, in blocks (resamples, images)."""
+    """How often each image is drawn, in blocks (resamples, images) of whole numbers."""
     generator = np.random.default_rng(seed)
     block_size = max(1, min(n_resamples, 2_000_000 // max(n_images, 1)))
     for start in range(0, n_resamples, block_size):
-        times_drawn = np.empty((min(block_size, n_resamples - start), n_images))
+        times_drawn = np.empty((min(block_size, n_resamples - start), n_images), dtype=np.uint16)
         for row in times_drawn:
             images = generator.integers(0, n_images, n_images, dtype=np.int32)
             row[:] = np.bincount(images, minlength=n_images)

@@ -28,14 +28,16 @@ from vlmfix.eval.scorers.chair import (
     prefix_objects,
     score_captions,
 )
-from vlmfix.eval.scorers.stats import Difference, Estimate, bootstrap_p, interval, number_or_none
+from vlmfix.eval.scorers.stats import RESAMPLES, Difference, Estimate, bootstrap_p, interval, number_or_none, resampled
 
 CUTS: tuple[int | None, ...] = (*range(10, 125, 5), None)
 """After how many white-space separated words captions are cut; None leaves them whole."""
-RESAMPLES = 2000
-_FIGURES = ("CHAIR_S", "CHAIR_I_unique", "F1", "recall", "words")
 _COUNTS = ("captions", "hallucinated_captions", "unique_mentions", "true_unique", "truth", "words")
-"""What they are made of."""
+"""What figures of cut captions are made of."""
+_SAME_IN_ALL_CUTS = ("captions", "truth")
+_FIGURES = ("CHAIR_S", "CHAIR_I_unique", "F1", "recall", "words")
+_COMPARED = {"chair_s": "CHAIR_S", "chair_i_unique": "CHAIR_I_unique", "f1": "F1"}
+"""Field of the control -> the figure whose difference it is."""
 
 
 def cut(caption: str, words: int | None) -> str:
@@ -56,10 +58,11 @@ class CutCaptions:
     @property
     def curve(self) -> dict[int | None, dict[str, float]]:
         """CHAIR_S, CHAIR_I_unique, F1, recall and mean words after each cut, over all images."""
-        figures = _figures(self.counts, np.ones((1, len(self.images))))
+        sums = {name: column.sum(axis=0) for name, column in self.counts.items()}
+        figures = {name: METRICS[name](sums) for name in _FIGURES}
         curve = {}
         for cut_index, words_kept in enumerate(CUTS):
-            curve[words_kept] = {name: float(figures[name][0, cut_index]) for name in _FIGURES}
+            curve[words_kept] = {name: float(figures[name][cut_index]) for name in _FIGURES}
         return curve
 
 
@@ -82,24 +85,20 @@ def cut_scores(whole: Sequence[CaptionScore], vocabulary: Vocabulary | None, var
     if not any(score.truth for score in whole):
         raise ValueError(f"no object is in any of the {len(whole)} images; expected ground truth to compare recall by.")
     columns = {name: np.zeros((len(whole), len(CUTS))) for name in _COUNTS}
+    columns["captions"][:] = 1
+    columns["truth"][:] = [[len(score.truth)] for score in whole]
     for row, score in enumerate(whole):
-        words = score.caption.split()
+        words, named = score.caption.split(), score.objects
         lengths = [len(words) if words_kept is None else min(words_kept, len(words)) for words_kept in CUTS]
         shorter = [length for length in lengths if length < len(words)]
         objects_of = dict(zip(shorter, prefix_objects(words, shorter, vocabulary, variant), strict=True))
-        for cut_index, length in enumerate(lengths):
-            objects = objects_of.get(length, score.objects)
-            present = len(objects & score.truth)
-            counts_of_cut = {
-                "captions": 1,
-                "hallucinated_captions": present < len(objects),
-                "unique_mentions": len(objects),
-                "true_unique": present,
-                "truth": len(score.truth),
-                "words": length,
-            }
-            for name in _COUNTS:
-                columns[name][row, cut_index] = counts_of_cut[name]
+        objects_of[len(words)] = named
+        n_named = {length: len(objects) for length, objects in objects_of.items()}
+        n_true = {length: len(objects & score.truth) for length, objects in objects_of.items()}
+        columns["words"][row] = lengths
+        columns["unique_mentions"][row] = [n_named[length] for length in lengths]
+        columns["true_unique"][row] = [n_true[length] for length in lengths]
+    columns["hallucinated_captions"][:] = columns["true_unique"] < columns["unique_mentions"]
     return CutCaptions(whole[0].variant, tuple(clusters(whole)), columns)
 
 
@@ -159,38 +158,47 @@ def truncation_control(
     method = _matched(base, method)
     table = counts(method)
     method_counts = {name: table[name][:, None] for name in _COUNTS}
-    curve_blocks, own_blocks = [], []
-    for times_drawn in _draws(len(base.images), resamples, seed):
-        curve_blocks.append(_figures(base.counts, times_drawn))
-        own_blocks.append(_figures(method_counts, times_drawn))
+    curve_blocks, own_blocks = [_figures(_over_all(base.counts))], [_figures(_over_all(method_counts))]
+    for curve_sums, own_sums in _resampled(base.counts, method_counts, resamples, seed):
+        curve_blocks.append(_figures(curve_sums))
+        own_blocks.append(_figures(own_sums))
     # The first row holds the figures of the images themselves, the other rows one resample each.
-    curve = {name: np.concatenate([block[name] for block in curve_blocks]) for name in _FIGURES}  # (rows, cuts)
-    own = {name: np.concatenate([block[name][:, 0] for block in own_blocks]) for name in _FIGURES}  # (rows,)
+    curve = {name: np.concatenate([block[name] for block in curve_blocks]) for name in curve_blocks[0]}  # (rows, cuts)
+    own = {name: np.concatenate([block[name][:, 0] for block in own_blocks]) for name in own_blocks[0]}  # (rows,)
     above = own["recall"] > curve["recall"][:, -1]
     outside = own["recall"] < curve["recall"].min(axis=1)
     status: Status = "outside" if outside[0] else "inside"
     if above[0]:
         status = "recall above vanilla"
     at_same_recall = {}  # figures of the base, cut to the method's recall
-    for name in _FIGURES:
-        on_curve = np.where(above, curve[name][:, -1], _interpolate(own["recall"], curve, name))
+    for name in _COMPARED.values():
+        on_curve = np.where(above, curve[name][:, -1], _interpolate(own["recall"], curve["recall"], curve[name]))
         at_same_recall[name] = np.where(outside, np.nan, on_curve)
-    gaps = {}
-    for field, name in (("chair_s", "CHAIR_S"), ("chair_i_unique", "CHAIR_I_unique"), ("f1", "F1")):
-        gaps[field] = own[name] - at_same_recall[name]
+    gaps = {field: own[name] - at_same_recall[name] for field, name in _COMPARED.items()}
     return TruncationControl(
         variant=base.variant,
         images=len(base.images),
         status=status,
         recall=float(own["recall"][0]),
         cut_chair_s=number_or_none(at_same_recall["CHAIR_S"][0]),
-        cut_words=number_or_none(at_same_recall["words"][0]),
+        cut_words=_words_at(base, own["recall"][0], status),
         chair_s=_estimate(gaps["chair_s"]),
         chair_i_unique=_estimate(gaps["chair_i_unique"]),
         f1=_estimate(gaps["f1"]),
         outside=float(outside[1:].sum() / max(resamples, 1)),
         p={field: bootstrap_p(gap[1:]) for field, gap in gaps.items()},
     )
+
+
+def _words_at(base: CutCaptions, recall: float, status: Status) -> float | None:
+    """Mean words of the base's captions, cut to a recall."""
+    if status == "outside":
+        return None
+    curve = list(base.curve.values())
+    if status == "recall above vanilla":
+        return curve[-1]["words"]
+    recalls, words = (np.array([[figures[name] for figures in curve]]) for name in ("recall", "words"))
+    return number_or_none(_interpolate(np.array([recall]), recalls, words)[0])
 
 
 class Against:
@@ -247,29 +255,37 @@ def _matched(base: CutCaptions, method: Sequence[CaptionScore]) -> list[CaptionS
     return [score_of[image] for image in base.images]
 
 
-def _draws(n_images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image counts, in blocks (resamples, images): once, then as often as it is drawn."""
-    yield np.ones((1, n_images))
-    generator = np.random.default_rng(seed)
-    block_size = max(1, 4_000_000 // n_images)
-    for start in range(0, resamples, block_size):
-        times_drawn = np.empty((min(block_size, resamples - start), n_images))
-        for row in times_drawn:
-            row[:] = np.bincount(generator.integers(0, n_images, n_images), minlength=n_images)
-        yield times_drawn
+def _resampled(
+    base: Mapping[str, np.ndarray], method: Mapping[str, np.ndarray], resamples: int, seed: int
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Sums over the same resampled images for both, in blocks: name -> (resamples, cuts) and (resamples, 1)."""
+    columns = {}
+    for name in _COUNTS:
+        if name == "words":  # no interval depends on them
+            continue
+        columns["method", name] = method[name]
+        columns["base", name] = base[name][:, :1] if name in _SAME_IN_ALL_CUTS else base[name]
+    for sums in resampled(columns, resamples, seed):
+        both: dict[str, dict[str, np.ndarray]] = {"base": {}, "method": {}}
+        for (side, name), block in sums.items():
+            both[side][name] = block
+        yield both["base"], both["method"]
 
 
-def _figures(columns: Mapping[str, np.ndarray], times_drawn: np.ndarray) -> dict[str, np.ndarray]:
-    """Figures of each resample: draws (resamples, images), columns (images, sets) -> (resamples, sets)."""
-    sums = {name: times_drawn @ column for name, column in columns.items()}
-    return {name: METRICS[name](sums) for name in _FIGURES}
+def _over_all(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums over all images, (images, sets) -> (1, sets)."""
+    return {name: column.sum(axis=0, keepdims=True) for name, column in columns.items()}
 
 
-def _interpolate(recall: np.ndarray, curve: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _figures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: METRICS[name](sums) for name in (*_COMPARED.values(), "recall")}
+
+
+def _interpolate(recall: np.ndarray, curve_recall: np.ndarray, values: np.ndarray) -> np.ndarray:
     """A figure of the curve at the method's recall, in each resample. Recall need not rise with every cut."""
-    order = np.argsort(curve["recall"], axis=1, kind="stable")
-    curve_recall = np.take_along_axis(curve["recall"], order, axis=1)
-    values = np.take_along_axis(curve[name], order, axis=1)
+    order = np.argsort(curve_recall, axis=1, kind="stable")
+    curve_recall = np.take_along_axis(curve_recall, order, axis=1)
+    values = np.take_along_axis(np.broadcast_to(values, curve_recall.shape), order, axis=1)
     return np.array([np.interp(*row) for row in zip(recall, curve_recall, values, strict=True)])
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vlmfix.cli import app
+from vlmfix.eval.api import compare
 from vlmfix.eval.benchmarks import hallusionbench, mme, pope_questions
 from vlmfix.eval.benchmarks.benchmark import BENCHMARKS, FileOptions, benchmark_class
 from vlmfix.eval.scorers import chair
@@ -116,13 +117,15 @@ def test_chair_as_in_the_reference(variant):
 
 @pytest.mark.parametrize("variant", ["rohrbach", "opera_approx"])
 def test_truncation_control_as_in_the_reference(variant):
-    first, second, *_ = pair(variant)["rows"]
+    files = [captions(f"opera/llava-1.5-{name}") for name in ("greedy", "ours")]
+    (comparison,) = compare(files, benchmark="chair", options=FileOptions(variant=variant), n_resamples=2000)
+    first, second = comparison.rows
     expected = HONEST["truncation_control"][f"{variant}: opera/llava-1.5-greedy -> opera/llava-1.5-ours"]
-    assert first["control"] is None and first["differences"] is None
+    assert first.control is None and first.differences is None
     for ours, theirs in {"chair_s": "dCHAIRs", "f1": "dF1"}.items():
-        found = second["control"][ours]
-        assert found["value"] == pytest.approx(expected[theirs], abs=1e-12)
-        assert [found["low"], found["high"]] == pytest.approx(expected[f"{theirs}_bootstrap_95"], abs=1e-12)
+        found = getattr(second.control, ours)
+        assert found.value == pytest.approx(expected[theirs], abs=1e-12)
+        assert [found.low, found.high] == pytest.approx(expected[f"{theirs}_bootstrap_95"], abs=1e-12)
 
 
 def test_three_files_compare_on_the_images_in_common():

@@ -2,12 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from vlmfix.cli import app
 from vlmfix.eval.api import compare
 from vlmfix.eval.benchmarks import pope_questions
-from vlmfix.eval.benchmarks.benchmark import FileOptions
-from vlmfix.eval.benchmarks.pope import LMMS_EVAL_METRICS
+from vlmfix.eval.benchmarks.benchmark import FileOptions, Group
+from vlmfix.eval.benchmarks.chair import Chair
+from vlmfix.eval.benchmarks.pope import METRICS_OF_PARSERS, Pope, mean_of_splits
 from vlmfix.eval.scorers import reading
 from vlmfix.eval.scorers.chair import clusters, counts, score_captions
 
@@ -95,7 +99,7 @@ def test_pope_as_llava_lays_it_out(tmp_path):
     answers_path = written(tmp_path / "answers.jsonl", answers)
     comparison = compare([answers_path], benchmark="pope", options=FileOptions(questions=str(path)), n_resamples=50)[0]
     assert [(row.group, row.estimates["accuracy"].value) for row in comparison.rows] == [
-        (split, 1.0) for split in pope_questions.SPLITS
+        (split, 1.0) for split in (*pope_questions.SPLITS, "mean")
     ]
     written(tmp_path / "alone" / "llava_pope_test.jsonl", [{**asked[0], "image": "other.jpg"}])
     with pytest.raises(ValueError, match="no annotation of 'random' has its picture and object"):
@@ -104,9 +108,39 @@ def test_pope_as_llava_lays_it_out(tmp_path):
 
 def test_lmms_eval_passes_over_answers_that_are_neither():
     sums = {"tp": 3.0, "fn": 1.0, "unknown_yes": 4.0, "fp": 1.0, "tn": 2.0, "unknown": 6.0}
-    assert LMMS_EVAL_METRICS["recall"](sums) == 0.75
-    assert LMMS_EVAL_METRICS["F1"](sums) == 0.75
-    assert LMMS_EVAL_METRICS["yes_ratio"](sums) == pytest.approx(8 / 13)
+    metrics = METRICS_OF_PARSERS["lmms_eval"]
+    assert metrics["recall"](sums) == metrics["F1"](sums) == 0.75
+    assert metrics["yes_ratio"](sums) == pytest.approx(8 / 13)
+
+
+def test_the_mean_of_popes_splits_is_that_of_their_figures():
+    """F1 of .5 and 1 and 0 have the mean .5, whatever F1 all answers together have; images are joined by name."""
+    groups = []
+    for split, hits, named, images in (("random", 1, 2, "ab"), ("popular", 2, 2, "bc"), ("adversarial", 0, 2, "a")):
+        one = {"tp": hits, "fp": named - hits, "fn": 2 - hits, "unknown_yes": 0}
+        columns = {name: np.array([float(count), *[0.0] * (len(images) - 1)]) for name, count in one.items()}
+        groups.append(Group(split, list(images), columns, scores=["an answer"]))
+    *same, mean = mean_of_splits(groups)
+    assert same == groups and (mean.name, mean.images) == ("mean", ["a", "b", "c"])
+    f1 = Pope().metrics["F1"]
+    assert [float(f1({n: c.sum() for n, c in group.counts.items()})) for group in groups] == [0.5, 1, 0]
+    assert float(f1({n: c.sum() for n, c in mean.counts.items()})) == 0.5
+    assert mean_of_splits(groups[:2]) == groups[:2]
+
+
+def test_icd_drops_answers_that_are_neither_but_from_its_yes_ratio(tmp_path):
+    """Two yes, one no, one that is neither: right are two of three, and yes are two of four."""
+    asked = pope_questions.load("coco", "random")[:4]
+    said = ["Yes", "Yes, it is", "No", "maybe"]
+    records = [{"question_id": q.id, "answer": text} for q, text in zip(asked, said, strict=True)]
+    keys = ("id", "image", "text", "label")
+    lines = [dict(zip(("question_id", *keys[1:]), (q.id, q.image, q.text, q.label), strict=True)) for q in asked]
+    options = FileOptions(questions=str(written(tmp_path / "q.jsonl", lines)), parser="icd")
+    (comparison,) = compare([written(tmp_path / "a.jsonl", records)], benchmark="pope", options=options, n_resamples=50)
+    estimates = comparison.rows[0].estimates
+    right = sum(text.lower().startswith(q.label) for q, text in zip(asked, said, strict=True))
+    assert estimates["accuracy"].value == pytest.approx(right / 3)
+    assert estimates["yes_ratio"].value == 2 / 4
 
 
 def test_an_empty_answer_is_counted_as_unparsed(tmp_path):
@@ -159,3 +193,18 @@ def test_mme_as_llava_logs_it(tmp_path):
     comparison = compare([path], benchmark="mme", options=FileOptions(questions=str(tmp_path)), n_resamples=50)[0]
     assert [row.estimates["score"].value for row in comparison.rows] == [200] * 4
     assert any("1 answers to other tasks of MME left out" in note for note in comparison.notes)
+
+
+def test_invented_mentions_per_100_words_by_hand():
+    """One of two mentions is invented, in 4 + 16 words."""
+    figure = Chair.figures["invented"].formula
+    assert float(figure({"hallucinated_mentions": 1.0, "words": 20.0})) == 5.0
+
+
+def test_calibrating_and_testing_on_the_same_pictures_is_refused(tmp_path):
+    header = {"label": "none", "identity": {"benchmark": "pope", "data": "organism", "data_digest": "x", "method": []}}
+    for name in ("a", "b"):
+        written(tmp_path / name / "records.jsonl", [])
+        (tmp_path / name / "run.json").write_text(json.dumps(header))
+    done = CliRunner().invoke(app, ["calibrate", "yesno", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert done.exit_code == 1 and "both runs are about the same pictures" in done.output

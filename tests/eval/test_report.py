@@ -245,6 +245,21 @@ def test_merely_shorter_captions_are_on_the_curve(folders):
 # What else must be said
 
 
+@pytest.mark.parametrize(
+    "render",
+    [
+        lambda one: drawn_in(one, 200),
+        *(lambda one, to=to: to([one]) for to in (to_markdown, to_latex, to_csv)),
+        lambda one: html.page([one]),
+    ],
+    ids=["terminal", "markdown", "latex", "csv", "html"],
+)
+def test_shorter_captions_are_told_wherever_their_figures_are_shown(folders, render):
+    (one,) = studies(folders["none"], folders["brief"])
+    told = re.sub(r"<[^>]*>|`", "", render(one)).replace(r"\%", "%")
+    assert re.search(r"brief writes captions \d+% shorter than the untouched model", told)
+
+
 def test_runs_that_differ_in_more_than_the_method(tmp_path, folders):
     other = write(tmp_path, "other", captions(lambda k: False), dtype="float16")
     (one,) = studies(folders["none"], other)
@@ -312,11 +327,16 @@ def test_one_rule_decides_on_stars_bold_colours_and_words(tmp_path):
         row = row_below(drawn_in(one, 200), "some ", 0)
         first_figure = row.partition("]")[0]
         assert cell.change_interval in row and (f"{cell.change_number}*" in first_figure) is real
-        assert (f"**{change}**" in row_below(to_markdown([one]), "| CHAIR_S % |", 0)) is real
-        assert (rf"\textbf{{{latex.escape(change)}}}" in row_below(to_latex([one]), r"CHAIR\_S \% & ")) is real
+        first_cell = row_below(to_markdown([one]), "| `some` |", 0).split(" | ")[1]
+        assert change in first_cell and (f"**{change}**" in first_cell) is real
+        first_cell = row_below(to_latex([one]), r"\texttt{some} & ").split(" & ")[1]
+        number = latex.escape(cell.change_number)
+        assert number in first_cell and (rf"\textbf{{{number}}}" in first_cell) is real
         page = html.page([one])
         kind = "real good" if real else "unreal"
-        assert f'<span class="{kind}">{cell.change_number}</span><small>{cell.change_interval}, p = ' in page
+        assert (
+            f'<span class="{kind}">{cell.change_number}</span><small>{cell.change_interval}</small><small>p = ' in page
+        )
         line = next(
             x for x in csv.DictReader(io.StringIO(to_csv([one]))) if (x["method"], x["metric"]) == ("some", "CHAIR_S")
         )
@@ -452,7 +472,7 @@ def test_runs_with_unlike_numbers_of_answers_say_so(tmp_path, folders):
 def test_markdown_rows_stay_rows(tmp_path, folders):
     (one,) = studies(folders["none"], write(tmp_path, "a|b\nc", captions(lambda k: False)))
     rows = [row for row in markdown.tables(one).splitlines() if row.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and r"`a\|b c`" in rows[0]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and r"`a\|b c`" in rows[3]
 
 
 # LaTeX
@@ -460,12 +480,12 @@ def test_markdown_rows_stay_rows(tmp_path, folders):
 
 def test_latex_of_captions(chair, pope):
     text = to_latex([chair, pope])
-    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 1 + 3
-    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 4
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 1 + 3 + 1
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 2 * 5
     for table in re.findall(r"\\begin\{tabular\}\{(l?r*)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
         rows = [row for row in table[1].splitlines() if row.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(table[0]) - 1}, "as many cells as columns"
-    assert r"CHAIR\_I\_unique \% & " in text and r"\textbf{$-$50.0 [$-$" in text
+    assert r" & CHAIR\_I\_unique \%" in text and r"\textbf{$-$50.0} {\scriptsize [$-$" in text
     assert "Scorer: CHAIR (rohrbach). " in text and "Scorer: POPE, parser pope. " in text
     assert "bold marks a real one. A difference is real if its 95" in text
 
@@ -722,7 +742,7 @@ def test_command(folders, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())[0]["methods"] == ["none", "good"]
     assert (tmp_path / "report.csv").read_text().startswith("benchmark,model,") and done.stderr.count("written: ") == 5
     assert "`good`: really better" in (tmp_path / "report.markdown").read_text("utf-8")
-    assert (tmp_path / "report.latex").read_text("utf-8").count(r"\toprule") == 1
+    assert (tmp_path / "report.latex").read_text("utf-8").count(r"\toprule") == 2
 
 
 def test_score_writes_the_same_files(folders, chair, tmp_path):

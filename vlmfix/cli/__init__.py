@@ -13,6 +13,7 @@ import typer
 from vlmfix.cli.ask import ask
 from vlmfix.cli.bench import bench
 from vlmfix.cli.calibrate import calibrate_act, calibrate_adaiat, calibrate_lookback, calibrate_zerotuning
+from vlmfix.cli.calibrate_yesno import calibrate_yesno
 from vlmfix.cli.console import fail, out, print_in_any_encoding
 from vlmfix.cli.demo import demo
 from vlmfix.cli.evaluate import evaluate
@@ -77,6 +78,7 @@ CALIBRATE: dict[str, Callable[..., None]] = {
     "act": calibrate_act,
     "zerotuning": calibrate_zerotuning,
     "adaiat": calibrate_adaiat,
+    "yesno": calibrate_yesno,
 }
 for program, commands in ((app, COMMANDS), (calibrate, CALIBRATE)):
     for name, command in commands.items():

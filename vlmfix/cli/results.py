@@ -91,10 +91,11 @@ def show(comparisons: Sequence[Comparison], as_json: bool, files: Files, full: b
     """Write files, then print tables, or JSON. Of files of answers the notes then go to stderr."""
     with sentences():
         from vlmfix.eval.report import terminal
+        from vlmfix.eval.report.words import warnings
 
         studies = files.write(comparisons)
     if as_json:
-        tables = [comparison.to_json() for comparison in comparisons]
+        tables = [{**study.comparison.to_json(), "flags": warnings(study)} for study in studies]
         sys.stdout.write(json.dumps(tables) + "\n")
         for comparison in comparisons:
             if any(run.is_file for run in comparison.runs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -39,27 +39,28 @@ def mentions(caption: str, vocabulary: Vocabulary | None = None, variant: str = 
         return strict(caption)
     vocabulary = vocabulary or coco_vocabulary()
     tokens = NORMALISERS[variant](caption)
-    items = list(_join_pairs([token.text for token in tokens], vocabulary.double_words))
-    objects = [item for item in items if item.word in vocabulary.node_of]
-    if any(item.word == "toilet" for item in items):
-        objects = [item for item in objects if item.word != "seat"]  # it is no chair, and no other seat is either
+    items = list(_items([token.text for token in tokens], vocabulary))
+    is_toilet_seat = any(item.word == "toilet" for item in items)  # it is no chair, and no other seat is either
     return [
         Mention(word, vocabulary.node_of[word], first, tokens[first].start, tokens[last].end)
-        for word, first, last in objects
+        for word, first, last in items
+        if word in vocabulary.node_of and not (word == "seat" and is_toilet_seat)
     ]
 
 
-def _join_pairs(words: Sequence[str], double_words: Mapping[str, str]) -> Iterator[_Item]:
-    """Known pairs are joined greedily from the left."""
-    place = 0
-    while place < len(words):
-        pair = double_words.get(f"{words[place]} {words[place + 1]}") if place + 1 < len(words) else None
-        if pair is None:
-            yield _Item(words[place], place, place)
-            place += 1
+def _items(words: Sequence[str], vocabulary: Vocabulary) -> Iterator[_Item]:
+    """Words that may name an object, and known pairs, which are joined greedily from the left."""
+    double_words, matters = vocabulary.double_words, vocabulary.matters
+    joined = -1  # the second word of the last pair
+    for place, word in enumerate(words):
+        if word not in matters or place == joined:
+            continue
+        pair = double_words.get(f"{word} {words[place + 1]}") if place + 1 < len(words) else None
+        if pair is not None:
+            joined = place + 1
+            yield _Item(pair, place, joined)
         else:
-            yield _Item(pair, place, place + 1)
-            place += 2
+            yield _Item(word, place, place)
 
 
 def prefix_objects(
@@ -94,7 +95,7 @@ def _objects_in_one_pass(
 ) -> dict[int, frozenset[str]]:
     """The objects that the first so many words name, for each of the lengths, which rise."""
     tokens = NORMALISERS[variant](" ".join(words))
-    items = list(_join_pairs([token.text for token in tokens], vocabulary.double_words))
+    items = list(_items([token.text for token in tokens], vocabulary))
     word_ends = [0, *accumulate(map(len, words), lambda end, length: end + 1 + length)]  # in characters
     objects_of: dict[int, frozenset[str]] = {}
     synonyms: set[str] = set()  # of all whole items read so far

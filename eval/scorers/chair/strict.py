@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
-from vlmfix.eval.scorers.chair.tokens import Token, lower, sentences, token_at, word_spans
+from vlmfix.eval.scorers.chair.tokens import Token, lower, sentences, token_at, words_of
 from vlmfix.eval.scorers.chair.vocabulary import Mention
 
 
@@ -80,8 +80,8 @@ def strict(caption: str) -> list[Mention]:
     tokens_before = 0  # in the sentences before this one
     for sentence_start, sentence_end in sentences(text, _STRICT_END):
         tokens: list[Token] = []
-        for start, end in word_spans(text[sentence_start:sentence_end]):
-            tokens += _unhyphenated(text, sentence_start + start, sentence_start + end, origin)
+        for _, start, end in words_of(text, sentence_start, sentence_end):
+            tokens += _unhyphenated(text, start, end, origin)
         for word, node, first, last in _objects([token.text for token in tokens]):
             mentions.append(Mention(word, node, tokens_before + first, tokens[first].start, tokens[last].end))
         tokens_before += len(tokens)

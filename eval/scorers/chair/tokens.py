@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ _SCAN = re.compile(
     rf"|(?:[^\s`{_SYMBOLS}.\-',:]+|(?!\.\.|--|''|[:,](?!\d))[.\-',:])+"
 )
 _BLANK = re.compile(r"\s")
+_CHUNK = re.compile(r"\S+")
 _OPENING_QUOTE = re.compile(r"'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)")
 _ENDING = re.compile(r"(.*[^'])(n't|'ll|'re|'ve|'s|'m|'d|')")
 _TWO_WORDS = frozenset(("cannot", "gonna", "gotta", "gimme", "lemme", "wanna"))  # each parts after its third letter
@@ -32,23 +33,23 @@ class Token(NamedTuple):  # made by the million; a dataclass takes twice the tim
     end: int
 
 
-def tokenize(caption: str) -> list[Token]:
+def tokenize(caption: str, form: Callable[[str], str] | None = None) -> list[Token]:
     """Words and signs of a caption, lower-cased, as NLTK's `word_tokenize` (Punkt, then Treebank rules) parts them.
 
     Needs no NLTK and no data. Known abbreviations ("Mr.", "p.m.") keep no full stop here; no object depends on them.
+
+    Args:
+        caption: Any text.
+        form: What becomes of each word, such as its singular.
     """
     text, origin = lower(caption)
-    same_places = isinstance(origin, range)
     tokens = []
     for sentence_start, sentence_end in punkt_sentences(text):
-        if same_places:  # nearly always, and in half the time
-            for start, end in word_spans(text[sentence_start:sentence_end]):
-                start, end = sentence_start + start, sentence_start + end  # noqa: PLW2901
-                tokens.append(Token(text[start:end], start, end))
-            continue
-        for start, end in word_spans(text[sentence_start:sentence_end]):
-            tokens.append(token_at(text, sentence_start + start, sentence_start + end, origin))
-    return tokens
+        words = words_of(text, sentence_start, sentence_end)
+        tokens += [Token(word if form is None else form(word), start, end) for word, start, end in words]
+    if isinstance(origin, range):  # nearly always
+        return tokens
+    return [Token(word, origin[start], origin[end - 1] + 1) for word, start, end in tokens]
 
 
 def lower(caption: str) -> tuple[str, Sequence[int]]:
@@ -107,30 +108,39 @@ def sentences(text: str, gaps: re.Pattern[str]) -> Iterator[tuple[int, int]]:
     yield start, len(text)
 
 
-@lru_cache(maxsize=1 << 12)  # captions are scored again cut short, by other variants, with other truth
-def word_spans(sentence: str) -> tuple[tuple[int, int], ...]:
-    """Spans of the words in a sentence: a final full stop is a word of its own, inner ones stay in theirs."""
-    end = len(sentence)  # before closing quotes, brackets and blanks
-    while end and (sentence[end - 1] in _CLOSERS or sentence[end - 1].isspace()):
-        end -= 1
-    stop = end - 1
-    has_final_stop = end >= 2 and sentence[stop] == "." and sentence[stop - 1] != "."
+def words_of(text: str, start: int, end: int) -> list[tuple[str, int, int]]:
+    """The words of the sentence that stands at these places of a text, each with its own place in the text: a final
+    full stop is a word of its own, inner ones stay in theirs."""
+    closed = end  # before closing quotes, brackets and blanks
+    while closed > start and (text[closed - 1] in _CLOSERS or text[closed - 1].isspace()):
+        closed -= 1
+    stop = closed - 1
+    has_final_stop = stop > start and text[stop] == "." and text[stop - 1] != "."
     if not has_final_stop:
-        return tuple(_scan(sentence, 0, len(sentence)))
-    return (*_scan(sentence, 0, stop), (stop, end), *_scan(sentence, end, len(sentence)))
+        return _between_blanks(text, start, end)
+    return [*_between_blanks(text, start, stop), (".", stop, closed), *_between_blanks(text, closed, end)]
 
 
-def _scan(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    for match in _SCAN.finditer(text, start, end):
-        word = match[0]
-        if match.lastgroup or ("'" not in word and word not in _TWO_WORDS):  # a symbol, or nothing to part
-            yield match.span()
-            continue
-        piece_start = match.start()
-        for piece in _pieces(word):
-            piece_end = piece_start + len(piece)
-            yield piece_start, piece_end
-            piece_start = piece_end
+def _between_blanks(text: str, start: int, end: int) -> list[tuple[str, int, int]]:
+    words = []
+    for match in _CHUNK.finditer(text, start, end):
+        place = match.start()
+        for word, word_start, word_end in _words_of_chunk(match[0]):
+            words.append((word, place + word_start, place + word_end))
+    return words
+
+
+@lru_cache(maxsize=1 << 16)  # captions share a few thousand of them
+def _words_of_chunk(chunk: str) -> tuple[tuple[str, int, int], ...]:
+    """Words and signs of a text without blanks, each with its place in it."""
+    words = []
+    for match in _SCAN.finditer(chunk):
+        run, start = match[0], match.start()
+        nothing_to_part = match.lastgroup or ("'" not in run and run not in _TWO_WORDS)  # a symbol, or one word
+        for piece in [run] if nothing_to_part else _pieces(run):
+            words.append((piece, start, start + len(piece)))
+            start += len(piece)
+    return tuple(words)
 
 
 def _pieces(word: str) -> list[str]:

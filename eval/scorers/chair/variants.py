@@ -32,7 +32,7 @@ from vlmfix.method.settings import did_you_mean
 
 def rohrbach(caption: str) -> list[Token]:
     """Every token made singular, verbs and pronouns too."""
-    return [Token(singularize(token.text), token.start, token.end) for token in tokenize(caption)]
+    return tokenize(caption, singularize)
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,7 @@ def inflect(caption: str) -> list[Token]:
     Raises:
         ValueError: the package is missing.
     """
-    singular = _singular_noun()
-    return [Token(singular(token.text), token.start, token.end) for token in tokenize(caption)]
+    return tokenize(caption, _singular_noun())
 
 
 NORMALISERS: Mapping[str, Callable[[str], list[Token]]] = MappingProxyType(

@@ -8,7 +8,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -66,6 +66,12 @@ class Vocabulary:
         if _plain_lines(text) == _plain_lines(_coco_text()):  # a copy of that list, with what is never found in it
             return coco_vocabulary()
         return _parse_vocabulary(_folded_lines(text, str(path)), str(path), own=True)
+
+    @cached_property
+    def matters(self) -> frozenset[str]:
+        """Words that name an object, begin a pair, or decide on others; all others can be passed over."""
+        first_words = [pair.partition(" ")[0] for pair in self.double_words]
+        return frozenset([*self.node_of, *first_words, "toilet"])
 
     @property
     def nodes(self) -> tuple[str, ...]:

@@ -220,7 +220,9 @@ def test_published_questions_are_asked_once_each():
     assert len(questions) == 9000 and len({q.id for q in questions}) == 9000 and 4000 < len(items) < 6500
     assert len({q.image for q in bench.questions(replace(data, limit=7))}) == 7
     right = {bench.item_id(q): q.label for q in questions}
-    assert [float(g.counts["tp"].sum() + g.counts["tn"].sum()) for g in bench.score(data, right)] == [3000] * 3
+    *splits, mean = bench.score(data, right)
+    assert [float(g.counts["tp"].sum() + g.counts["tn"].sum()) for g in splits] == [3000] * 3
+    assert mean.is_summary and len(mean.scores) == 9000
 
 
 # Decoding
