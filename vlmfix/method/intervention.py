@@ -58,6 +58,8 @@ class Traits:
     """What `begin` reads by `prompt.capture`, in the layers `at_layers`."""
     uses_answers: bool = False
     """It knows the right answers, for an upper bound; result tables refuse it."""
+    only_checks: bool = False
+    """It edits nothing: it sees to it, in `resolve`, that those beside it come on to the right model."""
 
 
 @dataclass(frozen=True)
