@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vlmfix.asking.asker import Asker, ask, ask_batch
     from vlmfix.asking.record import Record
     from vlmfix.engine.wrap import effects, unwrap, wrap
+    from vlmfix.eval.tune.describe import describe
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
     from vlmfix.model.loading import load
@@ -21,6 +22,7 @@ _HOMES = {
     "Record": "asking.record",
     "Site": "method.site",
     "effects": "engine.wrap",
+    "describe": "eval.tune.describe",
     "ask": "asking.asker",
     "ask_batch": "asking.asker",
     "load": "model.loading",
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "ask",
     "ask_batch",
+    "describe",
     "effects",
     "load",
     "unwrap",

@@ -15,6 +15,7 @@ from vlmfix.cli.bench import bench
 from vlmfix.cli.calibrate import calibrate_act, calibrate_lookback, calibrate_zerotuning
 from vlmfix.cli.console import fail, out, print_in_any_encoding
 from vlmfix.cli.demo import demo
+from vlmfix.cli.describe import describe
 from vlmfix.cli.evaluate import evaluate
 from vlmfix.cli.heads import heads
 from vlmfix.cli.lists import methods, models, protocols
@@ -62,6 +63,7 @@ def top(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "ask": ask,
+    "describe": describe,
     "eval": evaluate,
     "score": score,
     "report": report,
