@@ -54,6 +54,7 @@ class Contrast(Intervention):
         "m3id": {"weight": "growing", "t0": 1},
         "ritual": {"weight": "growing", "t0": 0},
     }
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"gamma": (1.1, 1.5)}
 
     gamma: Annotated[float, Range(above=0)] = 1.1
     """Strength of PAI's rule, out = c + (gamma - 1)(c - u); 1.1 in the published runs (code). 1: nothing is done."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vlmfix.asking.record import Record
     from vlmfix.engine.wrap import effects, unwrap, wrap
     from vlmfix.eval.tune.describe import describe
+    from vlmfix.eval.tune.tune import tune
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
     from vlmfix.model.loading import load
@@ -26,6 +27,7 @@ _HOMES = {
     "ask": "asking.asker",
     "ask_batch": "asking.asker",
     "load": "model.loading",
+    "tune": "eval.tune.tune",
     "unwrap": "engine.wrap",
     "wrap": "engine.wrap",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "describe",
     "effects",
     "load",
+    "tune",
     "unwrap",
     "wrap",
 ]

@@ -271,7 +271,7 @@ def _try(
                 return MethodFacts(label, False, f"idle: {'; '.join(idle)}" if idle else "nothing to do")
             whole = any(one.acts_at("decode") for one in active)
             along = _Along(None if whole else answers)
-            options = {} if whole else {"logits_processor": [along]}
+            options: dict[str, Any] = {} if whole else {"logits_processor": [along]}
             records = asker.ask_batch(questions, max_new_tokens=N_TOKENS, share=False, **options)
         except (ValueError, TypeError) as error:
             return MethodFacts(label, False, str(error))

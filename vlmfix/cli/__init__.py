@@ -20,6 +20,7 @@ from vlmfix.cli.evaluate import evaluate
 from vlmfix.cli.heads import heads
 from vlmfix.cli.lists import methods, models, protocols
 from vlmfix.cli.score import report, score
+from vlmfix.cli.tune import tune
 
 app = typer.Typer(
     name="vlmfix",
@@ -67,6 +68,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "score": score,
     "report": report,
+    "tune": tune,
     "heads": heads,
     "bench": bench,
     "methods": methods,

@@ -99,6 +99,9 @@ class Intervention:
     """What to expect of it, and for which task: one honest line."""
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
     """Presets, for methods with a setting `variant`: values of the settings that are `LATER` by default."""
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Settings and values that `vlmfix tune` tries, in every combination, the likeliest first; empty: it leaves the
+    method alone."""
     rows: ClassVar[Any] = "last"
     """Prompt rows that the attention stages edit, one of `Rows`; rows of generated tokens always belong. A subclass may
     make it a field."""
