@@ -76,7 +76,7 @@ class Course:
     def __post_init__(self) -> None:
         self.who = model_identity(self.model)
 
-    def run(self, methods: Sequence[Intervention], block: int, title: str = "none") -> Run:
+    def run(self, methods: Sequence[Intervention], block: int) -> Run:
         """Ask about a block. `ValueError` where the methods cannot be in force."""
         (run,) = answer_each(
             self.model,
@@ -89,7 +89,7 @@ class Course:
             max_new_tokens=self.max_new_tokens,
             template=self.template,
             beside=True,
-            progress=self._shown(title, self.blocks[block].n_questions),
+            progress=self._shown(self.blocks[block].n_questions),
             command=self.command,
             workers=self.workers,
             who=self.who,
@@ -100,7 +100,7 @@ class Course:
 
     def ask(self, trial: Trial, block: int) -> None:
         """Ask a candidate about a block."""
-        run, part = self.run(trial.candidate.methods, block, trial.candidate.title), self.blocks[block]
+        run, part = self.run(trial.candidate.methods, block), self.blocks[block]
         said = {record["id"]: part.bench.said(record) for record in run.records}
         trial.add(part.bench.score(part.data, said), run.records)
 
@@ -119,13 +119,13 @@ class Course:
             whole.tokens += part.tokens
         return whole
 
-    def _shown(self, title: str, n: int) -> Progress | None:
+    def _shown(self, n: int) -> Progress | None:
         """Progress of the whole tuning, for what is asked now."""
         tell, answers = self.progress, self.answers
         if tell is None:
             return None
         total = max(self.expected, answers + n)
-        return lambda label, done, _, figure: tell("answers", answers + done, total, title)
+        return lambda label, done, _, figure: tell("answers", answers + done, total, "")
 
     @property
     def seconds_per_answer(self) -> float:

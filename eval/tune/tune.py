@@ -39,16 +39,16 @@ from vlmfix.eval.tune.tool import rank
 from vlmfix.method.heads import HeadList, picture_id
 from vlmfix.method.registry import spec_of
 
-TOOLS = ("visual", "gains", "ablate:see=token", "vhd")
-"""That rank heads for a search, where labels say where objects are; without labels, all but the first."""
-MOST_RANKED = 120
-"""Pictures that heads are ranked on."""
+TOOLS = {"visual": 120, "gains": 120, "ablate:see=token": 30, "vhd": 60}
+"""Tools that rank heads for a search, and on how many pictures: about as long takes each."""
+NEEDS_PLACES = ("visual",)
+"""Tools that must know where objects are, which only annotations tell."""
 SEARCH, ROUNDS = 0.6, 4
 """Share of the pictures that are searched on, and in how many rounds."""
 FINALISTS = 3
 """Candidates that are confirmed."""
 SHARES = {"single": 0.40, "pairs": 0.20, "triples": 0.10, "neighbours": 0.10, "final": 0.20}
-"""Of the budget that confirming leaves: what each race may take."""
+"""Of the budget that confirming leaves: what each race may take, if no race before it left anything."""
 
 
 @dataclass(frozen=True)
@@ -266,18 +266,21 @@ def _head_lists(
     course: Course, data: Data, own_truth: bool, folder: Path, progress: Progress, say: Callable[[str], None]
 ) -> list[HeadList]:
     """Heads as tools rank them on pictures of the search; kept on disk. Tools that lack something are left out."""
-    searched = [picture for block in course.blocks[:-1] for picture in block.pictures][:MOST_RANKED]
-    file = folder / "pictures.txt"
     lists = []
     if isinstance(data, OriginalFolder):
         return []
+    searched = [picture for block in course.blocks[:-1] for picture in block.pictures]
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{key}\n" for key, path in data.images.items() if str(path) in set(searched)))
-    ranked_on = Data.load(**{**data.spec, "limit": None, "which": str(file.resolve())})
-    for spec in TOOLS if own_truth else TOOLS[1:]:
+    for spec, most in TOOLS.items():
+        if spec in NEEDS_PLACES and not own_truth:
+            continue
         path = folder / f"{re.sub('[^a-z]+', '-', spec)}.json"
         if not path.is_file():
             say(f"ranking heads: {spec}")
+            some = set(searched[:most])
+            file = folder / f"pictures-{len(some)}.txt"
+            file.write_text("".join(f"{key}\n" for key, picture in data.images.items() if str(picture) in some))
+            ranked_on = Data.load(**{**data.spec, "limit": None, "which": str(file.resolve())})
             try:
                 ranked = rank(
                     find_tool(spec), course.model, course.processor, ranked_on, batch_size=64, progress=progress
@@ -308,13 +311,17 @@ def _search(race: Race, first: list[Candidate], allowed: Budget, bakeable: bool,
         ("triples", lambda: _sums(race, 4, 6)),
         ("neighbours", lambda: _near(race, 4, bakeable)),
     )
+    weights = dict(SHARES)
     for name, candidates in stages:
-        share = whole * SHARES[name]
+        left = max(allowed.left(course) - confirming, 0.0)
+        share = left * weights[name] / sum(weights.values())  # what a race leaves is for those after it
+        del weights[name]
         new = race.enter(candidates())
         say(f"{name}: {len(new)} candidates")
-        race.round(new, 0, share * 0.6)
+        before = course.answers
+        race.round(new, 0, 0.6 * share)
         going_on = race.cut(new, max(4, len(new) // 3))
-        race.round(going_on, 1, share * 0.4)
+        race.round(going_on, 1, share - (course.answers - before))
         race.cut(going_on, max(3, len(going_on) // 3))
     last = len(course.blocks) - 2
     for block, n in ((2, 10), (last, 5)) if last > 2 else ((last, 8),):
@@ -387,7 +394,7 @@ def _all_by_chance(methods: Sequence[Any]) -> tuple[Any, ...]:
 
 def _on_others(course: Course, goal: Goal, candidate: Candidate, block: int, base: Trial) -> Confirmed:
     trial, part = Trial(candidate), course.blocks[block]
-    run = course.run(candidate.methods, block, candidate.title)
+    run = course.run(candidate.methods, block)
     said = {record["id"]: part.bench.said(record) for record in run.records}
     trial.add(part.bench.score(part.data, said), run.records)
     return Confirmed(candidate, trial, goal.verdict(trial, base), None, run)
