@@ -22,37 +22,29 @@ def in_words(tuned: Tuned) -> list[str]:
     """The outcome in a few sentences."""
     goal, winner, facts = tuned.goal, tuned.winner, tuned.facts
     pictures = facts["pictures"]
-    lines = []
+    n_tried = sum(bool(trial.n) for trial in tuned.race.trials)
+    effort = (
+        f"{n_tried} candidates were tried on up to {pictures['search']} pictures: {facts['answers']} answers in "
+        f"{facts['answer_seconds'] / 60:.0f} minutes, {tuned.seconds / 60:.0f} minutes in all; truth: {tuned.labels}."
+    )
     if winner is None:
-        lines.append(
-            f"None of {len(tuned.race.trials)} candidates was ahead of the untouched model on the search pictures."
-        )
-        return lines
+        return ["None of the candidates was ahead of the untouched model within the limits.", effort]
     difference = winner.verdict.differences[goal.objective]
     value, low, high = (number or 0.0 for number in (difference.value, difference.low, difference.high))
     before = winner.verdict.figures[goal.objective] - value
-    lines.append(
+    beyond = [f"{NAMES[name]} by {excess:.1f}" for name, excess in winner.verdict.broken.items()]
+    kept = [NAMES[name] for name in (*goal.figures[1:], "cost") if name not in winner.verdict.broken]
+    lines = [
         f"Winner: {winner.candidate.title}. On {pictures['confirm']} pictures that nothing was chosen on, "
-        f"{goal.objective} {before:.1f} -> {before + value:.1f} ({value:+.1f} [{low:+.1f}, {high:+.1f}])."
-    )
-    kept = [name for name in (*goal.figures[1:], "cost") if name not in winner.verdict.broken]
-    lines.append(
-        f"Within the limits there: {', '.join(NAMES[name] for name in kept) or 'none'}."
-        + "".join(
-            f" Beyond its limit: {NAMES[name]}, by {excess:.1f}." for name, excess in winner.verdict.broken.items()
-        )
-    )
+        f"{goal.objective} {before:.1f} -> {before + value:.1f} ({value:+.1f} [{low:+.1f}, {high:+.1f}]).",
+        f"Within the limits there: {', '.join(kept) or 'nothing'}; beyond: {', '.join(beyond) or 'nothing'}.",
+    ]
     if tuned.control is not None:
         other = tuned.control.verdict.differences[goal.objective]
         lines.append(f"Its negative control: {other.value or 0:+.1f} [{other.low or 0:+.1f}, {other.high or 0:+.1f}].")
     if tuned.fix is None:
         lines.append("The winner is not told apart from the untouched model there, so no fix is written.")
-    tried = sum(bool(trial.n) for trial in tuned.race.trials)
-    lines.append(
-        f"{tried} candidates were tried on up to {pictures['search']} pictures: {facts['answers']} answers in "
-        f"{facts['answer_seconds'] / 60:.0f} minutes, {tuned.seconds / 60:.0f} minutes in all; truth: {tuned.labels}."
-    )
-    return lines
+    return [*lines, effort]
 
 
 def write_page(tuned: Tuned, folder: Path) -> None:
