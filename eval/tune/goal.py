@@ -79,6 +79,9 @@ class Verdict:
     """Forward passes for a token, of the untouched model's."""
     score: float
     """Change of the objective, negative is better, and the price of what lies beyond the limits."""
+    hope: float
+    """The same, but a limit counts only as far as it is broken by more than a standard error: for a race in which most
+    has been asked about few pictures."""
     broken: dict[str, float]
     """Limit -> how far beyond it the estimate is."""
     surely_broken: tuple[str, ...]
@@ -110,15 +113,28 @@ class Goal:
         own = stats.total({name: column[rows] for name, column in trial.counts.items()})
         figures = {name: points[name] * float(metric(own)) for name, metric in metrics.items()}
         cost = (trial.passes / max(trial.tokens, 1)) / max(base.passes / max(base.tokens, 1), 1e-9)
-        broken, surely = self._broken(figures, differences, cost)
-        score = self.sign * (differences[self.objective].value or 0.0)
-        score += sum(PRICES[name] * excess for name, excess in broken.items())
-        return Verdict(figures, differences, cost, score, broken, surely)
+        beyond = self._beyond(figures, differences, cost)
+        change = self.sign * (differences[self.objective].value or 0.0)
+        broken = {name: excess for name, (excess, _) in beyond.items() if excess > 1e-9}
+        surely = tuple(name for name, (_, least) in beyond.items() if least > 1e-9)
+        by_more = {name: excess - (excess - least) / 1.96 for name, (excess, least) in beyond.items()}
+        return Verdict(figures, differences, cost, change + price(broken), change + price(by_more), broken, surely)
 
-    def _broken(
+    def expected(self, parts: Sequence[Verdict]) -> float:
+        """The hope of a sum of methods, if their effects add up."""
+        change = sum(self.sign * (part.differences[self.objective].value or 0.0) for part in parts)
+        beyond = {"cost": 100 * (1 + sum(part.cost - 1 for part in parts) - self.limits.cost)}
+        if self.bench.describes:
+            recall, repetition = (
+                sum(part.differences[name].value or 0.0 for part in parts) for name in ("recall", "repetition")
+            )
+            beyond |= {"recall": self.limits.recall - recall, "repetition": repetition - self.limits.repetition}
+        return change + price(beyond)
+
+    def _beyond(
         self, figures: Mapping[str, float], differences: Mapping[str, Difference], cost: float
-    ) -> tuple[dict[str, float], tuple[str, ...]]:
-        """How far beyond each limit the estimate is, and which limits the whole interval is beyond."""
+    ) -> dict[str, tuple[float, float]]:
+        """How far beyond each limit the estimate is, and the end of its interval that is nearer to the limit."""
         beyond: dict[str, tuple[float, float]] = {"cost": (100 * (cost - self.limits.cost),) * 2}
         if self.bench.describes:
             recall, repetition, words = (differences[name] for name in ("recall", "repetition", "words"))
@@ -133,8 +149,12 @@ class Goal:
                 ),
                 "words": (short, short - half_width),
             }
-        broken = {name: excess for name, (excess, _) in beyond.items() if excess > 1e-9}
-        return broken, tuple(name for name, (_, least) in beyond.items() if least > 1e-9)
+        return beyond
+
+
+def price(beyond: Mapping[str, float]) -> float:
+    """What lies beyond limits, in points of the objective."""
+    return sum(PRICES[name] * max(0.0, excess) for name, excess in beyond.items())
 
 
 def _scaled(difference: Difference, factor: float) -> Difference:

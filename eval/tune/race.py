@@ -189,29 +189,31 @@ class Race:
         return self.verdicts[key]
 
     def standing(self, trials: Sequence[Trial] | None = None) -> list[Trial]:
-        """Trials that are in, best first."""
+        """Trials that are in, the most hopeful first."""
         ran = [trial for trial in (self.trials if trials is None else trials) if trial.n and not trial.out]
-        return sorted(ran, key=lambda trial: self.verdict(trial).score)
+        return sorted(ran, key=lambda trial: self.verdict(trial).hope)
 
     def cut(self, trials: Sequence[Trial], n: int) -> list[Trial]:
-        """The best n go on; the others are out."""
+        """The most hopeful n go on; the others are out."""
         ranked = self.standing(trials)
         for trial in ranked[n:]:
             trial.out = f"behind after {trial.n} pictures"
         return ranked[:n]
 
-    def _drop_the_hopeless(self) -> None:
-        """Out with those whose whole interval is beyond a limit, or behind the leader's on the same pictures."""
-        ranked = self.standing()
-        for trial in ranked:
-            surely = self.verdict(trial).surely_broken
-            if surely:
-                trial.out = f"{', '.join(surely)} beyond the limit, interval and all, after {trial.n} pictures"
+    def drop_the_beaten(self) -> None:
+        """Out with those whose whole interval is behind the leader's on the same pictures."""
         ranked = self.standing()
         leader = next((trial for trial in ranked if not self.verdict(trial).broken), None)
         for trial in ranked:
             if leader is not None and trial is not leader and self._behind(trial, leader):
                 trial.out = f"behind {leader.candidate.title}, interval and all, after {trial.n} pictures"
+
+    def _drop_the_hopeless(self) -> None:
+        """Out with those whose whole interval is beyond a limit."""
+        for trial in self.standing():
+            surely = self.verdict(trial).surely_broken
+            if surely:
+                trial.out = f"{', '.join(surely)} beyond the limit, interval and all, after {trial.n} pictures"
 
     def _behind(self, trial: Trial, leader: Trial) -> bool:
         metric = {"it": self.goal.bench.metrics[self.goal.objective]}

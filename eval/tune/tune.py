@@ -47,7 +47,7 @@ SEARCH, ROUNDS = 0.6, 4
 """Share of the pictures that are searched on, and in how many rounds."""
 FINALISTS = 3
 """Candidates that are confirmed."""
-SHARES = {"single": 0.40, "pairs": 0.20, "triples": 0.10, "neighbours": 0.10, "final": 0.20}
+SHARES = {"single": 0.35, "pairs": 0.15, "triples": 0.10, "quadruples": 0.10, "neighbours": 0.10, "final": 0.20}
 """Of the budget that confirming leaves: what each race may take, if no race before it left anything."""
 
 
@@ -216,7 +216,8 @@ def tune(
     head_lists = _head_lists(course, pictures, own_truth, out / "heads", progress or _silent, say)
     _search(race, singles(head_lists, bakeable=bakeable, decoding=decoding), allowed, bakeable, say)
     most = max((trial.n for trial in race.standing()), default=0)
-    ranked = [trial for trial in race.standing() if trial.n == most and race.verdict(trial).score < 0]
+    went_far = [trial for trial in race.standing() if trial.n == most and race.verdict(trial).score < 0]
+    ranked = sorted(went_far, key=lambda trial: race.verdict(trial).score)
     finalists, control, base = _confirm(race, ranked[:FINALISTS], say)
     labels_from = "annotations" if own_truth or not chosen.describes else "the model's own yes and no"
     facts = {
@@ -305,10 +306,11 @@ def _search(race: Race, first: list[Candidate], allowed: Budget, bakeable: bool,
             f"the budget is too small: confirming on {len(course.blocks[-1].pictures)} pictures takes about "
             f"{confirming} answers, and {max(0, whole):.0f} are left for the search; give more, or fewer pictures"
         )
-    stages = (
+    stages: tuple[tuple[str, Callable[[], list[Candidate]]], ...] = (
         ("single", lambda: first),
-        ("pairs", lambda: _sums(race, 7, 7)),
-        ("triples", lambda: _sums(race, 4, 6)),
+        ("pairs", lambda: _sums(race)),
+        ("triples", lambda: _sums(race)),
+        ("quadruples", lambda: _sums(race)),
         ("neighbours", lambda: _near(race, 4, bakeable)),
     )
     weights = dict(SHARES)
@@ -320,11 +322,12 @@ def _search(race: Race, first: list[Candidate], allowed: Budget, bakeable: bool,
         say(f"{name}: {len(new)} candidates")
         before = course.answers
         race.round(new, 0, 0.6 * share)
-        going_on = race.cut(new, max(4, len(new) // 3))
+        going_on = race.cut(new, max(4, len(new) // 2))
         race.round(going_on, 1, share - (course.answers - before))
-        race.cut(going_on, max(3, len(going_on) // 3))
+        race.cut(going_on, max(4, len(going_on) // 3))
     last = len(course.blocks) - 2
     for block, n in ((2, 10), (last, 5)) if last > 2 else ((last, 8),):
+        race.drop_the_beaten()
         going_on = race.standing()[:n]
         for trial in race.standing()[n:]:
             trial.out = f"behind after {trial.n} pictures"
@@ -334,19 +337,31 @@ def _search(race: Race, first: list[Candidate], allowed: Budget, bakeable: bool,
         race.round(going_on, block, max(allowed.left(course) - confirming, 0))
 
 
-def _sums(race: Race, n_first: int, n_second: int) -> list[Candidate]:
-    """Sums of the best with the best single ones that go on or went far."""
-    best = race.standing()
-    alone = [trial.candidate for trial in _ranked_by_score(race) if " + " not in trial.candidate.title]
-    return pairs([trial.candidate for trial in best[:n_first]], alone[:n_second])
+SUMS, PARTS, A_KIND = 20, 10, 3
+"""Sums that a race tries, single candidates that they are made of, and how many of these may be of one kind."""
 
 
-def _ranked_by_score(race: Race) -> list[Trial]:
-    """All that saw two rounds, and those still in, best first, whether out or not: a limit may be broken alone and kept
-    beside another method."""
+def _sums(race: Race) -> list[Candidate]:
+    """The best so far and the best single ones together: those sums that should do best if effects add up. A limit that
+    is broken alone may be kept beside another method, so parts need not be in the race any more."""
+    known = {trial.candidate.title: trial for trial in race.trials if trial.n}
+    by_hope = sorted(known.values(), key=lambda trial: race.verdict(trial).hope)
     least = len(race.course.blocks[0].pictures)
-    ran = [trial for trial in race.trials if trial.n > least or (trial.n and not trial.out)]
-    return sorted(ran, key=lambda trial: race.verdict(trial).score)
+    alone: list[Candidate] = []
+    for trial in by_hope:
+        kinds = [candidate.kinds for candidate in alone]
+        single = " + " not in trial.candidate.title and trial.n > least
+        if single and kinds.count(trial.candidate.kinds) < A_KIND:
+            alone.append(trial.candidate)
+    best = [trial.candidate for trial in race.standing()[:PARTS]]
+
+    def expected(candidate: Candidate) -> float:
+        parts = [race.verdict(known[title]) for title in candidate.title.split(" + ") if title in known]
+        return race.goal.expected(parts)
+
+    tried = {trial.candidate.label for trial in race.trials}
+    new = [candidate for candidate in pairs(best, alone[:PARTS]) if candidate.label not in tried]
+    return sorted(new, key=expected)[:SUMS]
 
 
 def _near(race: Race, n: int, bakeable: bool) -> list[Candidate]:
