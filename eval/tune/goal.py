@@ -48,7 +48,9 @@ class Trial:
     """Why it is out of the race; empty while it is in."""
 
     def add(self, groups: Sequence[Group], records: Sequence[Mapping[str, Any]]) -> None:
-        """More answers, to pictures that it was not asked about before."""
+        """More answers, to pictures not asked about before. A group of all answers goes before its parts."""
+        of_all = [group for group in groups if len(group.scores) == len(records)]
+        groups = of_all[:1] or groups
         images = sorted({image for group in groups for image in group.images}, key=str)
         place_of = {image: place for place, image in enumerate(images)}
         sums: dict[str, np.ndarray] = {}

@@ -125,36 +125,50 @@ def test_budgets_refused(text):
 def few(monkeypatch):
     """Few methods and tools, so that a search takes seconds."""
     monkeypatch.setattr(module, "TOOLS", {"vhd": 4})
-    monkeypatch.setattr(space, "REGISTRY", ("pai", "vhr"))
+    monkeypatch.setattr(space, "REGISTRY", ("pai",))
 
 
-def test_tuning_the_embedded_model(organism, few, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def call(organism, tmp_path_factory):
+    """What to call `tune` with."""
     data = Data.load("calibration", limit=20)
-    options = {"budget": 220, "max_new_tokens": 24, "batch_size": 20, "output": tmp_path / "tuned"}
-    tuned = vlmfix.tune(*organism, data, **options)
+    folder = tmp_path_factory.mktemp("tune") / "tuned"
+    return (*organism, data), {"budget": 160, "max_new_tokens": 24, "batch_size": 20, "output": folder}
+
+
+@pytest.fixture(scope="module")
+def tuned(call):
+    """The embedded model, tuned on a few pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TOOLS", {"vhd": 4})
+        patch.setattr(space, "REGISTRY", ("pai",))
+        return vlmfix.tune(*call[0], **call[1])
+
+
+def test_tuning_the_embedded_model(call, tuned, few, monkeypatch):
+    positional, options = call
+    folder = options["output"]
     course = tuned.race.course
     blocks = [set(block.pictures) for block in course.blocks]
     assert [len(block) for block in blocks] == [4, 8, 8] and len(set.union(*blocks)) == 20
     tried = [trial for trial in tuned.race.trials if trial.n]
-    assert len(tried) > 8 and max(trial.n for trial in tried) == 12, "nobody but finalists sees the last part"
-    assert course.answers <= 220 and any(" with alpha=" in trial.candidate.title for trial in tried)
+    assert len(tried) > 4 and max(trial.n for trial in tried) == 12, "nobody but finalists sees the last part"
+    assert course.answers <= 160 and any(" with alpha=" in trial.candidate.title for trial in tried)
     assert all(trial.out for trial in tuned.race.trials if trial.n < 12)
-    write_page(tuned, tmp_path / "tuned")
+    write_page(tuned, folder)
     assert "candidates were tried on up to 12 pictures" in " ".join(in_words(tuned))
-    assert "<svg" in (tmp_path / "tuned" / "index.html").read_text()
-    assert json.loads((tmp_path / "tuned" / "tune.json").read_text())["tried"][0]["n"]
+    assert "<svg" in (folder / "index.html").read_text()
+    assert json.loads((folder / "tune.json").read_text())["tried"][0]["n"]
     # once more: everything is on disk, nothing is asked, and all is decided as before
     monkeypatch.setattr(vlmfix.Asker, "ask_batch", None)
-    again = vlmfix.tune(*organism, data, **options)
+    again = vlmfix.tune(*positional, **options)
     assert [(trial.candidate.title, trial.n, trial.out) for trial in again.race.trials] == [
         (trial.candidate.title, trial.n, trial.out) for trial in tuned.race.trials
     ]
 
 
-def test_a_fix_from_a_winner(organism, few, tmp_path):
+def test_a_fix_from_a_winner(organism, tuned, tmp_path):
     """What is written is the winner, for this model, with its evidence and the pictures that it was made on."""
-    data = Data.load("calibration", limit=20)
-    tuned = vlmfix.tune(*organism, data, budget=200, max_new_tokens=12, batch_size=20, output=tmp_path)
     confirmed = tuned.finalists[0] if tuned.finalists else None
     if confirmed is None:
         block = len(tuned.race.course.blocks) - 1
@@ -162,14 +176,14 @@ def test_a_fix_from_a_winner(organism, few, tmp_path):
         confirmed = module._on_others(tuned.race.course, tuned.goal, candidate, block, tuned.base)
     difference = replace(confirmed.verdict.differences["CHAIR_S"], value=-10.0, p=0.001)
     verdict = replace(confirmed.verdict, differences={**confirmed.verdict.differences, "CHAIR_S": difference})
-    tuned.finalists = [replace(confirmed, verdict=verdict, p_holm=0.001)]
-    fix = module._fix(tuned, *organism, "vlmfix tune")
+    won = replace(tuned, finalists=[replace(confirmed, verdict=verdict, p_holm=0.001)])
+    fix = module._fix(won, *organism, "vlmfix tune")
     fix.save(tmp_path / "fix.json")
     assert FixFile.load(tmp_path / "fix.json").methods == confirmed.candidate.methods
     assert len(fix.pictures) == 20 and fix.evidence["winner"]["p_holm"] == 0.001
     vlmfix.Asker(*organism, str(tmp_path / "fix.json"))
-    tuned.finalists = [replace(confirmed, verdict=verdict, p_holm=0.2)]
-    assert module._fix(tuned, *organism, "vlmfix tune") is None, "not told apart from the untouched model"
+    lost = replace(tuned, finalists=[replace(confirmed, verdict=verdict, p_holm=0.2)])
+    assert module._fix(lost, *organism, "vlmfix tune") is None, "not told apart from the untouched model"
 
 
 def test_pictures_without_labels(organism, tmp_path):
@@ -181,6 +195,26 @@ def test_pictures_without_labels(organism, tmp_path):
     shown = [(key, name) for key in own for name in own[key]]
     assert len(shown) >= 6
     assert np.mean([name in truth[key] for key, name in shown]) > 0.7
+
+
+def test_yes_no_questions_of_ones_own(organism, few, tmp_path):
+    """The best accuracy; heads cannot be ranked where nobody knows what is in the pictures."""
+    scenes = Data.load("calibration").folder
+    lines = (scenes / "attributes.jsonl").read_text().splitlines()
+    pictures = sorted({json.loads(line)["image"] for line in lines})[:20]
+    (tmp_path / "questions").mkdir()
+    kept = [line for line in lines if json.loads(line)["image"] in pictures]
+    (tmp_path / "questions" / "q.jsonl").write_text("\n".join(kept) + "\n")
+    data = Data.load(str(tmp_path / "questions"), pictures=scenes / "images")
+    tuned = vlmfix.tune(*organism, data, bench="yesno", budget=600, output=tmp_path / "tuned", batch_size=64)
+    tried = [trial for trial in tuned.race.trials if trial.n]
+    assert {part.name for trial in tried for part in trial.candidate.methods} == {"pai"}
+    assert tuned.base.counts and len(tuned.base.images) == len(tuned.race.course.blocks[-1].pictures)
+    n_questions = sum(block.n_questions for block in tuned.race.course.blocks)
+    assert n_questions == len(kept) and tuned.base.n == 8
+    asked = sum(tuned.base.counts[name].sum() for name in ("tp", "tn", "fp", "fn"))
+    assert asked == tuned.race.course.blocks[-1].n_questions, "each answer counts once, whatever its group"
+    write_page(tuned, tmp_path / "tuned")
 
 
 def test_too_little(organism, tmp_path):
