@@ -246,7 +246,7 @@ def test_an_embedded_model_says_that_photos_mean_nothing_to_it():
     assert "drawn scenes only" not in run("ask", SCENE, "Is there a cat?", "--method", "none").stderr
 
 
-@pytest.mark.parametrize("command", ["methods", "protocols", "models"])
+@pytest.mark.parametrize("command", ["methods", "protocols"])
 def test_lists_have_a_line_an_entry(command):
     lines = run(command).stdout.splitlines()
     assert max(map(len, lines)) <= 80

@@ -258,13 +258,13 @@ def test_two_threads(method, architecture):
     model = build(architecture)
     prompts = [picture_prompt(model, seed=s, lengths=[4 + 3 * s]) for s in range(2)]
     with INTERVENTIONS[method](model):
-        one_by_one = [answer(model, p, max_new_tokens=24) for p in prompts]
+        one_by_one = [answer(model, p, max_new_tokens=12) for p in prompts]
         found = [None, None]
         gate = threading.Barrier(2)
 
         def run(i):
             gate.wait()
-            found[i] = [answer(model, prompts[i], max_new_tokens=24) for _ in range(3)]
+            found[i] = [answer(model, prompts[i], max_new_tokens=12) for _ in range(2)]
 
         threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
         [t.start() for t in threads]

@@ -266,8 +266,8 @@ def test_code_is_copied(visit):
 
 
 @pytest.mark.parametrize("width", [380, 800, 1400])
-def test_screenshots(visit, width):
-    """They are there to be looked at; that nothing is wider than the window can be checked."""
+def test_screenshots(visit, width, request):
+    """With `--screenshots` they are taken, to be looked at; that nothing is wider than the window can be checked."""
     SHOTS.mkdir(parents=True, exist_ok=True)
     asked = Question("test_0135", compare.PROMPTS["Describe"], ("none", "beam", "vhr"))
     page = visit("?" + asked.query(), width)
@@ -285,7 +285,7 @@ def test_screenshots(visit, width):
             expect(page.locator(".block.probe").filter(has_text="vhr 80 of 80 right")).to_be_visible(timeout=WAIT)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
         assert page.evaluate(TOO_WIDE) == [], tab
-        for theme in ("light", "dark"):
+        for theme in ("light", "dark") if request.config.getoption("--screenshots") else ():
             name = f"{tab.lower().replace(' ', '-')}-{width}-{theme}.png"
             page.screenshot(path=SHOTS / name, full_page=True, animations="disabled")
             page.get_by_role("button", name="Light / dark").click()

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests import zoo
+from vlmfix.cli import app
 from vlmfix.engine import support
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,25 @@ def rows():
 
 def test_page_is_what_the_command_makes(rows):
     assert (ROOT / "docs" / "models.md").read_text() == support.to_markdown(rows)
+
+
+def test_the_command_has_a_line_an_entry(rows, monkeypatch):
+    monkeypatch.setattr(
+        support, "table", lambda names=support.MODEL_TYPES: [row for row in rows if row.model_type in names]
+    )
+    models = lambda *args: CliRunner().invoke(app, ["models", *args])  # noqa: E731
+    lines = models().stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == len(rows) + 2
+    name = lines[0].split()[0]
+    about = models(name).stdout
+    assert about.startswith(name) and len(about.splitlines()) >= 3
+    assert json.loads(models("mllama", "--json").stdout)[0]["model_type"] == "mllama"
+    unknown = models("nothing-of-the-kind")
+    assert unknown.exit_code == 1 and "unknown model type 'nothing-of-the-kind'" in unknown.stderr
+
+
+def test_one_type_is_told_alone(rows):
+    assert support.table(("llava",)) == [row for row in rows if row.model_type == "llava"]
 
 
 def test_summary_in_the_readme(rows):

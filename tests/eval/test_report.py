@@ -1,5 +1,6 @@
 """Reports: words, verdicts, files and the page, from small runs written by hand against the embedded scenes. No model."""
 
+import contextlib
 import csv
 import io
 import json
@@ -9,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -357,10 +359,10 @@ def twelve(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [80, 100, 160, 240])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_terminal_of_any_width_cuts_nothing(twelve, width, full):
+def test_a_terminal_of_any_width_cuts_nothing(twelve, width, full, monkeypatch):
     """In a pseudo-terminal: every name whole, every interval whole, no line wider than the terminal."""
-    command = [sys.executable, "-m", "vlmfix", "score", *map(str, twelve), *(["--full"] if full else [])]
-    lines = in_terminal(command, width).split("The first")[0].splitlines()
+    arguments = ["score", *twelve, *(["--full"] if full else [])]
+    lines = in_terminal(arguments, width, monkeypatch).split("The first")[0].splitlines()
     rule = next(place for place, line in enumerate(lines) if line.startswith("──"))
     end = next(place for place, line in enumerate(lines) if line.startswith("Invents less"))
     table = lines[:end]
@@ -379,28 +381,38 @@ def test_a_terminal_of_any_width_cuts_nothing(twelve, width, full):
     assert wanted.names[:4] == ["none", "truncate:words=40", "var", "control: select=random"]
 
 
-def in_terminal(command, width):
-    """What a command prints in a pseudo-terminal of so many columns, without colours."""
+def in_terminal(arguments, width, monkeypatch):
+    """What a command prints in a pseudo-terminal of so many columns, without colours. It runs in this process, since
+    another one would take seconds to start."""
     pty = pytest.importorskip("pty")
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
-    environment |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
-        os.close(terminal)
-        printed = b""
-        while True:
-            try:
-                block = os.read(controller, 65536)
-            except OSError:
-                break
-            if not block:
-                break
-            printed += block
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    blocks = []
+
+    def read():
+        with contextlib.suppress(OSError):  # nobody writes any more
+            while block := os.read(controller, 65536):
+                blocks.append(block)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    own = [os.dup(fd) for fd in range(3)]
+    try:
+        for fd in range(3):
+            os.dup2(terminal, fd)
+        with open(terminal, "w") as screen, contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+            app([str(each) for each in arguments], standalone_mode=False)
+    finally:
+        for fd, kept in enumerate(own):
+            os.dup2(kept, fd)
+            os.close(kept)
+    reader.join()
     os.close(controller)
-    assert process.returncode == 0, printed.decode()
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed.decode()).replace("\r", "")
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(blocks).decode()).replace("\r", "")
 
 
 def test_in_short_says_no_more_than_the_intervals(twelve, folders):

@@ -152,18 +152,15 @@ def models(
         from vlmfix.engine import support
         from vlmfix.method.settings import did_you_mean
 
-        rows = support.table()
-        chosen = [row for row in rows if name in (None, row.model_type)]
-        if not chosen:
-            raise ValueError(
-                f"unknown model type {name!r}; {did_you_mean(str(name), [row.model_type for row in rows])}"
-            )
+        if name not in (None, *support.MODEL_TYPES):
+            raise ValueError(f"unknown model type {name!r}; {did_you_mean(str(name), support.MODEL_TYPES)}")
+        rows = support.table() if name is None else support.table((name,))
     if as_json:
-        sys.stdout.write(json.dumps([row.to_json() for row in chosen]) + "\n")
+        sys.stdout.write(json.dumps([row.to_json() for row in rows]) + "\n")
     elif markdown:
-        sys.stdout.write(support.to_markdown(chosen))
+        sys.stdout.write(support.to_markdown(rows))
     elif name is not None:
-        row = chosen[0]
+        (row,) = rows
         facts = {"stages": ", ".join(row.stages) or "none", "image tokens by": row.image_tokens, "note": row.note}
         out().print(row.model_type, markup=False)
         for title, text in facts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlmfix.method.stages import TABLE
 from vlmfix.model.anatomy import IMAGE_TOKEN_FIELDS, PICTURE_ARGUMENTS, Anatomy, anatomy
+
+MODEL_TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+"""All types that transformers maps to image-text-to-text."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 COMPLETIONS: dict[str, dict[str, Any]] = {
@@ -114,12 +118,12 @@ def _note(model: torch.nn.Module, parts: Anatomy) -> str:
     return "; ".join(notes)
 
 
-def table() -> list[Support]:
-    """All types that transformers maps to image-text-to-text."""
+def table(model_types: Sequence[str] = MODEL_TYPES) -> list[Support]:
+    """What can be done on each of some types."""
     quiet = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        return [support(name) for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+        return [support(name) for name in model_types]
     finally:
         transformers.logging.set_verbosity(quiet)
 
