@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, zip_longest
@@ -114,7 +115,7 @@ def merged(methods: Sequence[Intervention]) -> tuple[Intervention, ...]:
     return (joint, *others)
 
 
-def neighbours(candidate: Candidate, *, bakeable: bool = False) -> list[Candidate]:
+def neighbours(candidate: Candidate) -> list[Candidate]:
     """The same with one number a little smaller or larger: between the values that its method's `search` names, and
     half as strong or half as strong again where that is a gain."""
     near = []
@@ -149,8 +150,6 @@ def _near(method: Intervention) -> Iterator[tuple[str, Any]]:
 
 def _power(method: Any, changed: Any) -> float:
     """By which the gains of heads were raised."""
-    import math
-
     for before, after in zip(method.gain, changed.gain, strict=True):
         if before != 1:
             return round(math.log(after) / math.log(before), 1)

@@ -214,7 +214,7 @@ def tune(
     goal = Goal(chosen, limits or Limits())
     race = Race(course, goal)
     head_lists = _head_lists(course, pictures, own_truth, out / "heads", progress or _silent, say)
-    _search(race, singles(head_lists, bakeable=bakeable, decoding=decoding), allowed, bakeable, say)
+    _search(race, singles(head_lists, bakeable=bakeable, decoding=decoding), allowed, say)
     most = max((trial.n for trial in race.standing()), default=0)
     went_far = [trial for trial in race.standing() if trial.n == most and race.verdict(trial).score < 0]
     ranked = sorted(went_far, key=lambda trial: race.verdict(trial).score)
@@ -294,7 +294,7 @@ def _head_lists(
     return lists
 
 
-def _search(race: Race, first: list[Candidate], allowed: Budget, bakeable: bool, say: Callable[[str], None]) -> None:
+def _search(race: Race, first: list[Candidate], allowed: Budget, say: Callable[[str], None]) -> None:
     """The races, one after another."""
     course = race.course
     course.base([0])
@@ -311,7 +311,7 @@ def _search(race: Race, first: list[Candidate], allowed: Budget, bakeable: bool,
         ("pairs", lambda: _sums(race)),
         ("triples", lambda: _sums(race)),
         ("quadruples", lambda: _sums(race)),
-        ("neighbours", lambda: _near(race, 4, bakeable)),
+        ("neighbours", lambda: _near(race, 4)),
     )
     weights = dict(SHARES)
     for name, candidates in stages:
@@ -364,10 +364,10 @@ def _sums(race: Race) -> list[Candidate]:
     return sorted(new, key=expected)[:SUMS]
 
 
-def _near(race: Race, n: int, bakeable: bool) -> list[Candidate]:
+def _near(race: Race, n: int) -> list[Candidate]:
     near: list[Candidate] = []
     for trial in race.standing()[:n]:
-        near += neighbours(trial.candidate, bakeable=bakeable)
+        near += neighbours(trial.candidate)
     return near
 
 
