@@ -45,6 +45,7 @@ class ACT(Intervention):
         "all heads: no gain"
     )
     variants: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"rule": "alpha"}, "official": {"rule": "abs"}}
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"beta": (0.4, 0.2), "sinks": ("all", "image")}
 
     alpha: Annotated[float, Range(above=0)] = 5.0
     """A sink receives more than alpha / n of the rows' attention, n tokens in the prompt (paper: 3, 5, 7)."""

@@ -21,6 +21,7 @@ class Beam(Intervention):
     paper: ClassVar[str] = "common baseline of this field, with 5 beams"
     cost: ClassVar[str] = "n sequences at once"
     expect: ClassVar[str] = "captions: fewer inventions at no loss of recall; better than most methods"
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"n": (3, 5)}
 
     n: Annotated[int, Range(1)] = 5
     """Beams."""

@@ -56,6 +56,7 @@ class Contrast(Intervention):
         "ritual": {"weight": "growing", "t0": 0, "beta": 0.1, "gate": 1},
         "gated": {"weight": "growing", "t0": 1, "beta": 0, "gate": 0.3},
     }
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"gamma": (1.1, 1.5)}
 
     gamma: Annotated[float, Range(above=0)] = 1.1
     """Strength of PAI's rule, out = c + (gamma - 1)(c - u); 1.1 in the published runs (code). 1: nothing is done."""

@@ -11,7 +11,7 @@ at different things when the model invents an object. So every head gets the sam
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.kinds import Layers
@@ -33,6 +33,7 @@ class HGAI(Intervention):
     expect: ClassVar[str] = (
         "captions: the best published score edit by CHAIR, and 12 % of its released captions loop; untested here"
     )
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (0.2, 0.5, 1.0)}
 
     alpha: float = 0.5
     """s += alpha mean_h |s| on image tokens (code)."""

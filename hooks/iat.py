@@ -9,7 +9,7 @@ head, and where statistics say that it is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmfix.method.intervention import Intervention, ScoreMod, Traits
 from vlmfix.method.kinds import Layers, Range
@@ -33,6 +33,7 @@ class IAT(Intervention):
         "long captions only, nothing on yes/no; of all released captions AdaIAT's have the best F1. Untested here"
     )
     rows: ClassVar[Rows] = "generated"
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (0.4, 0.8, 0.2, -0.2)}
 
     alpha: Annotated[float, Range(-1)] = 0.8
     """s += alpha |s| on generated tokens (code)."""

@@ -36,6 +36,7 @@ class PAI(Intervention):
     expect: ClassVar[str] = (
         "captions: fewer inventions at the price of repetition; yes/no: little. The size of alpha belongs to LLaVA-1.5"
     )
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (0.1, 0.2, 0.05, 0.4)}
 
     alpha: float = 0.5
     """s += alpha |s| on image tokens. 0.5 for captions in later papers' runs (code); the authors' README has 0.2.

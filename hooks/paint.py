@@ -67,6 +67,7 @@ class PAINT(Intervention):
         "safe": {"alpha": 0.5, "beta": 0.3, "gamma": None},
         "paper": {"alpha": 0.7, "beta": 0.4, "gamma": 1.1},
     }
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (0.2, 0.5), "beta": (0.1, 0.3)}
 
     alpha: Annotated[float, Range(0)] = LATER
     """s += alpha |s| on local tokens. `None`: the variant's, 0.5 (ours: the largest published value whose captions do

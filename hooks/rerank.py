@@ -46,6 +46,7 @@ class Rerank(Lookback):
         "captions: far fewer inventions where the model answers yes/no well; with greedy_first recall is kept, too, at "
         "a third of the cost"
     )
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"n": (5,), "greedy_first": (True,)}
 
     n: Annotated[int, Range(1)] = 5
     """Candidates per sentence (paper)."""

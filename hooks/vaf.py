@@ -32,6 +32,7 @@ class VAF(Intervention):
     paper: ClassVar[str] = "Yin et al., CVPR 2025, ClearSight"
     cost: ClassVar[str] = "no extra pass; attention of the rows after the image again in float32"
     expect: ClassVar[str] = "yes/no mainly: the authors report POPE and no captions; untested here"
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"enh": (1.15, 1.3), "sup": (0.95, 0.8)}
 
     enh: Annotated[float, Range(above=0)] = 1.15
     """Factor on the scores of image tokens, above 0 (code)."""

@@ -50,6 +50,7 @@ class VAR(Intervention):
         "vision_centric": {"rho": 0.9, "p": 0.6, "skip_last": True},
         "released": {"rho": 0.5, "p": 0.4, "skip_last": False},
     }
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"p": (0.9, 0.6), "rho": (0.3, 0.5, 0.1)}
 
     p: Annotated[float, Range(0, 1)] = LATER
     """Share of the sink mass that is moved, 0..1. `None`: the variant's, 0.6 (paper) or 0.4 (`released`)."""

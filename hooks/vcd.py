@@ -74,6 +74,7 @@ class VCD(Intervention):
         "captions invent far less, CHAIR_S −46.0 [−53.5, −38.5], and see less, recall −12.5 [−15.2, −9.9]; yes/no "
         "loses a point"
     )
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (0.5, 1.0)}
 
     alpha: Annotated[float, Range(0)] = 1.0
     """Strength: out = (1 + alpha) c - alpha u (scripts; the function's own default is 0.5)."""

@@ -87,6 +87,7 @@ class VHR(Intervention):
         "paper": {"distance": "l2", "filter": "paper", "progressive": True},
         "qwen_port": {"distance": "sq_l2", "filter": "off", "progressive": False},
     }
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"alpha": (1.5, 2.0, 1.25)}
 
     alpha: Annotated[float, Range(above=0)] = 2.0
     """Scale of the chosen heads (paper)."""

@@ -41,6 +41,7 @@ class ZeroTuning(Intervention):
         "not gain at the default, and do with span=image,gamma=1.5: CHAIR_S −8.4 [−11.6, −5.4] at no loss of recall"
     )
     rows: ClassVar[Rows] = "all"
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"span": ("image", "first"), "gamma": (1.5, 0.6, 2.5)}
 
     gamma: Annotated[float, Range(above=0)] = 0.3
     """Factor on the first token's weight, above 0. No value fits all: 0.3 is the authors' for one yes/no task, 1.5 to 4

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vlmfix.asking.asker import Asker, ask, ask_batch
     from vlmfix.asking.record import Record
     from vlmfix.engine.wrap import effects, unwrap, wrap
+    from vlmfix.eval.tune.describe import describe
+    from vlmfix.eval.tune.tune import tune
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
     from vlmfix.model.loading import load
@@ -21,9 +23,11 @@ _HOMES = {
     "Record": "asking.record",
     "Site": "method.site",
     "effects": "engine.wrap",
+    "describe": "eval.tune.describe",
     "ask": "asking.asker",
     "ask_batch": "asking.asker",
     "load": "model.loading",
+    "tune": "eval.tune.tune",
     "unwrap": "engine.wrap",
     "wrap": "engine.wrap",
 }
@@ -35,8 +39,10 @@ __all__ = [
     "__version__",
     "ask",
     "ask_batch",
+    "describe",
     "effects",
     "load",
+    "tune",
     "unwrap",
     "wrap",
 ]

@@ -9,7 +9,7 @@ import importlib.util
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -92,6 +92,42 @@ def trade_off(study: Study) -> str:
         ax.set_ylabel("CHAIR_S: captions that invent, %")
         _legend(ax)
     return _labelled(drawing.svg, "CHAIR_S against recall; the tables above hold the same figures")
+
+
+Point = tuple[float, float, float]
+"""Of a plot: a value and the ends of its interval."""
+
+
+def frontier(
+    cut: CutCaptions | None,
+    base: tuple[float, float],
+    tried: Sequence[tuple[float, float, int]],
+    confirmed: Sequence[tuple[str, Point, Point]],
+) -> str:
+    """What a search found: recall and CHAIR_S in percent of all that was `tried`, with the number of pictures behind
+    it, and of what was `confirmed`, with intervals; `base` is the untouched model."""
+    with _drawing("frontier", WIDTH, 3.9) as drawing:
+        (ax,) = drawing.axes
+        if cut is not None:
+            _cut_captions(ax, cut, "the untouched model, cut after N words")
+        most = max((n for _, _, n in tried), default=1)
+        sizes = [8 + 40 * n / most for _, _, n in tried]
+        ax.scatter(
+            [x for x, _, _ in tried], [y for _, y, _ in tried], s=sizes, color=_INK, alpha=0.25, linewidths=0,
+            label="tried, on fewer (small) or more pictures",
+        )  # fmt: skip
+        ax.plot(*base, "s", color=UNTOUCHED, markersize=7, label="the untouched model")
+        for colour, (name, recall, chair_s) in zip(PALETTE, confirmed, strict=False):
+            ax.errorbar(
+                recall[0], chair_s[0], xerr=[[recall[0] - recall[1]], [recall[2] - recall[0]]],
+                yerr=[[chair_s[0] - chair_s[1]], [chair_s[2] - chair_s[0]]], fmt="o", color=colour, markersize=7,
+                capsize=0, elinewidth=1.3, label=_shortened(name, 70), zorder=3,
+            )  # fmt: skip
+        ax.set_xlim(left=max(0, min(x for x, _, _ in [*tried, (*base, 0)]) - 3))
+        ax.set_xlabel("recall: objects in the pictures that are named, %")
+        ax.set_ylabel("CHAIR_S: captions that invent, %")
+        _legend(ax)
+    return _labelled(drawing.svg, "CHAIR_S against recall of all that was tried")
 
 
 def _cut_captions(ax: Any, cut_captions: CutCaptions, label: str) -> None:

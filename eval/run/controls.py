@@ -9,7 +9,9 @@ from vlmfix.method.registry import parse, spec_of
 
 
 def controls_of(method: Sequence[Intervention]) -> list[tuple[Intervention, ...]]:
-    """Negative controls of a method, also of one that combines several: each part replaced by its control in turn."""
+    """Negative controls of a method, also of one that combines several: each part replaced by its control in turn. A
+    fix that is changed so is no longer what its file says."""
+    method = [part for part in method if not part.traits.only_checks]
     controls: list[tuple[Intervention, ...]] = []
     for position, part in enumerate(method):
         before, after = method[:position], method[position + 1 :]

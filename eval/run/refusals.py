@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmfix.asking.fix import Fix
 from vlmfix.eval.benchmarks.benchmark import Item
 from vlmfix.hooks.lookback import Detector
 from vlmfix.hooks.parts.attention_to_answer import Statistics
@@ -31,18 +32,19 @@ def refuse_right_answers(methods: Sequence[Sequence[Intervention]]) -> None:
         )
 
 
-def refuse_own_pictures(facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
-    """`ValueError` if heads or a detector were chosen on pictures that they are to be judged by."""
+def refuse_own_pictures(method: Sequence[Intervention], facts: Sequence[dict[str, Any]], items: Sequence[Item]) -> None:
+    """`ValueError` if heads, a detector or a fix were chosen on pictures that they are to be judged by."""
     made_on = [(file, HeadList.load(file).data.get("ids", ())) for file in _files(facts, "head_list")]
     made_on += [(file, Detector.read(file).ids) for file in _files(facts, "detector")]
     made_on += [(file, Statistics.read(file).data.get("ids", ())) for file in _files(facts, "statistics")]
+    made_on += [(part.file, part.content.pictures) for part in method if isinstance(part, Fix)]
     for file, ids in made_on:
         pictures = {picture_id(path) for path in {item.image for item in items}}
         common = pictures.intersection(ids)
         if common:
             raise ValueError(
-                f"{file} was made on {len(common)} of the {len(pictures)} pictures that are asked about; heads and "
-                f"detectors must not be judged by pictures that they were chosen on: make it on others"
+                f"{file} was made on {len(common)} of the {len(pictures)} pictures that are asked about; heads, "
+                f"detectors and fixes must not be judged by pictures that they were chosen on: make it on others"
             )
 
 

@@ -130,6 +130,7 @@ def answer_each(
             courses: dict[Path, _Course] = {}
             for i in group:
                 asker = Asker(model, processor, methods[i])
+                refuse_own_pictures(methods[i], [method["facts"] for method in asker.methods], items)
                 course = _Course(asker, spec_of(methods[i]), items, RunningFigure(bench, data), progress)
                 folder_of[i] = course.begin(parent, header, beside=beside, writes=workers.rank == 0)
                 courses.setdefault(folder_of[i], course)  # the same method given twice is asked once
@@ -226,7 +227,6 @@ class _Course:
 
     def begin(self, parent: Path, header: dict[str, Any], *, beside: bool, writes: bool) -> Path:
         """Find the run folder, or make it, and see what it holds. The header lacks what is the method's own."""
-        refuse_own_pictures([method["facts"] for method in self.asker.methods], self.items)
         identity = {**header["identity"], "method": self.asker.methods, "method_digest": self.asker.methods_digest}
         own = {"label": self.label, "fingerprint": folders.fingerprint(identity), "identity": identity}
         folder = folders.begin(parent, {**header, **own}, beside=beside, writes=writes)

@@ -9,6 +9,7 @@ Tools give every attention head a score (`vlmfix heads`, `registry.py`):
 | `subspace` | which head, switched off, turns the last hidden states of many prompts most? |
 | `visual` | which head looks at the object that the model is about to name? |
 | `separate` | whose lookback ratio tells true object words from invented ones? |
+| `gains` | how loud should each head be, by the gradients of the model's own captions? |
 | `random` | none: the control of the others |
 
 Calibrations choose the settings of one method (`vlmfix calibrate`): `act` its heads, `zerotuning` its heads and gamma,

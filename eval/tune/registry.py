@@ -16,6 +16,7 @@ TOOLS = {
     "subspace": "Subspace",
     "visual": "Visual",
     "separate": "Separate",
+    "gains": "Gains",
     "random": "Random",
 }
 """Name -> class, in the file of that name in this folder."""

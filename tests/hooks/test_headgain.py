@@ -96,7 +96,7 @@ def test_harmful_heads_are_to_be_weakened(tmp_path, recwarn):
 def test_head_lists_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected head_list=FILE, made by vlmfix heads, .* got none"):
         vlmfix.wrap(tiny_llava(), HeadGain())
-    with pytest.raises(ValueError, match="gain: expected a number above 0, got 0"):
+    with pytest.raises(ValueError, match=r"gain: expected a number above 0, or numbers .*, got 0"):
         HeadGain(head_list="L1H1", gain=0)
     with pytest.raises(ValueError, match=r"head_list: expected the file of a head list, .* got 3"):
         HeadGain(head_list=3)
@@ -106,3 +106,25 @@ def test_head_lists_refused(tmp_path):
     path = listed(tmp_path / "heads.json")
     with pytest.raises(ValueError, match=r"made on .* with 4 layers x 6 heads, but this model has 2 x 6"):
         vlmfix.wrap(tiny_llava(n_layers=2), HeadGain(head_list=path))
+
+
+def test_each_head_has_its_own_gain(tmp_path):
+    """Gains in the order of the list; a list of the tool `gains` brings them along."""
+    model = tiny_llava()
+    prompt = picture_prompt(model)
+    with vlmfix.engine.wrap.wrapped(model, "headgain:head_list=L1H2,gain=3+headgain:head_list=L3H0,gain=0.5"):
+        apart = model(**prompt).logits
+    with vlmfix.engine.wrap.wrapped(model, "headgain:head_list=L1H2/L3H0,gain=3/0.5"):
+        together = model(**prompt).logits
+    assert torch.equal(apart, together)
+    path = listed(tmp_path / "heads.json")
+    from vlmfix.method.heads import HeadList
+
+    by_tool = HeadList.load(path)
+    HeadList(model="", tool="gains", scores=by_tool.scores, selected=by_tool.selected).save(path)
+    with HeadGain(head_list=path)(model):
+        (did,) = vlmfix.effects(model)
+    assert did["gain"] == [23.0, 22.0, 21.0]
+    with pytest.raises(ValueError, match="one for each of the 2 heads, got 3"):
+        vlmfix.wrap(model, "headgain:head_list=L1H2/L3H0,gain=1/2/3")
+    assert HeadGain(head_list="L1H2/L3H0", gain=(2.0, 0.5)).controls()[-1].gain == (0.5, 2.0)

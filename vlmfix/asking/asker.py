@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmfix.asking.batch import MAX_NEW_TOKENS, Batch, model_inputs, quiet
-from vlmfix.asking.identity import methods_digest, model_identity, processor_digest
+from vlmfix.asking.identity import methods_digest, model_identity, processor_identity
 from vlmfix.asking.look import Look
 from vlmfix.asking.meter import Meter
 from vlmfix.asking.pictures import Picture, Question, naming_pictures, read_questions
@@ -82,10 +82,8 @@ class Asker:
     @property
     def identity(self) -> dict[str, Any]:
         """Who answers, JSON-ready: all about model, processor and methods that could change an answer."""
-        template = getattr(self.processor, "chat_template", None)
-        processor = {"processor_digest": processor_digest(self.processor), "template": template}
         methods = {"method": self.methods, "method_digest": self.methods_digest}
-        return {**model_identity(self.model), **processor, **methods}
+        return {**model_identity(self.model), **processor_identity(self.processor), **methods}
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,11 @@ def model_identity(model: Any) -> dict[str, Any]:
     }
 
 
+def processor_identity(processor: Any) -> dict[str, Any]:
+    """All about a processor that could change an answer; its chat template is also there as it is written."""
+    return {"processor_digest": processor_digest(processor), "template": getattr(processor, "chat_template", None)}
+
+
 def weights_digest(model: Any) -> str:
     """A hash of all that a checkpoint of the model would hold, every byte of it, whatever holds it at the moment: also
     scales of quantised weights, and weights that lie elsewhere until they are needed.

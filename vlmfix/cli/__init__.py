@@ -16,10 +16,12 @@ from vlmfix.cli.calibrate import calibrate_act, calibrate_adaiat, calibrate_look
 from vlmfix.cli.calibrate_yesno import calibrate_yesno
 from vlmfix.cli.console import fail, out, print_in_any_encoding
 from vlmfix.cli.demo import demo
+from vlmfix.cli.describe import describe
 from vlmfix.cli.evaluate import evaluate
 from vlmfix.cli.heads import heads
 from vlmfix.cli.lists import methods, models, protocols
 from vlmfix.cli.score import report, score
+from vlmfix.cli.tune import tune
 
 app = typer.Typer(
     name="vlmfix",
@@ -63,9 +65,11 @@ def top(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "ask": ask,
+    "describe": describe,
     "eval": evaluate,
     "score": score,
     "report": report,
+    "tune": tune,
     "heads": heads,
     "bench": bench,
     "methods": methods,

@@ -54,7 +54,9 @@ class Attachment:
         self.anatomy: Anatomy = anatomy(model)
         self.entries: list[Entry] = []
         for one in requested:
-            self.entries.append(_resolved(one, model, self.anatomy, processor))
+            entry = _resolved(one, model, self.anatomy, processor)
+            if not one.traits.only_checks:
+                self.entries.append(entry)
         self._handles: list[Any] = []
         self._start_afresh()
         for _, one in self.active():
@@ -74,12 +76,12 @@ class Attachment:
     def _start_afresh(self) -> None:
         self.running = Running(self.active(), len(self.entries))
         self.wrapper = Generate(self.running, self.anatomy, self.model)
-        self.kept: list[dict[Any, Any]] = [{} for _ in self.requested]
+        self.kept: list[dict[Any, Any]] = [{} for _ in self.entries]
         """What each intervention keeps from one question to the next, for as long as it is on."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a wrapped model stay wrapped, but take along nothing that interventions keep."""
-        return {**self.__dict__, "kept": [{} for _ in self.requested]}
+        return {**self.__dict__, "kept": [{} for _ in self.entries]}
 
     # ---- on and off -------------------------------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Attachment:
         self._handles = []
         self.model.__dict__.pop(ATTRIBUTE, None)
         self.running.forget()
-        self.kept = [{} for _ in self.requested]
+        self.kept = [{} for _ in self.entries]
 
     # ---- generations ------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,8 @@ class Traits:
     """What `begin` reads by `prompt.capture`, in the layers `at_layers`."""
     uses_answers: bool = False
     """It knows the right answers, for an upper bound; result tables refuse it."""
+    only_checks: bool = False
+    """It edits nothing: it sees to it, in `resolve`, that those beside it come on to the right model."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ class Intervention:
     """What to expect of it, and for which task: one honest line."""
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
     """Presets, for methods with a setting `variant`: values of the settings that are `LATER` by default."""
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Settings and values that `vlmfix tune` tries, in every combination, the likeliest first; empty: it leaves the
+    method alone."""
     rows: ClassVar[Any] = "last"
     """Prompt rows that the attention stages edit, one of `Rows`; rows of generated tokens always belong. A subclass may
     make it a field."""

@@ -11,6 +11,8 @@ from vlmfix.method.names import REGISTRY, name_of
 from vlmfix.method.settings import checked_settings, did_you_mean, read_settings, settings_of
 
 Interventions = None | str | Intervention | Sequence[str | Intervention]
+FIX = "vlmfix.asking.fix:Fix"
+"""What a name that ends in `.json` stands for: the methods in that fix file."""
 
 
 def method_class(name: str) -> type[Intervention]:
@@ -42,13 +44,23 @@ def from_json(data: dict[str, Any]) -> Intervention:
 
 
 def parse(spec: str) -> tuple[Intervention, ...]:
-    """`"var"`, `"var:p=0.4,rho=0.8"`, `"var+vhr:alpha=1.5"`, `"my.module:Class:k=3"` or `"none"`, as interventions."""
-    interventions = []
+    """`"var"`, `"var:p=0.4,rho=0.8"`, `"var+vhr:alpha=1.5"`, `"my.module:Class:k=3"`, `"fix.json"` or `"none"`, as
+    interventions."""
+    interventions: list[Intervention] = []
     for part in spec.strip().split("+"):
+        if is_fix(part):
+            fix: Any = method_class(FIX)
+            interventions += fix.read(part.strip())
+            continue
         name, settings = split_spec(part)
         if name != "none" or settings:
             interventions.append(make(name, read_settings(settings)))
     return tuple(interventions)
+
+
+def is_fix(part: str) -> bool:
+    """Whether a part of a method's text names a fix file."""
+    return part.strip().endswith(".json") and "=" not in part
 
 
 def split_spec(part: str) -> tuple[str, str]:
@@ -125,11 +137,22 @@ def as_interventions(given: Interventions) -> tuple[Intervention, ...]:
 def spec_of(interventions: Sequence[Intervention]) -> str:
     """A short label that `parse` reads back: names with the settings that are not the defaults; `none` for an empty
     list."""
-    return "+".join(_label(intervention) for intervention in interventions) or "none"
+    labels, waiting = [], list(interventions)
+    while waiting:
+        first = waiting.pop(0)
+        of_file = first.content.methods if name_of(type(first)) == FIX else ()  # type: ignore[attr-defined]
+        if of_file and tuple(waiting[: len(of_file)]) == of_file:
+            del waiting[: len(of_file)]
+            labels.append(first.file)  # type: ignore[attr-defined]
+        else:
+            labels.append(_label(first))
+    return "+".join(labels) or "none"
 
 
 def _label(intervention: Intervention) -> str:
     cls, name = type(intervention), name_of(type(intervention))
+    if name == FIX:
+        return f"{name}:file={intervention.file}"  # type: ignore[attr-defined]
     plain: Any = cls()
     variant = getattr(intervention, "variant", None)
     if variant != getattr(plain, "variant", None):
