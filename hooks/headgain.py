@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from vlmfix.hooks.parts.listed import heads_by_layer, listed_heads
+from vlmfix.method.heads import parse_heads
 from vlmfix.method.intervention import Intervention, Traits
 from vlmfix.method.kinds import Heads, Range
 from vlmfix.method.site import Site
@@ -79,6 +80,15 @@ class HeadGain(Intervention):
             scaled = (has_image[:, None] * listed)[:, None, :, None]  # (B, 1, H, 1)
             gains[site.layer] = 1 + (self.gain - 1) * scaled
         return o * gains[site.layer]
+
+    def static(self, anatomy: Anatomy) -> dict[int, list[float]]:
+        """All of it, but that weights scale the heads of prompts without a picture, too."""
+        heads = parse_heads(str(self.head_list)) or ()
+        factors: Any = self.gain if isinstance(self.gain, tuple) else (self.gain,) * len(heads)
+        gains = {layer: [1.0] * anatomy.layers[layer].n_heads for layer, _ in heads}
+        for (layer, head), gain in zip(heads, factors, strict=True):
+            gains[layer][head] = float(gain)
+        return gains
 
     def controls(self) -> tuple[Intervention, ...]:
         """Random heads, those with the lowest scores (of a file), and the listed heads scaled the other way."""

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlmfix.asking.asker import Asker, ask, ask_batch
     from vlmfix.asking.record import Record
+    from vlmfix.carry.bake import bake
     from vlmfix.engine.wrap import effects, unwrap, wrap
     from vlmfix.method.intervention import Intervention
     from vlmfix.method.site import Site
@@ -23,6 +24,7 @@ _HOMES = {
     "effects": "engine.wrap",
     "ask": "asking.asker",
     "ask_batch": "asking.asker",
+    "bake": "carry.bake",
     "load": "model.loading",
     "unwrap": "engine.wrap",
     "wrap": "engine.wrap",
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "ask",
     "ask_batch",
+    "bake",
     "effects",
     "load",
     "unwrap",

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from vlmfix.cli.ask import ask
+from vlmfix.cli.bake import bake
 from vlmfix.cli.bench import bench
 from vlmfix.cli.calibrate import calibrate_act, calibrate_lookback, calibrate_zerotuning
 from vlmfix.cli.console import fail, out, print_in_any_encoding
@@ -67,6 +68,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "heads": heads,
     "bench": bench,
+    "bake": bake,
     "methods": methods,
     "protocols": protocols,
     "models": models,
