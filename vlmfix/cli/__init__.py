@@ -20,6 +20,7 @@ from vlmfix.cli.evaluate import evaluate
 from vlmfix.cli.heads import heads
 from vlmfix.cli.lists import methods, models, protocols
 from vlmfix.cli.score import report, score
+from vlmfix.cli.serve import serve
 
 app = typer.Typer(
     name="vlmfix",
@@ -73,6 +74,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "protocols": protocols,
     "models": models,
     "demo": demo,
+    "serve": serve,
 }
 CALIBRATE: dict[str, Callable[..., None]] = {
     "lookback": calibrate_lookback,

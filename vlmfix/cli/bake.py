@@ -10,7 +10,7 @@ import typer
 from vlmfix.cli.console import DeviceMap, Dtype, err, load_model, out, sentences
 
 NEXT = {
-    "checkpoint": "next: vlmfix eval --model {folder}   (or vllm serve, AutoModelForImageTextToText.from_pretrained ...)",
+    "checkpoint": "next: vlmfix eval --model {folder}   (or transformers, or vllm serve {folder})",
     "ia3": "next: vlmfix eval --model {folder}   (or PeftModel.from_pretrained(model, {folder!r}))",
     "lora": "next: vlmfix eval --model {folder}   (or vllm serve ... --enable-lora --lora-modules fixed={folder})",
     "json": "next: vlmfix eval --model {folder}",
