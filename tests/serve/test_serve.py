@@ -151,9 +151,9 @@ def test_stop_texts_n_seed_and_log_probabilities(client):
 
 
 def test_fifty_clients_get_what_each_alone_gets_in_few_batches(server, client):
-    """Two methods, four pictures, two lengths; questions about one picture share its pass."""
+    """Two methods, two pictures, two lengths; questions about one picture share its pass."""
     _, worker, _, _ = server
-    kinds = [(m, i, n) for m in ("organism", "organism+var") for i in range(4) for n in (6, 9)]
+    kinds = [(m, i, n) for m in ("organism", "organism+var") for i in range(2) for n in (6, 7)]
     alone = {kind: chat(client, model=kind[0], messages=[shown(kind[1])], max_tokens=kind[2]).json() for kind in kinds}
 
     async def all_at_once():
@@ -174,7 +174,7 @@ def test_fifty_clients_get_what_each_alone_gets_in_few_batches(server, client):
 def test_what_is_not_done_is_refused_in_openais_form(server, client):
     assert "there is organism, organism+none, organism+var" in refused(chat(client, model="gpt"), 404)
     assert "unknown method 'vahr'" in refused(chat(client, model="organism+vahr"), 404)
-    assert "unknown setting" in refused(chat(client, model="organism+var:rhoo=1"))
+    assert "did you mean 'rho'" in refused(chat(client, model="organism+var:rhoo=1"))
     for spec in ("headgain:head_list=/etc/passwd", "headgain:head_list=pyproject.toml", "os:path"):
         assert refused(chat(client, model=f"organism+{spec}"), 404 if spec == "os:path" else 400)
     for bad in ("http://example.org/a.png", "file:///etc/passwd", "/etc/passwd", str(PICTURES[0])):
@@ -184,7 +184,7 @@ def test_what_is_not_done_is_refused_in_openais_form(server, client):
                          ("max_tokens", 10**6), ("temperature", -1), ("n", 99), ("frobnicate", 1)):  # fmt: skip
         assert refused(chat(client, **{field: value})).startswith(field)
     assert "whole answers" in refused(chat(client, model="organism+rerank", logprobs=True))
-    assert "expected one of" in refused(chat(client, model="organism+headgain")) or True
+    assert "expected head_list=FILE" in refused(chat(client, model="organism+headgain"))
     assert "content-type" in refused(client.post("/v1/chat/completions", content=b"{}"), 415)
     assert "larger than" in refused(chat(client, user="x" * 2_000_001), 413)
     assert "there is POST /v1/chat/completions" in refused(client.get("/v2"), 404)
@@ -248,7 +248,7 @@ ANYTHING = st.recursive(
 FIELDS = ("model", "messages", "max_tokens", "temperature", "top_p", "n", "seed", "stop", "stream", "logprobs", "tools")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=60) | ANYTHING.map(lambda x: json.dumps(x).encode())
        | st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=6).map(
            lambda x: json.dumps({"model": "organism", "messages": [{"role": "user", "content": "a"}], **x}).encode()))  # fmt: skip

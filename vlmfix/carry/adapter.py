@@ -28,7 +28,7 @@ def save_ia3(model: nn.Module, gains: Gains, folder: Path, base: str) -> None:
     parts = anatomy(core_of(model))
     check_fit(gains, parts)
     names = projection_names(model, parts, gains)
-    tensors = {f"{PREFIX}{names[n]}.ia3_l": columns(parts.layers[n], gains[n])[None] for n in gains}
+    tensors = {f"{PREFIX}{names[n]}.ia3_l": columns(parts.layers[n], gains[n]).float()[None] for n in gains}
     targets = list(names.values())
     _save(folder, base, tensors, peft_type="IA3", target_modules=targets, feedforward_modules=targets)
 
@@ -41,7 +41,7 @@ def save_lora(model: nn.Module, gains: Gains, folder: Path, base: str) -> None:
     names = projection_names(model, parts, gains)
     factors = {n: columns(parts.layers[n], gains[n]) for n in gains}
     rank = max(int((each != 1).sum()) for each in factors.values())
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number, name in names.items():
         check_plain(parts, number)
         weight: Any = parts.layers[number].out_proj.weight  # type: ignore[union-attr]
@@ -57,7 +57,7 @@ def _low_rank(weight: Tensor, factors: Tensor, rank: int) -> tuple[Tensor, Tenso
     a = weight.new_zeros(rank, weight.shape[1])
     a[torch.arange(len(scaled)), scaled] = 1
     b = weight.new_zeros(weight.shape[0], rank)
-    b[:, : len(scaled)] = (weight[:, scaled].float() * (factors[scaled] - 1)).to(weight.dtype)
+    b[:, : len(scaled)] = (weight[:, scaled].double() * (factors[scaled] - 1)).to(weight.dtype)
     return a, b
 
 

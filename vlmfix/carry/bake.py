@@ -38,8 +38,8 @@ def gains_in_force(attachment: Attachment) -> Gains:
         if of_method is None:
             name = method.name or type(method).__name__
             raise ValueError(
-                f"{name}: what it does depends on the picture or on the answer, so no weights can hold it; bake constant "
-                f"gains of heads (headgain:head_list=FILE, a list by vlmfix heads), or serve {name} as it is "
+                f"{name}: what it does depends on the picture or on the answer, so no weights can hold it; bake "
+                f"constant gains of heads (headgain:head_list=FILE, a list by vlmfix heads), or serve {name} as it is "
                 f"(vlmfix serve --method {name})"
             )
         for layer, factors in of_method.items():

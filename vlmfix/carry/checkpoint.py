@@ -78,8 +78,8 @@ def weights_in_files(model: nn.Module, gains: Gains, folder: Path) -> dict[int, 
         found = next((place for place in alike if _holds(folder, place, weight)), None)
         if found is None:
             raise ValueError(
-                f"the files in {folder} do not hold {wanted} as it is in the model; load the model, vlmfix.bake it, and "
-                f"save_pretrained it"
+                f"the files in {folder} do not hold {wanted} as it is in the model; load the model, vlmfix.bake it, "
+                f"and save_pretrained it"
             )
         places[number] = found
     return places

@@ -28,7 +28,7 @@ def load(kind: str, base: str, folder: str, dtype: Any) -> Any:
 
     if kind == "checkpoint":
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
     if kind in ("ia3", "lora"):
         from peft import PeftModel
 
@@ -43,7 +43,7 @@ def load(kind: str, base: str, folder: str, dtype: Any) -> Any:
 
 def main(job_file: str, answers_file: str) -> None:
     """Load, answer, write."""
-    sys.meta_path.insert(0, NoVlmfix)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, NoVlmfix)
     import torch
     from transformers.utils import logging
 

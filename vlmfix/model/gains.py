@@ -24,15 +24,14 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def columns(layer: DecoderLayer, gains: list[float]) -> Tensor:
-    """The gains of a layer's heads as one factor (float32) per input of its output projection, H * d of them."""
-    return torch.tensor(gains, dtype=torch.float32).repeat_interleave(layer.head_dim)
+    """The gains of a layer's heads as one factor (float64) per input of its output projection, H * d of them."""
+    return torch.tensor(gains, dtype=torch.float64).repeat_interleave(layer.head_dim)
 
 
 def scaled(weight: Tensor, factors: Tensor) -> Tensor:
-    """Columns of a weight (D, H * d) times their factors: computed in float32 or better, rounded once to the weight's
-    own type. Powers of two are exact in every type."""
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(exact) * factors.to(weight.device, exact)).to(weight.dtype)
+    """Columns of a weight (D, H * d) times their factors: computed in float64, rounded once to the weight's own type.
+    Powers of two are exact in every type."""
+    return (weight.double() * factors.to(weight.device)).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -71,7 +70,7 @@ def check_plain(parts: Anatomy, number: int) -> None:
             f"{name} has an adapter in place; merge it first (model = model.merge_and_unload()), then bake the merged "
             f"model"
         )
-    weight = getattr(projection, "weight", None)
+    weight: Any = getattr(projection, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.ndim == 2
     if not plain or weight.shape[1] != layer.n_heads * layer.head_dim:
         raise ValueError(

@@ -91,7 +91,7 @@ class Listener(StoppingCriteria):
         self.n_prompt = [0] * len(lines)
         """Tokens of each prompt, once the first step was seen."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """A stopping criterion of `generate`: which rows are done."""
         n = len(self.lines)
         if not any(self.n_prompt):
