@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ import pytest
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import vlmfix
 from vlmfix.asking.conversation import Conversation
@@ -27,7 +29,7 @@ PROMPT = "Please describe this image in detail."
 
 
 def url(i):
-    return "data:image/png;base64," + base64.b64encode(PICTURES[i].read_bytes()).decode()
+    return "data:image/webp;base64," + base64.b64encode(PICTURES[i].read_bytes()).decode()
 
 
 def shown(i, text=PROMPT):
@@ -188,7 +190,9 @@ def test_what_is_not_done_is_refused_in_openais_form(server, client):
     assert "content-type" in refused(client.post("/v1/chat/completions", content=b"{}"), 415)
     assert "larger than" in refused(chat(client, user="x" * 2_000_001), 413)
     assert "there is POST /v1/chat/completions" in refused(client.get("/v2"), 404)
-    damaged = url(0)[:-400]
+    png = io.BytesIO()
+    Image.effect_noise((60, 60), 50).save(png, "PNG")
+    damaged = "data:image/png;base64," + base64.b64encode(png.getvalue()[:900]).decode()
     content = [{"type": "image_url", "image_url": {"url": damaged}}, {"type": "text", "text": "?"}]
     assert "damaged" in refused(chat(client, messages=[{"role": "user", "content": content}]))
 

@@ -10,7 +10,7 @@ import typer
 from vlmfix.cli.console import DeviceMap, Dtype, err, load_model, out, sentences
 
 NEXT = {
-    "checkpoint": "next: vlmfix eval --model {folder}   (or transformers, or vllm serve {folder})",
+    "checkpoint": "next: vlmfix eval --model {folder}{dtype}   (or transformers, or vllm serve {folder})",
     "ia3": "next: vlmfix eval --model {folder}   (or PeftModel.from_pretrained(model, {folder!r}))",
     "lora": "next: vlmfix eval --model {folder}   (or vllm serve ... --enable-lora --lora-modules fixed={folder})",
     "json": "next: vlmfix eval --model {folder}",
@@ -52,4 +52,8 @@ def bake(
             markup=False,
         )
     err.print("note: prompts without a picture are changed, too; the wrapped model leaves them", soft_wrap=True)
-    err.print(NEXT[format].format(folder=str(done.folder)), soft_wrap=True, markup=False)
+    err.print(
+        NEXT[format].format(folder=str(done.folder), dtype=f" --dtype {str(loaded.dtype)[6:]}"),
+        soft_wrap=True,
+        markup=False,
+    )

@@ -29,7 +29,7 @@ def register(spec: str) -> str:
     model, _, method = spec.partition("+")
     read(method or "none")  # a mistake is told now, not after the data was prepared
 
-    class Vlmfix(BaseModel):  # type: ignore[misc, valid-type]
+    class Vlmfix(BaseModel):
         """A model with a method in force."""
 
         INTERLEAVE = True
