@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models contract lint readme hero in-force figures organism clean
+.PHONY: quickstart test test-models test-integrations contract lint readme hero in-force figures organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
@@ -14,6 +14,11 @@ test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
 test-models: $(VENV)/.dev  ## the contract over every model type of transformers, and compiled code; under six minutes
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract/test_zoo.py tests/contract/test_runtime.py \
 		-k 'test_zoo or compiled' --all-models
+
+test-integrations: $(VENV)/.dev  ## lmms-eval and the openai client, end to end, in a folder of their own (93 MB); a few minutes
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/integrations \
+		-r tests/integrations/requirements.txt
+	PYTHONPATH=$(CURDIR)/build/integrations $(BIN)/python -m pytest -q tests/integrations tests/serve
 
 contract: $(VENV)/.dev  ## what every method must keep, for one method: make contract METHOD=var
 	$(BIN)/python -m pytest -q --method $(METHOD) tests/contract/test_contract.py tests/contract/test_zoo.py \
