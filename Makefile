@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-models test-integrations contract lint readme hero in-force figures organism clean
+.PHONY: quickstart test test-apart test-models test-integrations contract lint readme hero in-force figures gpu organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
 
-test: $(VENV)/.dev lint  ## what CI runs, with a few model types only
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5
+APART := tests/demo/test_demo_browser.py tests/test_wheel.py tests/test_examples.py tests/eval/test_workers.py
 
-test-models: $(VENV)/.dev  ## the contract over every model type of transformers, and compiled code; under six minutes
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract/test_zoo.py tests/contract/test_runtime.py \
-		-k 'test_zoo or compiled' --all-models
+test: $(VENV)/.dev lint  ## under ten minutes: each method of the contract on one family, and nothing that starts programs of its own
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 $(APART:%=--ignore %)
+
+test-apart: $(VENV)/.dev  ## the demo in a browser, the package as users install it, the examples, runs of several processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(APART)
+
+test-models: $(VENV)/.dev  ## the contract over every model type of transformers, every method on every family, and compiled code
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract --all-models
 
 test-integrations: $(VENV)/.dev  ## lmms-eval and the openai client, end to end, in a folder of their own (93 MB); a few minutes
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/integrations \
@@ -41,6 +45,9 @@ in-force: $(VENV)/.dev  ## the table of ways to call a wrapped model, docs/in-fo
 figures: $(VENV)/.dev  ## the pictures of the README
 	$(BIN)/python -m pytest -q tests/demo/test_demo_browser.py -k screenshots --screenshots
 	cp build/demo/compare-1400-light.png assets/figures/demo.png
+
+gpu: $(VENV)/.installed  ## what is to be measured on a GPU, in under ten minutes, into build/gpu
+	$(BIN)/python tools/gpu.py
 
 organism: $(VENV)/.installed  ## a model that hallucinates on purpose, into runs/organism; goes on where it was stopped
 	nice $(BIN)/python -m vlmfix.organism.train

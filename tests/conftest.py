@@ -1,5 +1,6 @@
 """Settings of the whole test run."""
 
+import gc
 import os
 
 import pytest
@@ -64,7 +65,11 @@ def unwrapped(organism):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-models", action="store_true", help="run the contract over every model type")
+    parser.addoption(
+        "--all-models",
+        action="store_true",
+        help="run the contract over every model type, and each method on every family",
+    )
     parser.addoption("--screenshots", action="store_true", help="take the demo's pictures, into build/demo")
     parser.addoption("--method", help="run only the tests that are parametrised by this method")
 
@@ -76,6 +81,31 @@ def pytest_collection_modifyitems(config, items):
         if not chosen:
             raise pytest.UsageError(f"no test is parametrised by the method {method!r}")
         items[:] = chosen
+    elif not config.getoption("--all-models") and not any("::" in argument for argument in config.args):
+        kept = families_in_turn(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def families_in_turn(items):
+    """Of the contract's tests for each method on each of several families, one family a method, the next for the next
+    method: a run by default. `--all-models` runs all of them, and so does a test that is named."""
+    families, methods, kept = {}, {}, set()
+    for item in items:
+        params = item.callspec.params if "contract" in item.path.parts and hasattr(item, "callspec") else {}
+        method = next((params[key] for key in ("method", "name", "stage") if key in params), None)
+        family = next((params[key] for key in ("architecture", "model_type", "family") if key in params), None)
+        if method is None or family is None:
+            kept.add(item)
+            continue
+        test = item.path, item.originalname
+        of_test = families.setdefault(test, {})
+        number = methods.setdefault(test, {}).setdefault(str(method), len(methods[test]))
+        of_test.setdefault(number, {}).setdefault(str(family), []).append(item)
+    for by_method in families.values():
+        for number, by_family in by_method.items():
+            kept.update(list(by_family.values())[number % len(by_family)])
+    return kept
 
 
 def pytest_generate_tests(metafunc):
@@ -85,3 +115,9 @@ def pytest_generate_tests(metafunc):
         types = zoo.SUPPORTED if metafunc.config.getoption("--all-models") else zoo.SLICE
         marked = [pytest.param(t, marks=pytest.mark.xdist_group(t)) for t in types]
         metafunc.parametrize("model_type", marked, scope="module")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

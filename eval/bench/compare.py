@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from vlmfix.asking.asker import Asker
 from vlmfix.eval.bench.naive import naively
 from vlmfix.eval.bench.shapes import SINK
-from vlmfix.eval.bench.timing import Timing, measure, summary
+from vlmfix.eval.bench.timing import STATIC, Timing, measure, summary
 from vlmfix.hooks import VCD
 from vlmfix.method.intervention import Intervention
 from vlmfix.method.prompt import Prompt
@@ -81,6 +82,37 @@ def variants(
     return in_force
 
 
+def twin(model: Any) -> Any:
+    """The same model once more, on the same weights."""
+    return copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
+
+
+def compiled_variants(
+    model: Any, methods: Sequence[Method], stack: ExitStack
+) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """The same for models whose forward pass torch compiles. Each variant is a twin on the same weights, in force until
+    `stack` ends: putting a method on and off one model would compile it anew in every round."""
+    twins: dict[str, Any] = {}
+    # All twins run the same code, so torch counts each as one more compilation of it.
+    stack.enter_context(torch._dynamo.config.patch(recompile_limit=8 * (2 + len(methods))))
+    for method in [(), (), *filter(None, methods)]:
+        name = "+".join(intervention.name for intervention in method) or ("none again" if twins else "none")
+        each = twins[spec_of(method) if name in twins else name] = twin(model)
+        if method:
+            stack.enter_context(Asker(each, None, method).applied())
+        door = each.__dict__.get("forward")
+        each.forward = torch.compile(each.forward)
+        stack.callback(_put_back, each, door)
+    return {name: partial(nullcontext, each) for name, each in twins.items()}
+
+
+def _put_back(model: Any, door: Any) -> None:
+    """What stood in the place of the forward pass before it was compiled."""
+    del model.__dict__["forward"]
+    if door is not None:
+        model.__dict__["forward"] = door
+
+
 def edits_attention(method: Method) -> bool:
     """Whether one of the interventions acts at a stage inside attention."""
     return any(intervention.acts_at(stage) for intervention in method for stage in ATTENTION_STAGES)
@@ -95,19 +127,22 @@ def compare(
     rounds: int,
     clock: str = "wall",
     naive: bool = True,
+    compiled: bool = False,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
-    """Measure all variants in turn. `RuntimeError` if anything of a method stays on the model."""
-    in_force = variants(model, methods, naive)
-    timings: dict[str, list[Timing]] = {name: [] for name in in_force}
+    """Measure all variants in turn; `compiled` ones with a cache of fixed size, and without naive ones beside them.
+    `RuntimeError` if anything of a method stays on the model."""
     before = traces(model, inputs)
-    for number in range(rounds + 1):
-        for name, put_on in in_force.items():
-            with put_on():
-                timing = measure(model, inputs, new_tokens, clock)
-            if number > 0:  # the first round warms up
-                timings[name].append(timing)
-        progress("rounds", number, rounds)
+    with ExitStack() as stack:
+        in_force = compiled_variants(model, methods, stack) if compiled else variants(model, methods, naive)
+        timings: dict[str, list[Timing]] = {name: [] for name in in_force}
+        for number in range(rounds + 1):
+            for name, put_on in in_force.items():
+                with put_on() as each:
+                    timing = measure(each or model, inputs, new_tokens, clock, STATIC if compiled else {})
+                if number > 0:  # the first round warms up
+                    timings[name].append(timing)
+            progress("rounds", number, rounds)
     after = traces(model, inputs)
     if not torch.equal(before[0], after[0]) or before[1] != after[1]:
         raise RuntimeError("the model is not what it was before the methods were put on and taken off")

@@ -22,7 +22,7 @@ from vlmfix.engine.plan import Plan
 from vlmfix.engine.wrap import wrapped
 from vlmfix.eval.bench import shapes
 from vlmfix.eval.bench.compare import Method, find_methods
-from vlmfix.eval.bench.timing import ratio
+from vlmfix.eval.bench.timing import STATIC, ratio
 from vlmfix.method.registry import spec_of
 
 SHAPE = "narrow"
@@ -30,7 +30,6 @@ LAYERS = {"eager": 32, "compiled": 8}
 """By way of running: a compiled layer takes long to compile."""
 SHORT, LONG = 8, 40
 """Lengths of answers; what lies between is time per token, without the prefill."""
-STATIC = {"cache_implementation": "static", "disable_compile": True}
 
 
 class Operations(TorchDispatchMode):

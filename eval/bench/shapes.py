@@ -56,7 +56,7 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def build(name: str, layers: int | None, dtype: torch.dtype, device: str) -> Any:
+def build(name: str, layers: int | None, dtype: torch.dtype, device: str, attention: str = "sdpa") -> Any:
     """The model, with sinks planted: one of its two image tokens carries a massive activation.
 
     `layers` is for fewer than the shape has, so that the model fits the machine.
@@ -71,7 +71,7 @@ def build(name: str, layers: int | None, dtype: torch.dtype, device: str) -> Any
     config.image_token_index, config.image_token_id, config.video_token_id = image, image, image_sink
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention).eval()
     model.generation_config.eos_token_id = None  # random models would stop at once
     model.generation_config.pad_token_id = 0
     with torch.no_grad():

@@ -19,6 +19,8 @@ from transformers import LogitsProcessor
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` counts what the process computes, on all cores: for machines that are shared with other work."""
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+"""Settings of `generate` for models whose forward pass is compiled already."""
 FIGURES = ("prefill", "token", "memory")
 """What a `Timing` tells."""
 
@@ -58,11 +60,14 @@ def now(clock: str) -> float:
 
 
 @torch.inference_mode()
-def measure(model: Any, inputs: dict[str, Tensor], new_tokens: int, clock: str = "wall") -> Timing:
-    """Time one generation."""
+def measure(
+    model: Any, inputs: dict[str, Tensor], new_tokens: int, clock: str = "wall", settings: dict[str, Any] | None = None
+) -> Timing:
+    """Time one generation, with more settings of `generate`."""
     _forget_peak()
     watch = Stopwatch(clock)
-    model.generate(**inputs, max_new_tokens=new_tokens + 1, do_sample=False, logits_processor=[watch], pad_token_id=0)
+    how = {"max_new_tokens": new_tokens + 1, "do_sample": False, "pad_token_id": 0, **(settings or {})}
+    model.generate(**inputs, logits_processor=[watch], **how)
     steps = np.diff(watch.times)
     return Timing(float(steps[0]), float(np.median(steps[1:])), _peak())
 

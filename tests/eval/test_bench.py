@@ -61,6 +61,14 @@ def test_what_is_compared_and_what_stays(tiny, monkeypatch):
         compare.compare(model, prompt, compare.find_methods(["vhr"]), new_tokens=1, rounds=1)
 
 
+def test_compiled_ones_are_twins_on_the_same_weights(tiny):
+    model, prompt = tiny
+    twin = compare.twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    rows = compare.compare(model, prompt, compare.find_methods(["pai"]), new_tokens=2, rounds=1, compiled=True)
+    assert [row["variant"] for row in rows] == ["none", "none again", "pai"] and rows[2]["token"]["median"] > 0
+
+
 def test_vcd_has_a_second_stream_though_the_prompt_has_no_pixels(tiny):
     model, prompt = tiny
     (method,) = compare.find_methods(["vcd:alpha=2.0"])

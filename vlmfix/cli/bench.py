@@ -36,6 +36,10 @@ def bench(
             "on layers so narrow that nothing else is left, eager and compiled."
         ),
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option(help="Compile the forward pass, with a cache of fixed size; leaves out naive edits.")
+    ] = False,
+    attention: Annotated[str, typer.Option(help="Kernel: sdpa, flash_attention_2, flex_attention, eager.")] = "sdpa",
     dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     clock: Annotated[
@@ -62,13 +66,14 @@ def bench(
             show_dispatch(split_methods(method), rounds, as_json)
             return
         methods = compare.find_methods(split_methods(method))
-        model = shapes.build(shape, layers, getattr(torch, dtype), device)
+        model = shapes.build(shape, layers, getattr(torch, dtype), device, attention)
         inputs = shapes.build_prompt(model, shape, 1 if questions else batch_size, text_tokens)
         facts = {
             **shapes.shape_facts(shape, model, inputs),
             "rounds": rounds,
             "new_tokens": new_tokens,
             "clock": clock,
+            "compiled": compiled,
             "machine": timing.machine_facts(model),
             "command": shlex.join(["vlmfix", *sys.argv[1:]]),
         }
@@ -86,6 +91,7 @@ def bench(
                     inputs,
                     methods,
                     naive=naive,
+                    compiled=compiled,
                     progress=lambda label, done, total: show(f"{shape} {label}", done, total, ""),
                     **how,
                 )
@@ -190,11 +196,12 @@ def show_machine(facts: dict[str, Any]) -> None:
     if machine["device"] == "cpu":
         load = machine["load"][0] if machine["load"] else 0
         where = f"{machine['cpu']}, {machine['threads']} threads, load {load:.1f}"
+    compiled = "compiled, " if facts["compiled"] else ""
     clock = "Time computed by the process" if facts["clock"] == "cpu" else "Wall time"
     out().print(
         f"{clock}: medians over {facts['rounds']} rounds; ratios within rounds, with 95 % intervals; "
-        f"{facts['new_tokens']} new tokens, {machine['dtype']}, {machine['attention']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, {where}.",
+        f"{facts['new_tokens']} new tokens, {compiled}{machine['dtype']}, {machine['attention']}, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, {where}.",
         markup=False,
         soft_wrap=True,
     )

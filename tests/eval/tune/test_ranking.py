@@ -57,10 +57,23 @@ TOOLS = [
 
 
 @pytest.fixture(autouse=True)
-def few_questions(monkeypatch):
-    """Nine of POPE's questions are enough."""
-    every = Pope.items
-    monkeypatch.setattr(Pope, "items", lambda self, data: every(self, data)[:9])
+def few_questions(monkeypatch, request):
+    """Four of POPE's questions are enough; angles between subspaces take nine."""
+    how = request.node.callspec.params.get("how") if hasattr(request.node, "callspec") else None
+    n, every = 9 if isinstance(how, Subspace) else 4, Pope.items
+    monkeypatch.setattr(Pope, "items", lambda self, data: every(self, data)[:n])
+
+
+@pytest.fixture(scope="module")
+def captions(organism):
+    """What the embedded model says of the pictures."""
+    return Subject(*organism, DATA).captions(64)
+
+
+@pytest.fixture
+def captions_at_hand(monkeypatch, captions):
+    """Tools get them without asking the model."""
+    monkeypatch.setattr(Subject, "captions", lambda subject, _: captions[: len(subject.data.images)])
 
 
 def columns(model, layer, head):
@@ -373,10 +386,9 @@ def test_the_only_head_that_speaks_is_found(organism, how):
 
 
 @pytest.mark.parametrize(("see", "head"), [("margin", (1, 0)), ("token", (1, 0))])
-def test_the_only_head_that_pushes_is_found(organism, monkeypatch, see, head):
+@pytest.mark.usefixtures("captions_at_hand")
+def test_the_only_head_that_pushes_is_found(organism, see, head):
     """First where it harms; last where it helps, for then all others do more harm: none."""
-    captions = Subject(*organism, DATA).captions(64)
-    monkeypatch.setattr(Subject, "captions", lambda *_: captions)
     found = rank(Ablate(see), only(organism[0], *head), organism[1], DATA if see == "token" else SMALL)
     assert abs(found.score(head)) > 1e-3
     assert found.ranking()[0 if found.score(head) > 0 else -1] == head
@@ -384,11 +396,10 @@ def test_the_only_head_that_pushes_is_found(organism, monkeypatch, see, head):
 
 
 @pytest.mark.parametrize("see", ["mass", "top1"])
-def test_the_only_head_that_looks_is_found(organism, monkeypatch, see):
+@pytest.mark.usefixtures("captions_at_hand")
+def test_the_only_head_that_looks_is_found(organism, see):
     """All other heads look everywhere alike."""
     model, processor = copy.deepcopy(organism[0]), organism[1]
-    captions = Subject(model, processor, DATA).captions(64)
-    monkeypatch.setattr(Subject, "captions", lambda *_: captions)
     d = anatomy(model).layers[0].head_dim
     with torch.no_grad():
         for i, layer in enumerate(anatomy(model).layers):
@@ -409,6 +420,7 @@ def test_the_only_head_that_looks_is_found(organism, monkeypatch, see):
 
 @pytest.mark.filterwarnings("ignore:only .* named objects")
 @pytest.mark.parametrize("how", TOOLS, ids=lambda how: f"{how.name}-{getattr(how, 'see', '')}")
+@pytest.mark.usefixtures("captions_at_hand")
 def test_batches_and_padding_do_not_matter(organism, how):
     data = SMALL if how.name in ("ablate", "subspace") else DATA
     before = organism[0](**Subject(*organism, data).inputs(Chair().items(data)[:1])).logits
