@@ -210,15 +210,18 @@ def test_a_client_that_leaves_frees_the_model(server, client):
 def test_a_full_queue_turns_away_and_a_stopped_server_says_so(organism):
     asked = read_request(json.dumps({"model": "organism", "messages": [shown(0)]}).encode())
     idle = Worker.__new__(Worker)  # without its thread: nobody takes what waits
-    idle.max_waiting, idle._closed, idle._waiting, idle._changed = 1, False, [], threading.Condition()
-    tickets = [Ticket(asked, "none", asyncio.new_event_loop()) for _ in range(2)]
+    idle.max_waiting, idle._closed, idle._waiting, idle._asking = 1, False, [], []
+    idle._changed = threading.Condition()
+    tickets = [Ticket(asked, "none", asyncio.new_event_loop()) for _ in range(3)]
+    idle._asking = [tickets[2]]
     idle.submit(tickets[0])
     with pytest.raises(Refused, match="1 requests wait already") as error:
         idle.submit(tickets[1])
     assert error.value.status == 429
     idle.close()
-    tickets[0].loop.run_until_complete(asyncio.sleep(0))
-    assert tickets[0].events.get_nowait().status == 503
+    for ticket in (tickets[0], tickets[2]):
+        ticket.loop.run_until_complete(asyncio.sleep(0))
+        assert ticket.events.get_nowait().status == 503 and ticket.abandoned
     for ticket in tickets:
         ticket.loop.close()
 

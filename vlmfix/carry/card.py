@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlmfix.carry.check import Verdict
+from vlmfix.model.loading import EMBEDDED
 
 LOAD = {
     "checkpoint": """from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -62,6 +63,7 @@ def card(
         "```",
         "",
         f"- Model: `{base}`; its licence holds.",
+        *([f'- It is embedded in vlmfix: `model, processor = vlmfix.load("{base}")`.'] if base in EMBEDDED else []),
         f"- Method: `{spec}`, by [vlmfix](https://pypi.org/project/vlmfix/).",
         *(f"- Origin: `{json.dumps(method['facts'])}`" for method in methods if method.get("facts")),
         f"- Against the wrapped model: {check}.",

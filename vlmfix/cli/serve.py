@@ -58,7 +58,15 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
         err.print("note: whoever reaches this address can use it; --api-key asks them for a key", soft_wrap=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[listener])
+
+    class Server(uvicorn.Server):
+        """Tells whoever waits that it stops, before it does."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            worker.close()
+            await super().shutdown(sockets)
+
+    Server(config).run(sockets=[listener])
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -21,6 +21,8 @@ from vlmfix.asking.pictures import open_picture
 
 MAX_PIXELS = 40_000_000
 """Of a picture."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Others have decoders that are seldom looked at, or start programs."""
 MAX_PICTURES = 16
 """Of a request."""
 MAX_TEXT = 60_000
@@ -240,7 +242,7 @@ def read_picture(url: str) -> tuple[str, Image.Image]:
     except (binascii.Error, ValueError):
         raise Refused("image_url: what stands behind the comma is not base64") from None
     try:
-        with Image.open(io.BytesIO(content)) as opened:  # reads no pixels yet
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:  # reads no pixels yet
             width, height = opened.size
     except Exception:  # decoders raise what they like
         raise Refused("image_url: this is no picture that can be read; send a PNG, JPEG or WebP") from None

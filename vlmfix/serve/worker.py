@@ -62,6 +62,7 @@ class Worker:
         self.counts: Counter[str] = Counter()
         """For `/metrics`."""
         self._waiting: deque[Ticket] = deque()
+        self._asking: list[Ticket] = []
         self._changed = threading.Condition()
         self._closed = False
         self._askers: OrderedDict[str, Asker] = OrderedDict()
@@ -83,13 +84,15 @@ class Worker:
             self._changed.notify()
 
     def close(self) -> None:
-        """No more batches; who waits is told."""
+        """No more batches, and the one that is asked ends at its next token; all clients are told."""
         with self._changed:
             self._closed = True
-            waiting, self._waiting = list(self._waiting), deque()
+            unanswered = [*self._waiting, *self._asking]
+            self._waiting.clear()
             self._changed.notify()
-        for ticket in waiting:
-            ticket.tell(Refused("the server stops", 503, "server_error"))
+        for ticket in unanswered:
+            ticket.abandoned = True
+            ticket.tell(Refused("the server stops; ask again later", 503, "server_error"))
 
     # ---- in the thread -----------------------------------------------------------------------------------------------
 
@@ -99,6 +102,7 @@ class Worker:
             if batch is None:
                 return
             self._answer(batch)
+            self._asking = []
 
     def _next_batch(self) -> list[Ticket] | None:
         with self._changed:
@@ -116,6 +120,7 @@ class Worker:
                     batch.append(ticket)
                     n_rows += ticket.asked.n
                     self._waiting.remove(ticket)
+            self._asking = batch
             return batch
 
     def _answer(self, batch: Sequence[Ticket]) -> None:
