@@ -10,6 +10,9 @@ import typer
 
 from vlmfix.cli.console import METHOD_HELP, DeviceMap, Dtype, ModelName, Quantize, err, fail, load_model, sentences
 
+STOP_S = 30
+"""How long the last pass may take when the server stops."""
+
 
 def serve(
     model: ModelName = "organism",
@@ -67,6 +70,7 @@ def serve(
             await super().shutdown(sockets)
 
     Server(config).run(sockets=[listener])
+    worker.join(STOP_S)  # torch does not like to be left in the middle of a pass
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -94,6 +94,10 @@ class Worker:
             ticket.abandoned = True
             ticket.tell(Refused("the server stops; ask again later", 503, "server_error"))
 
+    def join(self, timeout: float) -> None:
+        """Wait, after `close`, for the thread to end."""
+        self._thread.join(timeout)
+
     # ---- in the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
