@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,8 @@ def serve(
             worker.close()
             await super().shutdown(sockets)
 
-    Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has stopped
+        Server(config).run(sockets=[listener])
     worker.join(STOP_S)  # torch does not like to be left in the middle of a pass
 
 
