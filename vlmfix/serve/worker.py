@@ -22,6 +22,7 @@ from vlmfix.serve.wire import Answered, Asked, Refused
 
 MOST_ASKERS = 16
 """Methods that are kept resolved; the one that was asked longest ago goes."""
+STOPS = "the server stops; ask again later"
 WINDOW_S = 0.005
 """How long the first of a batch waits for company."""
 
@@ -77,7 +78,9 @@ class Worker:
     def submit(self, ticket: Ticket) -> None:
         """`Refused` where the queue is full."""
         with self._changed:
-            if self._closed or len(self._waiting) >= self.max_waiting:
+            if self._closed:
+                raise Refused(STOPS, 503, "server_error")
+            if len(self._waiting) >= self.max_waiting:
                 sentence = f"the server is busy: {len(self._waiting)} requests wait already; try again later"
                 raise Refused(sentence, 429, "rate_limit_error")
             self._waiting.append(ticket)
@@ -92,7 +95,7 @@ class Worker:
             self._changed.notify()
         for ticket in unanswered:
             ticket.abandoned = True
-            ticket.tell(Refused("the server stops; ask again later", 503, "server_error"))
+            ticket.tell(Refused(STOPS, 503, "server_error"))
 
     def join(self, timeout: float) -> None:
         """Wait, after `close`, for the thread to end."""
