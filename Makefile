@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
 
-APART := tests/demo/test_demo_browser.py tests/test_wheel.py tests/test_examples.py tests/eval/test_workers.py
+APART := tests/demo/test_demo_browser.py tests/test_wheel.py tests/test_examples.py tests/eval/test_workers.py tests/carry/test_fresh.py
 
 test: $(VENV)/.dev lint  ## under ten minutes: each method of the contract on one family, and nothing that starts programs of its own
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 $(APART:%=--ignore %)
