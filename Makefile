@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-apart test-models contract lint readme hero in-force figures gpu organism clean
+.PHONY: quickstart test test-apart test-models test-integrations contract lint readme hero in-force figures gpu organism clean
 
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
 
-APART := tests/demo/test_demo_browser.py tests/test_wheel.py tests/test_examples.py tests/eval/test_workers.py
+APART := tests/demo/test_demo_browser.py tests/test_wheel.py tests/test_examples.py tests/eval/test_workers.py tests/carry/test_fresh.py
 
 test: $(VENV)/.dev lint  ## under ten minutes: each method of the contract on one family, and nothing that starts programs of its own
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 $(APART:%=--ignore %)
@@ -18,6 +18,11 @@ test-apart: $(VENV)/.dev  ## the demo in a browser, the package as users install
 
 test-models: $(VENV)/.dev  ## the contract over every model type of transformers, every method on every family, and compiled code
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations=5 tests/contract --all-models
+
+test-integrations: $(VENV)/.dev  ## lmms-eval and the openai client, end to end, in a folder of their own (93 MB); a few minutes
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/integrations \
+		-r tests/integrations/requirements.txt
+	PYTHONPATH=$(CURDIR)/build/integrations $(BIN)/python -m pytest -q tests/integrations tests/serve
 
 contract: $(VENV)/.dev  ## what every method must keep, for one method: make contract METHOD=var
 	$(BIN)/python -m pytest -q --method $(METHOD) tests/contract/test_contract.py tests/contract/test_zoo.py \
@@ -50,11 +55,11 @@ organism: $(VENV)/.installed  ## a model that hallucinates on purpose, into runs
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vlmfix needs Python 3.10 or later")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[dev]"
 	touch $@
 
 clean:

@@ -86,7 +86,8 @@ class HeadGain(Intervention):
     def gains(self) -> dict[Head, float]:
         """The gain of each listed head, of a resolved method: what it does to a model, whatever the picture."""
         heads = parse_heads(str(self.head_list)) or ()
-        gains = self.gain if isinstance(self.gain, tuple) else (self.gain or DEFAULT_GAIN,) * len(heads)
+        gain = DEFAULT_GAIN if self.gain is None else self.gain  # 0 switches off
+        gains = gain if isinstance(gain, tuple) else (gain,) * len(heads)
         return dict(zip(heads, gains, strict=True))
 
     def at_layers(self, n_layers: int) -> Iterable[int]:
@@ -104,6 +105,13 @@ class HeadGain(Intervention):
                     excess[head] = gain - 1
             gains[site.layer] = 1 + (has_image[:, None] * excess)[:, None, :, None]  # (B, 1, H, 1)
         return o * gains[site.layer]
+
+    def static(self, anatomy: Anatomy) -> dict[int, list[float]]:
+        """All of it, but that weights scale the heads of prompts without a picture, too."""
+        gains: dict[int, list[float]] = {}
+        for (layer, head), gain in self.gains().items():
+            gains.setdefault(layer, [1.0] * anatomy.layers[layer].n_heads)[head] = gain
+        return gains
 
     def controls(self) -> tuple[Intervention, ...]:
         """Random heads, those with the lowest scores (of a file), and the listed heads scaled the other way."""

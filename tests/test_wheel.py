@@ -52,7 +52,7 @@ def test_everything_imports_and_runs_from_the_wheel(installed, tmp_path):
         "import importlib, pkgutil, vlmfix;"
         f"assert vlmfix.__file__.startswith({str(installed[1])!r}), vlmfix.__file__;"
         "names = [m.name for m in pkgutil.walk_packages(vlmfix.__path__, 'vlmfix.')];"
-        "[importlib.import_module(n) for n in names if not n.endswith('__main__')]; print(len(names))"
+        "[importlib.import_module(n) for n in names if not n.endswith(('__main__', 'lmms_model'))]; print(len(names))"
     )
     env = {**os.environ, "PYTHONPATH": str(installed[1])}
     done = subprocess.run(

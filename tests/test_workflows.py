@@ -40,7 +40,7 @@ def test_commands_are_those_of_the_readme_and_targets_of_make():
     readme = (ROOT / "README.md").read_text("utf-8")
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     run = commands("tests")
-    assert run == ["make quickstart", "make test", "make test-apart", "make test-models"]
+    assert run == ["make quickstart", "make test", "make test-apart", "make test-models", "make test-integrations"]
     for command in run:
         assert command in readme and command.removeprefix("make ") in targets
     assert {"make test", "make test-apart", "make test-models"} < set(commands("transformers-main"))
@@ -56,6 +56,8 @@ def test_a_release_is_built_checked_tried_and_published_without_secrets():
     text = WORKFLOWS["package"].read_text("utf-8")
     run = "\n".join(commands("package"))
     assert "python -m build" in run and "twine check" in run and "clean/bin/vlmfix eval" in run
+    pythons = load("package")["jobs"]["pythons"]["strategy"]["matrix"]["python"]
+    assert pythons == load("tests")["jobs"]["test"]["strategy"]["matrix"]["python"]
     publish = load("package")["jobs"]["publish"]
-    assert publish["permissions"] == {"id-token": "write"} and publish["needs"] == "wheel"
+    assert publish["permissions"] == {"id-token": "write"} and publish["needs"] == ["wheel", "pythons"]
     assert "refs/tags/v" in publish["if"] and "secrets." not in text and "password" not in text

@@ -18,7 +18,20 @@ import sys
 import tokenize
 from pathlib import Path
 
-FLOORS = ("model", "method", "hooks", "engine", "asking", "eval", "organism", "demo", "cli")
+FLOORS = (
+    "model",
+    "method",
+    "hooks",
+    "engine",
+    "asking",
+    "eval",
+    "organism",
+    "carry",
+    "serve",
+    "integrations",
+    "demo",
+    "cli",
+)
 """Packages of vlmfix from the ground up; files elsewhere lie on no floor."""
 LINKED = ("hooks", "eval", "demo", "organism", "assets")
 """Folders at the top that are imported as parts of vlmfix."""

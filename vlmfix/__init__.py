@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vlmfix.asking.asker import Asker, ask, ask_batch
     from vlmfix.asking.record import Record
+    from vlmfix.carry.bake import bake
     from vlmfix.engine.wrap import effects, unwrap, wrap
     from vlmfix.eval.tune.describe import describe
     from vlmfix.eval.tune.tune import tune
@@ -26,6 +27,7 @@ _HOMES = {
     "describe": "eval.tune.describe",
     "ask": "asking.asker",
     "ask_batch": "asking.asker",
+    "bake": "carry.bake",
     "load": "model.loading",
     "tune": "eval.tune.tune",
     "unwrap": "engine.wrap",
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "ask",
     "ask_batch",
+    "bake",
     "describe",
     "effects",
     "load",

@@ -3,6 +3,7 @@
 A few types run by default; `--all-models` (`make test-models`) runs all of them.
 """
 
+import copy
 import functools
 import json
 import threading
@@ -274,3 +275,16 @@ def test_two_threads(model, method):
         [t.start() for t in threads]
         [t.join() for t in threads]
     assert all(torch.equal(a, b) for a, b in zip(found, one_by_one, strict=True))
+
+
+def test_what_weights_can_hold_they_hold(model):
+    """Head gains folded into the output projections, to the bit; a type whose layers share one says so."""
+    inputs = zoo.prompt(model, ["tttIttt"])
+    layers = anatomy(model).attention_layers
+    heads = "/".join(f"L{layer}H{head}" for layer in (layers[0], layers[-1]) for head in (0, 3))
+    plain = logits(model, inputs)
+    with wrapped(model, f"headgain:head_list={heads},gain=2"):
+        expected = logits(model, inputs)
+    assert not torch.equal(plain, expected)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(vlmfix.bake(vlmfix.wrap(twin, f"headgain:head_list={heads},gain=2")), inputs), expected)

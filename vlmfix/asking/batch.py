@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlmfix.asking.conversation import Conversation
 from vlmfix.asking.pictures import ProcessorError
 from vlmfix.asking.words import FirstWords, Written, p_yes, yes_no_tokens
 from vlmfix.engine.attachment import Attachment, attached
@@ -22,7 +23,9 @@ MAX_NEW_TOKENS = 256
 
 def chat(processor: Any, prompt: str, n_images: int) -> str:
     """The prompt in the processor's own chat template, pictures first; without a template: placeholders, newline,
-    prompt."""
+    prompt. A `Conversation` is rendered whole."""
+    if isinstance(prompt, Conversation):
+        return prompt.rendered(processor, n_images)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
         return processor.apply_chat_template(
@@ -56,14 +59,14 @@ def processed(processor: Any, texts: list[str], questions: Sequence[tuple[list[I
         ProcessorError: it cannot take one of the questions, of which it is said which.
     """
     several = len(texts) > 1  # a tokenizer without padding token can still read one text
-    pictures = [images for images, _ in questions]
+    pictures = [images for images, _ in questions] if any(images for images, _ in questions) else None
     options = {"return_tensors": "pt", "padding_side": "left"}
     try:
         return processor(text=texts, images=pictures, padding=several, **options)
     except Exception as error:
         for (images, prompt), text in zip(questions, texts, strict=True):
             try:
-                processor(text=[text], images=[images], **options)
+                processor(text=[text], images=[images] if images else None, **options)
             except Exception as reason:
                 raise ProcessorError(images, prompt, reason) from error
         raise

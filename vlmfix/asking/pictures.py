@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlmfix.asking.conversation import Conversation
+
 Picture = str | Path | Image.Image | np.ndarray | bytes
 """A path, a data URL or base64 text, a picture that is open already, an array (height x width, or height x width x 1 to
 4 channels: gray, gray and alpha, RGB, RGBA), or the bytes of a file."""
@@ -339,13 +341,16 @@ def read_questions(questions: Sequence[tuple[Picture | Sequence[Picture], str]])
     checked = []
     for image, prompt in _pairs(questions):
         images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
-        if not images or images[0] is None:
+        shows_none = isinstance(prompt, Conversation) and not prompt.n_images
+        if (not images or images[0] is None) and not shows_none:
             raise ValueError(
                 f"no image was given for the prompt {_shortened(str(prompt))!r}; vlmfix needs at least one picture per "
                 f"question"
             )
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt: expected some text, got {prompt!r}")
+        if isinstance(prompt, Conversation) and len(images) != prompt.n_images:
+            raise ValueError(f"the conversation shows {prompt.n_images} pictures, got {len(images)} beside it")
         checked.append(Question([read(each, prompt) for each in images], prompt))
     return checked
 

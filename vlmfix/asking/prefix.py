@@ -24,6 +24,8 @@ BOTH_WAYS = ("token_type_ids",)
 """Inputs of models whose prompts see both ways: there a question changes what comes before it."""
 PLAIN = {"do_sample", "max_new_tokens", "num_beams", "temperature", "top_p", "top_k"}
 """Settings of `generate` that are known to go together with sharing."""
+LISTENING = {"logits_processor", "stopping_criteria"}
+"""What callers may add that follows an answer; the pass over the pictures goes without."""
 HARMLESS = {*PLAIN, "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "repetition_penalty"}
 """Settings of a model's own configuration that are."""
 
@@ -36,7 +38,7 @@ def can_share(model: Any, attachment: Attachment | None, settings: dict[str, Any
     if decoding.config.do_sample or decoding.n_beams > 1 or windows:
         return False
     own = {name for name, value in decoding.settings.items() if value or not name.startswith("output_")}
-    if set(settings) - PLAIN - {"logits_processor"} or own - HARMLESS:
+    if set(settings) - PLAIN - LISTENING or own - HARMLESS:
         return False
     if attachment is None:
         return True
@@ -106,7 +108,7 @@ class ContinuedBatch(Batch):
         """The pass over the pictures, with the interventions in force."""
         assert self.prefix_inputs is not None
         attachment = attached(self.model)
-        settings = {**quiet(self.settings), "max_new_tokens": 1, "logits_processor": None}
+        settings = {**quiet(self.settings), "max_new_tokens": 1, **dict.fromkeys(LISTENING)}
         settings["return_dict_in_generate"] = True
         if attachment is not None:
             settings["prompt_end"] = self.prefix_inputs["input_ids"].shape[1] + 1  # the prompt goes on

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from vlmfix.cli.ask import ask
+from vlmfix.cli.bake import bake
 from vlmfix.cli.bench import bench
 from vlmfix.cli.calibrate import calibrate_act, calibrate_adaiat, calibrate_lookback, calibrate_zerotuning
 from vlmfix.cli.calibrate_yesno import calibrate_yesno
@@ -21,6 +22,7 @@ from vlmfix.cli.evaluate import evaluate
 from vlmfix.cli.heads import heads
 from vlmfix.cli.lists import methods, models, protocols
 from vlmfix.cli.score import report, score
+from vlmfix.cli.serve import serve
 from vlmfix.cli.tune import tune
 
 app = typer.Typer(
@@ -72,10 +74,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": tune,
     "heads": heads,
     "bench": bench,
+    "bake": bake,
     "methods": methods,
     "protocols": protocols,
     "models": models,
     "demo": demo,
+    "serve": serve,
 }
 CALIBRATE: dict[str, Callable[..., None]] = {
     "lookback": calibrate_lookback,

@@ -99,13 +99,16 @@ def quiet_libraries() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def load_model(name: str, dtype: str | None, device_map: str | None, quantize: str | None) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str | None, device_map: str | None, quantize: str | None, revision: str | None = None
+) -> tuple[Any, Any]:
     """`vlmfix.load` with the command line's options."""
     import vlmfix
     from vlmfix.model.loading import load_options
 
     quiet_libraries()
-    return vlmfix.load(name, **load_options(dtype, device_map, quantize))
+    options = load_options(dtype, device_map, quantize)
+    return vlmfix.load(name, **options, **({} if revision is None else {"revision": revision}))
 
 
 @contextmanager

@@ -140,6 +140,11 @@ class Intervention:
         """
         return self, {}
 
+    def static(self, anatomy: Anatomy) -> dict[int, list[float]] | None:
+        """What weights can hold of the method, as resolved on a model, without this library: decoder layer -> a
+        constant factor for the output of each of its heads. `None`: what is done depends on picture or answer."""
+        return None
+
     def begin(self, prompt: Prompt, memo: dict[str, Any]) -> None:
         """Run before the first pass of a generation, with the whole prompt."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,16 @@ def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, An
     """A vision-language model, ready to answer, and its processor.
 
     `name` is `"organism"` (the embedded model, of the LLaVA class) or `"organism-qwen"` (its sibling of the Qwen2.5-VL
-    class), a Hub id or a local folder.
+    class), a Hub id or a local folder; also a folder that `vlmfix bake` wrote, or one of an adapter of PEFT: then its
+    model is loaded, and what lies in the folder put on it.
     `dtype` defaults to float32 for embedded models and to the checkpoint's own otherwise; `device_map`,
     `quantization_config`, `attn_implementation`, `revision` and all else go to `from_pretrained`.
 
     Raises `ValueError` if nothing of that name can be loaded or if it is no image-text-to-text model.
     """
+    base = _base_of(Path(name))
+    if base is not None:
+        return _put_on(Path(name), base, dtype, kwargs)
     embedded = EMBEDDED.get(str(name))
     path = str(resources.files("vlmfix.assets") / embedded) if embedded else str(name)
     progress = logging.is_progress_bar_enabled()
@@ -52,6 +58,38 @@ def load(name: str | Path, *, dtype: Any = None, **kwargs: Any) -> tuple[Any, An
         model.config._name_or_path = str(name)
     if torch.cuda.is_available() and "device_map" not in kwargs and "quantization_config" not in kwargs:
         model.to("cuda")
+    return model.eval(), processor
+
+
+ADAPTER, GAINS = "adapter_config.json", "head_gains.json"
+"""Files of folders that hold no model, but what is put on one."""
+
+
+def _base_of(folder: Path) -> str | None:
+    """What the model is loaded from that a folder of an adapter or of head gains goes on; `None` for other names."""
+    try:
+        if (folder / ADAPTER).is_file():
+            return str(json.loads((folder / ADAPTER).read_text("utf-8"))["base_model_name_or_path"])
+        if (folder / GAINS).is_file() and not (folder / "config.json").is_file():
+            return str(json.loads((folder / GAINS).read_text("utf-8"))["base"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: cannot read for which model it is ({error!r})") from None
+    return None
+
+
+def _put_on(folder: Path, base: str, dtype: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A model with an adapter, or with head gains folded into its weights, under the folder's name."""
+    embedded = {str(resources.files("vlmfix.assets") / place): known for known, place in EMBEDDED.items()}
+    model, processor = load(embedded.get(base, base), dtype=dtype, **options)
+    if (folder / ADAPTER).is_file():
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError(f"{folder} is an adapter of PEFT, which is not installed: pip install peft")
+        model.load_adapter(str(folder))
+    else:
+        from vlmfix.model.gains import fold, read_gains
+
+        fold(model, read_gains(folder / GAINS)[0])
+    model.config._name_or_path = str(folder)
     return model.eval(), processor
 
 

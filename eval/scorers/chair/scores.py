@@ -82,13 +82,14 @@ class CaptionScore:
 
 
 def score_captions(
-    captions: Iterable[tuple[int | str | os.PathLike[str], str]],
+    captions: Iterable[tuple[int | str | os.PathLike[str], str]] | Mapping[Any, str],
     truth: Mapping[int, frozenset[str]],
     vocabulary: Vocabulary | None = None,
     variant: str = "rohrbach",
     several: bool = False,
 ) -> list[CaptionScore]:
-    """Score captions, given with their images (anything `image_key` takes), in order. An empty caption counts.
+    """Score captions, given with their images (anything `image_key` takes) as pairs or as a dictionary, in order. An
+    empty caption counts.
 
     Raises:
         ValueError: a caption is no text, an image comes twice (unless it may, by `several`), or the ground truth does
@@ -96,7 +97,8 @@ def score_captions(
     """
     variant_label = label(variant, truth)
     vocabulary = vocabulary or coco_vocabulary()
-    pairs = [(image_key(image), caption) for image, caption in captions]
+    given = captions.items() if isinstance(captions, Mapping) else captions
+    pairs = [(image_key(image), caption) for image, caption in given]
     for key, caption in pairs:
         if not isinstance(caption, str):
             raise ValueError(f"the caption of image {key} is {type(caption).__name__}; expected text.")

@@ -608,3 +608,9 @@ def test_any_text(caption):
     assert all(0 <= figure <= 1 for figure in figures)
     sums = summed([score])
     assert all(np.isnan(v) or v >= 0 for v in (metric(sums) for metric in chair.METRICS.values()))
+
+
+def test_captions_as_a_dictionary_are_those_as_pairs():
+    captions = {42: "A dog on a couch.", 43: "A cat."}
+    truth = {42: frozenset({"dog"}), 43: frozenset({"cat"})}
+    assert chair.score_captions(captions, truth) == chair.score_captions(list(captions.items()), truth)
