@@ -75,7 +75,7 @@ def test_the_command_and_its_file(tmp_path, organism, unwrapped):
     vlmfix.wrap(model, f"adaiat:statistics={path}", processor)
     facts = [told["facts"] for told in vlmfix.effects(model)]
     with pytest.raises(ValueError, match="was made on 1 of the 1 pictures"):
-        refuse_own_pictures(facts, Chair().items(Data.load("calibration", 1)))
+        refuse_own_pictures((), facts, Chair().items(Data.load("calibration", 1)))
     assert json.loads(path.read_text())["data"]["n"] == 6
     again = CliRunner().invoke(app, [*args, "--match", "x"])
     assert again.exit_code != 0 and "match: expected none or position, got 'x'" in again.output
