@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.installed  ## the main job: the embedded model, untouched and under six methods, each beside its control
 	$(BIN)/vlmfix eval
 
-APART := tests/demo/test_demo_browser.py tests/test_wheel.py tests/test_examples.py tests/eval/test_workers.py tests/carry/test_fresh.py
+APART := tests/demo tests/organism tests/serve tests/eval/tune tests/eval/run/test_parallel.py tests/eval/test_workers.py \
+	tests/carry/test_fresh.py tests/test_wheel.py tests/test_examples.py tests/test_fix_page.py
 
-test: $(VENV)/.dev lint  ## under ten minutes: each method of the contract on one family, and nothing that starts programs of its own
+test: $(VENV)/.dev lint  ## under ten minutes: each method of the contract on one family, and nothing that trains, tunes, serves or starts many programs
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 $(APART:%=--ignore %)
 
-test-apart: $(VENV)/.dev  ## the demo in a browser, the package as users install it, the examples, runs of several processes
+test-apart: $(VENV)/.dev  ## the demo, in a browser, too; training, tuning, the server, the built package, the examples, several processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 $(APART)
 
 test-models: $(VENV)/.dev  ## the contract over every model type of transformers, every method on every family, and compiled code
