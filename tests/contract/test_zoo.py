@@ -185,8 +185,9 @@ def test_contract(model, method):
 
     for b, layout in enumerate(layouts if "batch" not in quirks else []):
         alone_said, alone = answer(model, zoo.prompt(model, [layout], first=b))
-        assert torch.equal(alone_said[0], edited_said[b]), f"sample {b} alone and in a batch"
-        same(alone[:, 0], edited[:, b])
+        n = len(alone)  # where an answer ends before the others do, it is padded in the batch
+        assert torch.equal(alone_said[0], edited_said[b, :n]), f"sample {b} alone and in a batch"
+        same(alone[:, 0], edited[:n, b])
 
     if not (one.traits.sequential or one.traits.stepwise) and "beams" not in quirks:
         beams = [answer(model, whole, 3, num_beams=2, use_cache=cache)[0] for cache in (True, False)]

@@ -92,6 +92,7 @@ def check(kind: str, base: Path, folder: Path, expected: Expected, dtype: torch.
         job, answers = Path(scratch) / "job.pt", Path(scratch) / "answers.pt"
         told = {"kind": kind, "base": str(base.resolve()), "folder": str(folder.resolve()), "dtype": dtype}
         told |= {"device": str(device), "inputs": expected.inputs, "max_new_tokens": MAX_NEW_TOKENS}
+        told["threads"] = torch.get_num_threads()
         torch.save(told, job)
         command = [sys.executable, "-I", fresh.__file__, str(job), str(answers)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -2,8 +2,9 @@
 
     python -I fresh.py JOB.pt ANSWERS.pt
 
-JOB.pt: `kind` (checkpoint, ia3, lora, json), `base` and `folder`, `dtype`, `device`, and `inputs`, one dictionary of
-tensors per question. ANSWERS.pt: per question the logits of the prompt's last row (float32), and the answer's ids.
+JOB.pt: `kind` (checkpoint, ia3, lora, json), `base` and `folder`, `dtype`, `device`, `threads` (others would round sums
+otherwise), and `inputs`, one dictionary of tensors per question. ANSWERS.pt: per question the logits of the prompt's
+last row (float32), and the answer's ids.
 """
 
 import json
@@ -49,8 +50,8 @@ def main(job_file: str, answers_file: str) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(1)
     job = torch.load(job_file)
+    torch.set_num_threads(job["threads"])
     model = load(job["kind"], job["base"], job["folder"], job["dtype"]).eval().to(job["device"])
     logits, answers = [], []
     with torch.inference_mode():
