@@ -608,6 +608,7 @@ REFUSED = {
     "dola": NO_LENS,
     "paint": set(SUPPORTED) - {"llava", "video_llava", "vipllava"},  # class token, one image token per patch
     "icd": {"instructblipvideo"},  # no second stream with pictures
+    "kvsmooth": {"unlimited_ocr"},  # a cache of its own kind
     "pyramiddrop": {  # windows, hybrid decoders, learnt positions
         "aya_vision",
         "blip-2",
